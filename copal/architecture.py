@@ -1,0 +1,99 @@
+"""Which blocks and linears a model has: found by looking at its module tree, never by a list of names.
+
+A decoder block is an element of the outermost `nn.ModuleList` whose elements are all of one kind and hold linears; what
+lies outside (embeddings, last norm, head) is never pruned. Linears that read the same input (query/key/value, gate/up)
+are found while the block runs: see `copal.sensitivity.MomentRecorder`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from copal.errors import ModelError
+
+__all__ = ["Architecture", "as_rows", "find_blocks", "find_linears", "load_skeleton"]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The names that a walk over a checkpoint needs.
+
+    Attributes:
+        blocks: dotted module names of the decoder blocks, in the order in which they run.
+        linears: for each block, the names (within the block) of the linears that are pruned, in module order.
+    """
+
+    blocks: tuple[str, ...]
+    linears: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Architecture:
+        """Look at `model` (its weights may be on the meta device).
+
+        Raises:
+            ModelError: no stack of decoder blocks is there.
+        """
+        blocks = find_blocks(model)
+        return cls(tuple(blocks), tuple(tuple(find_linears(model.get_submodule(name))) for name in blocks))
+
+
+def load_skeleton(folder: Path) -> PreTrainedModel:
+    """Build the causal language model that `folder`/config.json names, its parameters on the meta device.
+
+    No code of the checkpoint is run, and no weight is read.
+
+    Raises:
+        ModelError: `folder` holds no configuration of a causal language model that transformers knows.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder} is not a causal language model that transformers knows: {reason}") from error
+    model.tie_weights()
+    return model
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the decoder blocks: the elements of the outermost list of like modules that holds most parameters.
+
+    Raises:
+        ModelError: there is no such list.
+    """
+    candidates: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(f"{outer}.") for outer in candidates)
+        if isinstance(module, nn.ModuleList) and not inside_another and _is_stack(module):
+            candidates[name] = module
+    if not candidates:
+        raise ModelError(
+            f"{type(model).__name__} has no decoder blocks that copal recognises: "
+            "looked for a ModuleList whose elements are all of one class and each hold a Linear or Conv1D"
+        )
+    stack = max(candidates, key=lambda name: sum(p.numel() for p in candidates[name].parameters()))
+    return [f"{stack}.{index}" for index in range(len(candidates[stack]))]
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The linears of a block by their name within it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def as_rows(linear: nn.Module, weight: Tensor) -> Tensor:
+    """A view of `weight` as (out features, in features): Conv1D keeps its transpose. Its own inverse."""
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def _is_stack(modules: nn.ModuleList) -> bool:
+    one_class = len({type(module) for module in modules}) == 1
+    return one_class and all(find_linears(module) for module in modules)

@@ -1,0 +1,138 @@
+"""Settings of a step: frozen, validated, fingerprinted.
+
+Everything here alters statistics, masks or weights unless its comment says otherwise; the fingerprints are part of the
+key of a step and of the state on disk, so the same settings give the same fingerprint on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from copal.errors import SettingsError
+
+__all__ = ["CRITERIA", "CalibrationConfig", "PruneConfig", "canonical_json", "fingerprint", "from_mapping"]
+
+CRITERIA = ("output", "gradient")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig:
+    """How a domain's text becomes token windows.
+
+    Attributes:
+        window_length: tokens of one window, BOS included where the tokenizer has one.
+        windows: calibration windows of a domain, at most.
+        evaluation_windows: evaluation windows of a domain, at most. Alters no statistic.
+        evaluation_share: share of the documents that is kept for evaluation, in (0, 1).
+        seed: orders the documents and picks the part of each that is read.
+    """
+
+    window_length: int = 512
+    windows: int = 24
+    evaluation_windows: int = 16
+    evaluation_share: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_whole("calibration.window_length", self.window_length, at_least=8)
+        _check_whole("calibration.windows", self.windows, at_least=1)
+        _check_whole("calibration.evaluation_windows", self.evaluation_windows, at_least=8)
+        _check_open_interval("calibration.evaluation_share", self.evaluation_share)
+        _check_whole("calibration.seed", self.seed, at_least=0)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what alters the statistics: two states with the same value may be summed."""
+        settings = asdict(self)
+        del settings["evaluation_windows"]
+        return fingerprint(settings)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneConfig:
+    """How masks are decided and how the weights that stay are solved for.
+
+    Attributes:
+        sparsity: share of zeros in every pruned linear, in (0, 1).
+        criterion: `output` or `gradient` (DESIGN: the score of a weight).
+        rounds: sparsity reached by each round, as shares of `sparsity`: rising, the last one 1.
+        iterations: conjugate-gradient iterations of a round, at most.
+        damping: added to the diagonal of the second moment, as a share of its mean.
+    """
+
+    sparsity: float = 0.5
+    criterion: str = "output"
+    rounds: tuple[float, ...] = (0.6, 0.8, 0.9, 1.0)
+    iterations: int = 15
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_open_interval("prune.sparsity", self.sparsity)
+        if self.criterion not in CRITERIA:
+            raise SettingsError(f"prune.criterion must be one of {', '.join(CRITERIA)}, not {self.criterion!r}")
+        object.__setattr__(self, "rounds", _shares("prune.rounds", self.rounds))
+        if not self.rounds or list(self.rounds) != sorted(set(self.rounds)) or self.rounds[0] <= 0:
+            raise SettingsError(f"prune.rounds must be rising shares in (0, 1], not {self.rounds!r}")
+        if self.rounds[-1] != 1:
+            raise SettingsError(f"prune.rounds must end with 1 (the whole of prune.sparsity), not {self.rounds[-1]!r}")
+        _check_whole("prune.iterations", self.iterations, at_least=1)
+        if not _is_number(self.damping) or not 0 < self.damping <= 1:
+            raise SettingsError(f"prune.damping must be in (0, 1], not {self.damping!r}")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all fields."""
+        return fingerprint(asdict(self))
+
+
+def from_mapping(kind: type[_T], section: str, values: Mapping[str, Any] | None) -> _T:
+    """Build the settings dataclass `kind` from one section of params.yaml.
+
+    Raises:
+        SettingsError: `values` is no mapping, has a field that `kind` has not, or a value out of range.
+    """
+    if values is None:
+        return kind()
+    if not isinstance(values, Mapping):
+        raise SettingsError(f"{section} must be a mapping of settings, not {values!r}")
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise SettingsError(f"{section}.{unknown[0]} is not a setting; {section} has {', '.join(known)}")
+    return kind(**values)
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value that is hashed: keys sorted, no spaces, UTF-8, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hexadecimal) of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shares(name: str, values: object) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)) or not all(map(_is_number, values)):
+        raise SettingsError(f"{name} must be a list of numbers, not {values!r}")
+    return tuple(values)
+
+
+def _check_open_interval(name: str, value: object) -> None:
+    if not _is_number(value) or not 0 < value < 1:  # type: ignore[operator]
+        raise SettingsError(f"{name} must be between 0 and 1 (both left out), not {value!r}")
+
+
+def _check_whole(name: str, value: object, *, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise SettingsError(f"{name} must be a whole number of at least {at_least}, not {value!r}")

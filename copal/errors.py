@@ -1,0 +1,40 @@
+"""The errors that copal raises on purpose.
+
+    CopalError                 anything a user can act on; the command line prints one line and exits with 2
+    ├── SettingsError          a setting is out of range (names the setting)
+    ├── DataError              a domain's data cannot be used (names the file or folder)
+    ├── ModelError             a checkpoint is not a causal language model that copal can take apart
+    ├── StateError             a sensitivity state does not belong to this base model or settings, or is damaged
+    └── NumericsError          NaN or infinity (names the layer)
+
+`flows` adds its own subclasses of CopalError beside the code that raises them. An invariant of copal itself is an
+`assert`: it has no class here, and its traceback is a bug report.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CopalError", "DataError", "ModelError", "NumericsError", "SettingsError", "StateError"]
+
+
+class CopalError(Exception):
+    """Says what happened, where, and what to do; one line."""
+
+
+class SettingsError(CopalError):
+    """A setting is missing, of the wrong type or out of range."""
+
+
+class DataError(CopalError):
+    """A domain's data cannot be used as it is."""
+
+
+class ModelError(CopalError):
+    """A folder is not a checkpoint of a causal language model that copal can take apart."""
+
+
+class StateError(CopalError):
+    """A sensitivity state belongs to another base model or other settings, or its files are damaged."""
+
+
+class NumericsError(CopalError):
+    """An activation, a statistic or a solution is not finite."""

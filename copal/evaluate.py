@@ -1,0 +1,95 @@
+"""Perplexity of a checkpoint on domains, and what a step did to the domains before it.
+
+Shapes: N windows, L tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from copal.errors import NumericsError
+from copal.progress import Progress, silent
+from copal.streaming import StreamedModel
+
+__all__ = ["Score", "backward_transfer", "evaluate", "geometric_mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a model predicts a domain's evaluation windows.
+
+    Attributes:
+        nats: summed negative log-likelihood of the predicted tokens, in nats.
+        tokens: number of predicted tokens: all of a window but its first.
+    """
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats / tokens): weighted by tokens, not a mean of the windows' perplexities."""
+        return math.exp(self.nats / self.tokens)
+
+
+def evaluate(
+    folder: Path,
+    windows: Mapping[str, Tensor],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int = 8,
+    progress: Progress = silent,
+) -> dict[str, Score]:
+    """Score the checkpoint in `folder` on every domain's windows in one walk over its blocks.
+
+    Args:
+        folder: a Hugging Face folder with safetensors weights.
+        windows: domain -> (N, L) tokens.
+        batch: windows run through a block at a time.
+
+    Raises:
+        ModelError: `folder` cannot be read as a causal language model.
+        NumericsError: a domain's loss is not finite.
+    """
+    model = StreamedModel(folder, device=device, dtype=dtype)
+    streams = {domain: model.start(tokens, batch) for domain, tokens in windows.items()}
+    for index in range(len(model)):
+        with model.block(index) as block:
+            for stream in streams.values():
+                stream.advance(block)
+        progress("evaluate", index + 1, len(model))
+    scores = {}
+    for domain, stream in streams.items():
+        nats, tokens = 0.0, 0
+        for window, logits in stream.logits():
+            targets = window[0, 1:]
+            nats += F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item()
+            tokens += targets.numel()
+        if not math.isfinite(nats):
+            raise NumericsError(f"the loss of {folder} on {domain} is {nats}: the checkpoint's weights are not sound")
+        scores[domain] = Score(nats, tokens)
+    return scores
+
+
+def backward_transfer(when_newest: Mapping[str, float], now: Mapping[str, float]) -> float | None:
+    """Mean over the earlier domains of log(perplexity when it was the newest / perplexity now).
+
+    Lopez-Paz and Ranzato, "Gradient Episodic Memory" (2017), eq. 3, on log-likelihood per token in place of accuracy.
+    Negative: earlier domains were forgotten. -0.1 is 10.5% more perplexity. None where there is no earlier domain.
+    """
+    if not when_newest:
+        return None
+    return sum(math.log(when_newest[domain] / now[domain]) for domain in when_newest) / len(when_newest)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp of the mean of the logarithms: the right mean for perplexities of different domains."""
+    return math.exp(sum(map(math.log, values)) / len(values))

@@ -1,0 +1,199 @@
+"""Sensitivity statistics: what a domain's inputs say about every linear, and how the statistics of domains add up.
+
+A small change moves the output of a linear by dy = W dx + dW x. Pruning makes dW; its mean square on domain i is
+tr(dW G_i dW^T) with the second moment (uncentred; Gram matrix over tokens) G_i = E_i[x x^T]. So G_i is all that a later
+step needs to know of domain i, and over domains G = sum_i w_i G_i / sum_i w_i. After COPAL (Malla, Choi, Choi 2024,
+arXiv 2405.02347); these formulas are ours.
+
+Shapes: T tokens, I in features, O out features, J = I / 2 rounded up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from copal.architecture import find_linears
+from copal.errors import NumericsError
+
+__all__ = [
+    "Moment",
+    "MomentRecorder",
+    "Packed",
+    "merge",
+    "output_energy",
+    "pack",
+    "record_moments",
+    "scores",
+    "unpack",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Weighted mean of second moments, of one group of linears that read the same input.
+
+    Attributes:
+        second: (I, I) float32, G = sum_i w_i E_i[x x^T] / sum_i w_i.
+        weight: sum_i w_i; for a single domain its own weight.
+        gradient: linear -> (O, I) float32, sum_i w_i E_i[(y_k x_l)^2] / sum_i w_i with y = W x; empty unless the
+            criterion `gradient` is used.
+    """
+
+    second: Tensor
+    weight: float
+    gradient: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def merge(one: Moment, other: Moment) -> Moment:
+    """The weighted mean over the domains of both. Commutative and, up to rounding, associative (ours)."""
+    assert one.gradient.keys() == other.gradient.keys()
+    weight = one.weight + other.weight
+    here, there = one.weight / weight, other.weight / weight
+    gradient = {name: here * one.gradient[name] + there * other.gradient[name] for name in one.gradient}
+    return Moment(here * one.second + there * other.second, weight, gradient)
+
+
+class MomentRecorder:
+    """Sums x x^T over the tokens that reach the linears of one block, while the block runs.
+
+    Linears that are handed the very same tensor share one sum: that is how query/key/value or gate/up are found.
+    """
+
+    def __init__(self, block: nn.Module, *, gradient: bool) -> None:
+        self._linears = find_linears(block)
+        self._gradient = gradient
+        self._group_of: dict[str, str] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._gradient_sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._inputs: list[tuple[Tensor, str]] = []  # of the forward that is under way: keeps them alive
+
+    def groups(self) -> dict[str, list[str]]:
+        """Group (named after its first linear) -> its linears, in the order in which they ran."""
+        groups: dict[str, list[str]] = {}
+        for linear, group in self._group_of.items():
+            groups.setdefault(group, []).append(linear)
+        return groups
+
+    def moments(self, weight: float, where: str) -> dict[str, Moment]:
+        """The moments of all tokens so far, by group.
+
+        Args:
+            weight: the domain's weight w_i.
+            where: the block's name, for the error.
+
+        Raises:
+            NumericsError: a sum is not finite.
+        """
+        moments = {}
+        for group, linears in self.groups().items():
+            tokens = self._tokens[group]
+            gradient = {name: self._gradient_sums[name] / tokens for name in linears} if self._gradient else {}
+            moment = Moment(self._sums[group] / tokens, weight, gradient)
+            if not all(tensor.isfinite().all() for tensor in (moment.second, *gradient.values())):
+                raise NumericsError(
+                    f"the inputs of {where}.{group} are not finite on this domain: "
+                    "check the base model there, or set model.dtype to float32"
+                )
+            moments[group] = moment
+        return moments
+
+    def _before(self, name: str, x: Tensor) -> None:
+        for seen, group in self._inputs:
+            if seen is x:
+                self._group_of.setdefault(name, group)
+                return
+        group = self._group_of.setdefault(name, name)
+        self._inputs.append((x, group))
+        tokens = x.reshape(-1, x.shape[-1]).float()
+        product = tokens.T @ tokens
+        self._sums[group] = self._sums[group].add_(product) if group in self._sums else product
+        self._tokens[group] = self._tokens.get(group, 0) + len(tokens)
+
+    def _after(self, name: str, x: Tensor, y: Tensor) -> None:
+        bias = self._linears[name].bias
+        output = (y - bias if isinstance(bias, Tensor) else y).reshape(-1, y.shape[-1]).float()
+        product = (output * output).T @ x.reshape(-1, x.shape[-1]).float().square()
+        name_seen = name in self._gradient_sums
+        self._gradient_sums[name] = self._gradient_sums[name].add_(product) if name_seen else product
+
+
+@contextmanager
+def record_moments(block: nn.Module, *, gradient: bool) -> Iterator[MomentRecorder]:
+    """Record the moments of everything that runs through `block` inside the `with`."""
+    recorder = MomentRecorder(block, gradient=gradient)
+    hooks = [block.register_forward_hook(lambda *_: recorder._inputs.clear())]
+    for name, linear in recorder._linears.items():
+        hooks.append(linear.register_forward_pre_hook(lambda _, args, name=name: recorder._before(name, args[0])))
+        if gradient:
+            hooks.append(linear.register_forward_hook(lambda _, args, y, name=name: recorder._after(name, args[0], y)))
+    try:
+        yield recorder
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def scores(weight: Tensor, second: Tensor, gradient: Tensor | None = None) -> Tensor:
+    """Score (O, I) of each weight; the higher, the more the output suffers without it.
+
+    Without `gradient` the criterion `output`: |W_kl| sqrt(G_ll), the root mean square by which y_k moves if W_kl goes
+    (Wanda's score, Sun et al. 2023, over all domains). With it the criterion `gradient`:
+    |W_kl| sqrt(E[(y_k x_l)^2]), the weight times the root mean square of the gradient of |y|^2 / 2 (ours).
+    """
+    squares = second.diagonal().clamp_min(0) if gradient is None else gradient
+    return weight.abs() * squares.sqrt()
+
+
+def output_energy(weight: Tensor, second: Tensor) -> float:
+    """tr(W G W^T): the mean square of the output of `weight` (O, I) over the tokens of `second` (I, I)."""
+    return ((weight @ second) * weight).sum().item()
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A symmetric (I, I) matrix as its diagonal and the other half of its unit-diagonal form.
+
+    Attributes:
+        diagonal: (I,) float32.
+        rest: (2, J, J): with R = D^-1/2 G D^-1/2 in blocks [[A, B], [B^T, C]], rest[0] = B and rest[1] = the strict
+            upper triangle of A together with the strict lower triangle of C. So each number is stored once, without
+            an index.
+    """
+
+    diagonal: Tensor
+    rest: Tensor
+
+
+def pack(matrix: Tensor, dtype: torch.dtype) -> Packed:
+    """Pack the symmetric `matrix` (I, I), the part off the diagonal in `dtype`.
+
+    |R| <= 1 for a second moment, so float16 keeps 11 bits of each correlation whatever the scale of its channels.
+    """
+    size = len(matrix)
+    diagonal = matrix.diagonal().clamp_min(0).float()
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    half = (size + 1) // 2
+    unit = matrix.new_zeros(2 * half, 2 * half)
+    unit[:size, :size] = matrix * scale * scale[:, None]
+    triangles = unit[:half, :half].triu(1) + unit[half:, half:].tril(-1)
+    return Packed(diagonal, torch.stack((unit[:half, half:], triangles)).to(dtype))
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The (I, I) float32 matrix that `packed` holds; symmetric to the last bit."""
+    size, half = len(packed.diagonal), packed.rest.shape[-1]
+    corner, triangles = packed.rest.float()
+    unit = torch.zeros(2 * half, 2 * half, device=corner.device)
+    unit[:half, half:] = corner
+    unit[:half, :half] = triangles.triu(1)
+    unit[half:, half:] = triangles.tril(-1).T
+    unit = (unit + unit.T)[:size, :size]
+    unit.fill_diagonal_(1)
+    root = packed.diagonal.sqrt()
+    return unit * root * root[:, None]

@@ -1,0 +1,218 @@
+"""The sensitivity state of a model version on disk.
+
+    state/
+        manifest.json                       what follows is whole and belongs together
+        contribution/block-00000.safetensors ...   the version's own domain: G_i in float16, its diagonal in float32
+        sum/block-00000.safetensors ...            the mean over every domain, float32: all that the next step loads
+
+A contribution is never changed; the sum is what contributions give when they are merged in the order of their domains'
+names. The manifest says for every domain which version's state holds its contribution. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from copal.errors import StateError
+from copal.files import sha256_file, write_json
+from copal.sensitivity import Moment, Packed, merge, pack, unpack
+
+__all__ = ["DomainEntry", "Manifest", "StateReader", "StateWriter", "merge_blocks"]
+
+SCHEMA = "copal.state/1"
+
+Moments = Mapping[str, Moment]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainEntry:
+    """One domain of a state.
+
+    Attributes:
+        name: the domain.
+        md5: version of its data.
+        weight: w_i, fixed when it was merged.
+        tokens: calibration tokens behind G_i.
+        windows: calibration windows.
+        version: model version whose state holds the contribution; None: this state itself.
+        shards: file of the contribution -> its SHA-256.
+    """
+
+    name: str
+    md5: str
+    weight: float
+    tokens: int
+    windows: int
+    version: int | None
+    shards: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a state was made of.
+
+    Attributes:
+        base: fingerprint of the dense base model.
+        statistics: fingerprint of the calibration settings: only equal ones may be summed.
+        criterion: `gradient` states hold its accumulators too.
+        domains: every domain in the sum, by name.
+        sum_shards: file of the sum -> its SHA-256.
+    """
+
+    base: str
+    statistics: str
+    criterion: str
+    domains: tuple[DomainEntry, ...]
+    sum_shards: Mapping[str, str]
+
+    def require(self, *, base: str, statistics: str, criterion: str, where: Path) -> None:
+        """Check that a step with these fingerprints may build on this state.
+
+        Raises:
+            StateError: it may not; says why.
+        """
+        if self.base != base:
+            raise StateError(
+                f"{where} was made for another base model ({self.base[:12]}, this one is {base[:12]}): "
+                "use the base it was made for, or start a new lineage under another model.name"
+            )
+        if self.statistics != statistics:
+            raise StateError(
+                f"{where} was made with other calibration settings: "
+                "put the old ones back in params.yaml, or start a new lineage under another model.name"
+            )
+        if criterion == "gradient" and self.criterion != "gradient":
+            raise StateError(
+                f"{where} holds no gradient statistics: "
+                "set prune.criterion back to output, or start a new lineage under another model.name"
+            )
+
+
+class StateReader:
+    """Reads a state folder; every shard is checked against the manifest when it is read.
+
+    Raises:
+        StateError: the manifest or a shard is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = _read_manifest(folder)
+
+    def sum(self, index: int, device: torch.device) -> dict[str, Moment]:
+        """Moments of block `index` over every domain, by group."""
+        file = f"sum/{_shard_name(index)}"
+        return _to_moments(self._shard(file, self.manifest.sum_shards, device))
+
+    def contribution(self, index: int, entry: DomainEntry, device: torch.device) -> dict[str, Moment]:
+        """Moments of block `index` of this version's own domain, which another manifest names as `entry`."""
+        file = f"contribution/{_shard_name(index)}"
+        return _to_moments(self._shard(file, entry.shards, device))
+
+    def _shard(self, file: str, digests: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
+        path = self.folder / file
+        try:
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != digests.get(file):
+                raise StateError(f"{path} is damaged: its SHA-256 is not the one in the manifest")
+            tensors = safetensors.torch.load(data)
+        except (OSError, SafetensorError) as error:
+            raise StateError(f"{path} cannot be read: {error}") from error
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+class StateWriter:
+    """Writes a state folder block by block; without its manifest, written last, a folder is no state."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._digests: dict[str, dict[str, str]] = {"contribution": {}, "sum": {}}
+        for part in self._digests:
+            (folder / part).mkdir(parents=True)
+
+    def contribution(self, index: int, moments: Moments) -> dict[str, Moment]:
+        """Write the new domain's moments of block `index`; returns them as a later step will read them."""
+        tensors = _to_tensors(moments, rest=torch.float16, gradient=torch.bfloat16)
+        self._write("contribution", index, tensors)
+        return _to_moments(tensors)
+
+    def sum(self, index: int, moments: Moments) -> None:
+        """Write the moments of block `index` over every domain."""
+        self._write("sum", index, _to_tensors(moments, rest=torch.float32, gradient=torch.float32))
+
+    def finish(
+        self, *, base: str, statistics: str, criterion: str, own: DomainEntry, others: Iterable[DomainEntry]
+    ) -> Manifest:
+        """Write the manifest; `own` is the domain of this state's contribution (its shards are filled in here)."""
+        entry = DomainEntry(**{**_as_dict(own), "shards": self._digests["contribution"]})
+        domains = tuple(sorted((entry, *others), key=lambda domain: domain.name))
+        manifest = Manifest(
+            base=base, statistics=statistics, criterion=criterion, domains=domains, sum_shards=self._digests["sum"]
+        )
+        write_json(self._folder / "manifest.json", {"schema": SCHEMA, **asdict(manifest)})
+        return manifest
+
+    def _write(self, part: str, index: int, tensors: dict[str, Tensor]) -> None:
+        file = f"{part}/{_shard_name(index)}"
+        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(on_cpu, self._folder / file)
+        self._digests[part][file] = sha256_file(self._folder / file)
+
+
+def merge_blocks(parts: Iterable[Moments]) -> dict[str, Moment]:
+    """Merge the moments of one block from several domains, group by group, in the order given."""
+    return reduce(lambda one, other: {group: merge(one[group], other[group]) for group in one}, map(dict, parts))
+
+
+def _shard_name(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
+
+
+def _to_tensors(moments: Moments, *, rest: torch.dtype, gradient: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
+    for group, moment in moments.items():
+        packed = pack(moment.second, rest)
+        tensors[f"{group}:diagonal"], tensors[f"{group}:rest"] = packed.diagonal, packed.rest
+        tensors[f"{group}:weight"] = torch.tensor(moment.weight, dtype=torch.float64)
+        for linear, squares in moment.gradient.items():
+            tensors[f"{group}:gradient:{linear}"] = squares.to(gradient)
+    return tensors
+
+
+def _to_moments(tensors: Mapping[str, Tensor]) -> dict[str, Moment]:
+    moments = {}
+    for group in dict.fromkeys(name.split(":")[0] for name in tensors):
+        prefix = f"{group}:gradient:"
+        gradient = {name.removeprefix(prefix): tensors[name].float() for name in tensors if name.startswith(prefix)}
+        second = unpack(Packed(tensors[f"{group}:diagonal"], tensors[f"{group}:rest"]))
+        moments[group] = Moment(second, tensors[f"{group}:weight"].item(), gradient)
+    return moments
+
+
+def _as_dict(entry: DomainEntry) -> dict[str, Any]:
+    return {**asdict(entry), "shards": entry.shards}
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / "manifest.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("schema") != SCHEMA:
+            raise StateError(f"{path} is not of schema {SCHEMA}: another version of copal wrote it")
+        domains = tuple(DomainEntry(**domain) for domain in values.pop("domains"))
+        return Manifest(domains=domains, **values)
+    except OSError as error:
+        raise StateError(f"{folder} holds no state: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StateError(f"{path} is damaged: {error}") from error

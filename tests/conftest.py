@@ -1,0 +1,58 @@
+"""What the tests share: tiny random models, made in a second, and one CPU device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.update(  # before any library reads it: nothing phones home, no hub is asked
+    HF_HUB_OFFLINE="1", DVC_NO_ANALYTICS="1", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="1",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cpu() -> torch.device:
+    return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_model(seed=0, blocks=2) -> the folder of a tiny random Llama, float32."""
+
+    def make(seed: int = 0, blocks: int = 2, hidden: int = 32, vocabulary: int = 128) -> Path:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=blocks,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=vocabulary,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.3,
+        )
+        folder = tmp_path_factory.mktemp("model")
+        LlamaForCausalLM(config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_windows() -> Callable[..., torch.Tensor]:
+    """make_windows(seed, windows=8) -> (N, L) tokens; each seed speaks another dialect (other tokens, other order)."""
+
+    def make(seed: int, windows: int = 8, length: int = 32, vocabulary: int = 128) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        favoured = torch.rand(vocabulary, generator=generator) ** 4
+        return torch.multinomial(favoured, windows * length, replacement=True, generator=generator).view(windows, length)
+
+    return make
