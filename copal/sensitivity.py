@@ -23,39 +23,50 @@ from copal.errors import NumericsError
 __all__ = [
     "Moment",
     "MomentRecorder",
-    "Packed",
+    "fold",
     "merge",
     "output_energy",
     "pack",
     "record_moments",
     "scores",
+    "unfold",
     "unpack",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Weighted mean of second moments, of one group of linears that read the same input.
+    """Second moments over one or more domains, of one group of linears that read the same input.
+
+    Kept as sums: plain additions round once each, so that the order of the domains hardly shows.
 
     Attributes:
-        second: (I, I) float32, G = sum_i w_i E_i[x x^T] / sum_i w_i.
-        weight: sum_i w_i; for a single domain its own weight.
-        gradient: linear -> (O, I) float32, sum_i w_i E_i[(y_k x_l)^2] / sum_i w_i with y = W x; empty unless the
-            criterion `gradient` is used.
+        total: (I, I) float32, sum_i w_i E_i[x x^T].
+        weight: sum_i w_i.
+        gradient_total: linear -> (O, I) float32, sum_i w_i E_i[(y_k x_l)^2] with y = W x; empty unless the criterion
+            `gradient` is used.
     """
 
-    second: Tensor
+    total: Tensor
     weight: float
-    gradient: Mapping[str, Tensor] = field(default_factory=dict)
+    gradient_total: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def second(self) -> Tensor:
+        """G (I, I): the weighted mean of the domains' second moments."""
+        return self.total / self.weight
+
+    @property
+    def gradient(self) -> dict[str, Tensor]:
+        """Linear -> (O, I): the weighted mean of the domains' E_i[(y_k x_l)^2]."""
+        return {name: total / self.weight for name, total in self.gradient_total.items()}
 
 
 def merge(one: Moment, other: Moment) -> Moment:
-    """The weighted mean over the domains of both. Commutative and, up to rounding, associative (ours)."""
-    assert one.gradient.keys() == other.gradient.keys()
-    weight = one.weight + other.weight
-    here, there = one.weight / weight, other.weight / weight
-    gradient = {name: here * one.gradient[name] + there * other.gradient[name] for name in one.gradient}
-    return Moment(here * one.second + there * other.second, weight, gradient)
+    """The moments over the domains of both. Commutative and, up to rounding, associative (ours)."""
+    assert one.gradient_total.keys() == other.gradient_total.keys()
+    gradient = {name: one.gradient_total[name] + other.gradient_total[name] for name in one.gradient_total}
+    return Moment(one.total + other.total, one.weight + other.weight, gradient)
 
 
 class MomentRecorder:
@@ -93,9 +104,10 @@ class MomentRecorder:
         moments = {}
         for group, linears in self.groups().items():
             tokens = self._tokens[group]
-            gradient = {name: self._gradient_sums[name] / tokens for name in linears} if self._gradient else {}
-            moment = Moment(self._sums[group] / tokens, weight, gradient)
-            if not all(tensor.isfinite().all() for tensor in (moment.second, *gradient.values())):
+            share = weight / tokens
+            gradient = {name: self._gradient_sums[name] * share for name in linears} if self._gradient else {}
+            moment = Moment(self._sums[group] * share, weight, gradient)
+            if not all(tensor.isfinite().all() for tensor in (moment.total, *gradient.values())):
                 raise NumericsError(
                     f"the inputs of {where}.{group} are not finite on this domain: "
                     "check the base model there, or set model.dtype to float32"
@@ -155,45 +167,46 @@ def output_energy(weight: Tensor, second: Tensor) -> float:
     return ((weight @ second) * weight).sum().item()
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A symmetric (I, I) matrix as its diagonal and the other half of its unit-diagonal form.
+def fold(matrix: Tensor) -> Tensor:
+    """The part off the diagonal of a symmetric (I, I) matrix as (2, J, J): each number once, without an index.
 
-    Attributes:
-        diagonal: (I,) float32.
-        rest: (2, J, J): with R = D^-1/2 G D^-1/2 in blocks [[A, B], [B^T, C]], rest[0] = B and rest[1] = the strict
-            upper triangle of A together with the strict lower triangle of C. So each number is stored once, without
-            an index.
+    In blocks [[A, B], [B^T, C]], the first is B, the second the strict upper triangle of A together with the strict
+    lower triangle of C.
     """
+    size, half = len(matrix), (len(matrix) + 1) // 2
+    even = torch.zeros(2 * half, 2 * half, device=matrix.device, dtype=matrix.dtype)
+    even[:size, :size] = matrix
+    return torch.stack((even[:half, half:], even[:half, :half].triu(1) + even[half:, half:].tril(-1)))
 
-    diagonal: Tensor
-    rest: Tensor
+
+def unfold(folded: Tensor, diagonal: Tensor) -> Tensor:
+    """The inverse of `fold`, with `diagonal` (I,); symmetric to the last bit."""
+    size, half = len(diagonal), folded.shape[-1]
+    corner, triangles = folded
+    even = torch.zeros(2 * half, 2 * half, device=folded.device, dtype=folded.dtype)
+    even[:half, half:] = corner
+    even[:half, :half] = triangles.triu(1)
+    even[half:, half:] = triangles.tril(-1).T
+    matrix = (even + even.T)[:size, :size]
+    matrix.diagonal().copy_(diagonal)
+    return matrix
 
 
-def pack(matrix: Tensor, dtype: torch.dtype) -> Packed:
-    """Pack the symmetric `matrix` (I, I), the part off the diagonal in `dtype`.
+def pack(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A symmetric (I, I) matrix as its diagonal, float32, and its correlations (2, J, J), float16, folded.
 
-    |R| <= 1 for a second moment, so float16 keeps 11 bits of each correlation whatever the scale of its channels.
+    |G_kl| <= sqrt(G_kk G_ll) for a second moment, so float16 keeps 11 bits of each correlation whatever the scale of
+    its channels (ours).
     """
-    size = len(matrix)
-    diagonal = matrix.diagonal().clamp_min(0).float()
+    diagonal = matrix.diagonal().clamp_min(0)
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    half = (size + 1) // 2
-    unit = matrix.new_zeros(2 * half, 2 * half)
-    unit[:size, :size] = matrix * scale * scale[:, None]
-    triangles = unit[:half, :half].triu(1) + unit[half:, half:].tril(-1)
-    return Packed(diagonal, torch.stack((unit[:half, half:], triangles)).to(dtype))
+    return diagonal, fold(matrix * torch.outer(scale, scale)).to(torch.float16)
 
 
-def unpack(packed: Packed) -> Tensor:
-    """The (I, I) float32 matrix that `packed` holds; symmetric to the last bit."""
-    size, half = len(packed.diagonal), packed.rest.shape[-1]
-    corner, triangles = packed.rest.float()
-    unit = torch.zeros(2 * half, 2 * half, device=corner.device)
-    unit[:half, half:] = corner
-    unit[:half, :half] = triangles.triu(1)
-    unit[half:, half:] = triangles.tril(-1).T
-    unit = (unit + unit.T)[:size, :size]
-    unit.fill_diagonal_(1)
-    root = packed.diagonal.sqrt()
-    return unit * root * root[:, None]
+def unpack(diagonal: Tensor, correlations: Tensor) -> Tensor:
+    """The (I, I) float32 matrix that `pack` took; symmetric to the last bit."""
+    root = diagonal.sqrt()
+    unit = unfold(correlations.float(), torch.ones_like(diagonal))
+    matrix = unit * torch.outer(root, root)
+    matrix.diagonal().copy_(diagonal)
+    return matrix

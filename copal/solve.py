@@ -84,11 +84,13 @@ def prune_group(weights: Mapping[str, Tensor], moment: Moment, config: PruneConf
         NumericsError: a solution is not finite.
     """
     dense = torch.cat(list(weights.values()))  # rows do not touch one another: one large product is faster
-    gradient = torch.cat([moment.gradient[name] for name in weights]) if moment.gradient else None
-    second = damped(moment.second, config.damping)
+    squares = moment.gradient
+    gradient = torch.cat([squares[name] for name in weights]) if squares else None
+    observed = moment.second
+    second = damped(observed, config.damping)
     solution = dense
     for share in config.rounds:
-        mask = row_mask(scores(solution, moment.second, gradient), share * config.sparsity)
+        mask = row_mask(scores(solution, observed, gradient), share * config.sparsity)
         solution = masked_solve(dense, solution, mask, second, iterations=config.iterations)
     if not solution.isfinite().all():
         raise NumericsError(f"the solved weights of {next(iter(weights))} are not finite: raise prune.damping")

@@ -2,8 +2,8 @@
 
     state/
         manifest.json                       what follows is whole and belongs together
-        contribution/block-00000.safetensors ...   the version's own domain: G_i in float16, its diagonal in float32
-        sum/block-00000.safetensors ...            the mean over every domain, float32: all that the next step loads
+        contribution/block-00000.safetensors ...   the version's own domain: correlations float16, diagonal float32
+        sum/block-00000.safetensors ...            the sum over every domain, float32: all that the next step loads
 
 A contribution is never changed; the sum is what contributions give when they are merged in the order of their domains'
 names. The manifest says for every domain which version's state holds its contribution. Nothing is pickled.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from copal.errors import StateError
 from copal.files import sha256_file, write_json
-from copal.sensitivity import Moment, Packed, merge, pack, unpack
+from copal.sensitivity import Moment, fold, merge, pack, unfold, unpack
 
 __all__ = ["DomainEntry", "Manifest", "StateReader", "StateWriter", "merge_blocks"]
 
@@ -143,13 +143,21 @@ class StateWriter:
 
     def contribution(self, index: int, moments: Moments) -> dict[str, Moment]:
         """Write the new domain's moments of block `index`; returns them as a later step will read them."""
-        tensors = _to_tensors(moments, rest=torch.float16, gradient=torch.bfloat16)
+        tensors = {}
+        for group, moment in moments.items():
+            tensors[f"{group}:diagonal"], tensors[f"{group}:correlations"] = pack(moment.total)
+            tensors |= _shared_tensors(group, moment, torch.bfloat16)
         self._write("contribution", index, tensors)
         return _to_moments(tensors)
 
     def sum(self, index: int, moments: Moments) -> None:
         """Write the moments of block `index` over every domain."""
-        self._write("sum", index, _to_tensors(moments, rest=torch.float32, gradient=torch.float32))
+        tensors = {}
+        for group, moment in moments.items():
+            tensors[f"{group}:diagonal"] = moment.total.diagonal()
+            tensors[f"{group}:folded"] = fold(moment.total)
+            tensors |= _shared_tensors(group, moment, torch.float32)
+        self._write("sum", index, tensors)
 
     def finish(
         self, *, base: str, statistics: str, criterion: str, own: DomainEntry, others: Iterable[DomainEntry]
@@ -179,24 +187,22 @@ def _shard_name(index: int) -> str:
     return f"block-{index:05d}.safetensors"
 
 
-def _to_tensors(moments: Moments, *, rest: torch.dtype, gradient: torch.dtype) -> dict[str, Tensor]:
-    tensors = {}
-    for group, moment in moments.items():
-        packed = pack(moment.second, rest)
-        tensors[f"{group}:diagonal"], tensors[f"{group}:rest"] = packed.diagonal, packed.rest
-        tensors[f"{group}:weight"] = torch.tensor(moment.weight, dtype=torch.float64)
-        for linear, squares in moment.gradient.items():
-            tensors[f"{group}:gradient:{linear}"] = squares.to(gradient)
-    return tensors
+def _shared_tensors(group: str, moment: Moment, gradient: torch.dtype) -> dict[str, Tensor]:
+    """What contributions and sums store alike."""
+    tensors = {f"{group}:gradient:{linear}": total.to(gradient) for linear, total in moment.gradient_total.items()}
+    return {f"{group}:weight": torch.tensor(moment.weight, dtype=torch.float64), **tensors}
 
 
 def _to_moments(tensors: Mapping[str, Tensor]) -> dict[str, Moment]:
     moments = {}
     for group in dict.fromkeys(name.split(":")[0] for name in tensors):
-        prefix = f"{group}:gradient:"
+        diagonal, prefix = tensors[f"{group}:diagonal"], f"{group}:gradient:"
+        if f"{group}:folded" in tensors:
+            total = unfold(tensors[f"{group}:folded"], diagonal)
+        else:
+            total = unpack(diagonal, tensors[f"{group}:correlations"])
         gradient = {name.removeprefix(prefix): tensors[name].float() for name in tensors if name.startswith(prefix)}
-        second = unpack(Packed(tensors[f"{group}:diagonal"], tensors[f"{group}:rest"]))
-        moments[group] = Moment(second, tensors[f"{group}:weight"].item(), gradient)
+        moments[group] = Moment(total, tensors[f"{group}:weight"].item(), gradient)
     return moments
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: tiny random models, made in a second, and one CPU device."""
+"""What the tests share: tiny random models with a tokenizer, token windows, and workspaces with real git and DVC."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-
 os.environ.update(  # before any library reads it: nothing phones home, no hub is asked
     HF_HUB_OFFLINE="1", DVC_NO_ANALYTICS="1", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="1",
-    PREFECT_SERVER_ANALYTICS_ENABLED="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120", PREFECT_LOGGING_LEVEL="CRITICAL",
 )  # fmt: skip
+for name in ("MLFLOW_TRACKING_URI", "COPAL_REGISTRY_URI", "PREFECT_API_URL"):
+    os.environ.pop(name, None)
+
+import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +25,7 @@ def cpu() -> torch.device:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_model(seed=0, blocks=2) -> the folder of a tiny random Llama, float32."""
+    """make_model(seed=0, blocks=2) -> the folder of a tiny random Llama, float32, without a tokenizer."""
 
     def make(seed: int = 0, blocks: int = 2, hidden: int = 32, vocabulary: int = 128) -> Path:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,12 +41,30 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             max_position_embeddings=256,
             tie_word_embeddings=True,
             initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=1,
         )
         folder = tmp_path_factory.mktemp("model")
         LlamaForCausalLM(config).save_pretrained(folder)
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_base(make_model: Callable[..., Path]) -> Path:
+    """A tiny random Llama with a tokenizer of bytes: a whole Hugging Face folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = make_model(vocabulary=258)
+    vocabulary = {"<s>": 0, "</s>": 1}
+    vocabulary |= {character: 2 + index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -53,6 +74,7 @@ def make_windows() -> Callable[..., torch.Tensor]:
     def make(seed: int, windows: int = 8, length: int = 32, vocabulary: int = 128) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         favoured = torch.rand(vocabulary, generator=generator) ** 4
-        return torch.multinomial(favoured, windows * length, replacement=True, generator=generator).view(windows, length)
+        drawn = torch.multinomial(favoured, windows * length, replacement=True, generator=generator)
+        return drawn.view(windows, length)
 
     return make

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from itertools import permutations
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from copal.checkpoint import Checkpoint
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import StateError
 from copal.evaluate import evaluate
-from copal.state import StateReader
+from copal.state import Manifest, StateReader
 from copal.step import Base, NewDomain, Parent, StepReport, prune_step
 
 CALIBRATION = CalibrationConfig(window_length=32, windows=8)
@@ -23,7 +24,7 @@ class Lineage:
 
     def __init__(self, base: Path, folder: Path, prune: PruneConfig = PRUNE) -> None:
         self.base = Base(folder=base, fingerprint="base")
-        self.folder, self.prune = folder, prune
+        self.folder, self.prune, self.calibration = folder, prune, CALIBRATION
         self.parent: Parent | None = None
         self.number = 1
 
@@ -33,11 +34,21 @@ class Lineage:
         domain = NewDomain(name=name, md5=md5, weight=weight, windows=windows)
         report = prune_step(
             self.base, self.parent, domain, out,
-            calibration=CALIBRATION, prune=self.prune, device=torch.device("cpu"), dtype=torch.float32,
+            calibration=self.calibration, prune=self.prune, device=torch.device("cpu"), dtype=torch.float32,
         )  # fmt: skip
         states = {**self.parent.states, self.parent.version: self.parent.state} if self.parent else {}
         self.parent = Parent(version=self.number, model=out / "model", state=out / "state", states=states)
         return report
+
+    @property
+    def model(self) -> Path:
+        assert self.parent
+        return self.parent.model
+
+    @property
+    def manifest(self) -> Manifest:
+        assert self.parent
+        return StateReader(self.parent.state).manifest
 
     def weights(self) -> dict[str, torch.Tensor]:
         assert self.parent
@@ -55,21 +66,132 @@ def dialects(make_windows):
     return {name: make_windows(seed) for seed, name in enumerate(("code", "legal", "medical"))}
 
 
-def test_all_six_orders_end_with_the_same_model_which_is_that_of_all_data_at_once(
-    make_model, dialects, tmp_path, cpu
-):
+def test_all_six_orders_end_with_the_same_model_which_is_that_of_all_data_at_once(make_model, dialects, tmp_path, cpu):
     base = make_model()
-    ends = []
+    at_once = Lineage(base, tmp_path / "at-once")
+    at_once.add("all", torch.cat(list(dialects.values())))
+    expected = evaluate(at_once.model, dialects, device=cpu, dtype=torch.float32)
     for order in permutations(dialects):
         lineage = Lineage(base, tmp_path / "-".join(order))
         for name in order:
             lineage.add(name, dialects[name])
-        ends.append(lineage)
-    at_once = Lineage(base, tmp_path / "at-once")
-    at_once.add("all", torch.cat(list(dialects.values())))
-    expected = evaluate(at_once.parent.model, dialects, device=cpu, dtype=torch.float32)
-    for lineage in ends:
         assert share_of_other_masks(lineage.weights(), at_once.weights()) <= 1e-4
-        found = evaluate(lineage.parent.model, dialects, device=cpu, dtype=torch.float32)
+        found = evaluate(lineage.model, dialects, device=cpu, dtype=torch.float32)
         for name in dialects:
             assert found[name].perplexity == pytest.approx(expected[name].perplexity, rel=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ["output", "gradient"])
+def test_weights_that_an_earlier_step_pruned_come_back_and_the_count_is_right(
+    make_model, dialects, tmp_path, criterion
+):
+    lineage = Lineage(make_model(), tmp_path, PruneConfig(criterion=criterion))
+    first = lineage.add("code", dialects["code"])
+    before = lineage.weights()
+    second = lineage.add("legal", dialects["legal"])
+    after = lineage.weights()
+    back = sum(int(((before[name] == 0) & (after[name] != 0)).sum()) for name in before)
+    assert first.weights_back == 0
+    assert second.weights_back == back > 0
+    assert second.sparsity == sum(int((w == 0).sum()) for w in after.values()) / sum(w.numel() for w in after.values())
+    assert second.sparsity == pytest.approx(0.5, abs=1e-6)
+
+
+def test_a_new_version_of_a_domain_replaces_the_old_one_as_if_that_had_never_been(make_model, dialects, tmp_path):
+    base = make_model()
+    replaced, never = Lineage(base, tmp_path / "replaced"), Lineage(base, tmp_path / "never")
+    replaced.add("code", dialects["code"], md5="A")
+    replaced.add("legal", dialects["legal"])
+    replaced.add("code", dialects["medical"], md5="B")
+    never.add("legal", dialects["legal"])
+    never.add("code", dialects["medical"], md5="B")
+    assert share_of_other_masks(replaced.weights(), never.weights()) <= 1e-4
+    assert [(entry.name, entry.md5) for entry in replaced.manifest.domains] == [("code", "B"), ("legal", "1")]
+
+    replaced.add("code", dialects["code"], md5="A")  # and back again
+    back = Lineage(base, tmp_path / "back")
+    back.add("code", dialects["code"], md5="A")
+    back.add("legal", dialects["legal"])
+    assert share_of_other_masks(replaced.weights(), back.weights()) <= 1e-4
+
+
+def test_the_only_domain_may_be_replaced(make_model, dialects, tmp_path):
+    lineage, fresh = Lineage(make_model(), tmp_path / "a"), Lineage(make_model(), tmp_path / "b")
+    lineage.add("code", dialects["code"], md5="A")
+    lineage.add("code", dialects["legal"], md5="B")
+    fresh.add("code", dialects["legal"], md5="B")
+    assert share_of_other_masks(lineage.weights(), fresh.weights()) == 0
+
+
+def test_a_heavier_domain_is_kept_better(make_model, dialects, tmp_path):
+    errors = {}
+    for weight in (1.0, 8.0):
+        lineage = Lineage(make_model(), tmp_path / str(weight))
+        lineage.add("code", dialects["code"])
+        report = lineage.add("legal", dialects["legal"], weight=weight)
+        errors[weight] = sum(layer.error_after for layer in report.layers)
+    assert errors[8.0] < errors[1.0]
+
+
+def test_the_report_tells_how_the_new_domain_meets_the_model(make_model, dialects, tmp_path):
+    lineage = Lineage(make_model(), tmp_path)
+    first = lineage.add("code", dialects["code"])
+    second = lineage.add("legal", dialects["legal"])
+    assert all(layer.error_before is None and layer.response_shift is None for layer in first.layers)
+    assert [layer.name for layer in second.layers][:2] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.k_proj",
+    ]
+    assert all(0 < layer.error_after < layer.error_before for layer in second.layers)
+    assert all(layer.response_shift > 0 for layer in second.layers)
+
+
+def test_the_pruned_folder_loads_with_from_pretrained_and_differs_in_the_linears_only(make_model, dialects, tmp_path):
+    base = make_model()
+    lineage = Lineage(base, tmp_path)
+    lineage.add("code", dialects["code"])
+    dense = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    pruned = AutoModelForCausalLM.from_pretrained(lineage.model).state_dict()
+    assert dense.keys() == pruned.keys()
+    changed = {name for name in dense if not torch.equal(dense[name], pruned[name])}
+    assert changed == {name for name in dense if "layers" in name and dense[name].ndim == 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": Base(folder=Path(), fingerprint="other")}, "another base model"),
+        ({"calibration": CalibrationConfig(window_length=32, windows=9)}, "other calibration settings"),
+        ({"prune": PruneConfig(criterion="gradient")}, "no gradient statistics"),
+    ],
+)
+def test_a_state_of_another_base_or_other_settings_is_refused(make_model, dialects, tmp_path, change, message):
+    lineage = Lineage(make_model(), tmp_path)
+    lineage.add("code", dialects["code"])
+    if "base" in change:
+        lineage.base = Base(folder=lineage.base.folder, fingerprint="other")
+    lineage.calibration = change.get("calibration", lineage.calibration)
+    lineage.prune = change.get("prune", lineage.prune)
+    with pytest.raises(StateError, match=message):
+        lineage.add("legal", dialects["legal"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v2"]
+
+
+def test_a_damaged_state_is_named_and_nothing_is_left_behind(make_model, dialects, tmp_path):
+    lineage = Lineage(make_model(), tmp_path)
+    lineage.add("code", dialects["code"])
+    shard = tmp_path / "v2" / "state" / "sum" / "block-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(StateError, match=r"block-00001\.safetensors is damaged"):
+        lineage.add("legal", dialects["legal"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v2"]
+
+
+def test_the_state_of_a_later_version_needs_the_sum_only(make_model, dialects, tmp_path):
+    lineage = Lineage(make_model(), tmp_path)
+    lineage.add("code", dialects["code"])
+    shutil.rmtree(tmp_path / "v2" / "state" / "contribution")
+    lineage.add("legal", dialects["legal"])
+    assert [entry.version for entry in lineage.manifest.domains] == [2, None]

@@ -1,0 +1,272 @@
+"""Is this machine ready, and if not, what to do: Python, libraries, git, stores, disk and the workspace itself."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from copal.errors import CopalError
+from flows.settings import Settings, Workspace, WorkspaceError, load_settings, open_workspace
+
+__all__ = ["Check", "doctor", "render"]
+
+# What a broken installation raises when it is imported or asked.
+_BROKEN = (ImportError, OSError, RuntimeError, AttributeError, ValueError)
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """What a look at one thing found.
+
+    Attributes:
+        ok: True; False where copal cannot work like this; None where it can, but the user should know.
+        advice: what to do; empty where there is nothing to do.
+    """
+
+    name: str
+    ok: bool | None
+    found: str
+    advice: str = ""
+
+
+def doctor(path: Path) -> list[Check]:
+    """Look at everything that copal needs. Works outside a workspace too; changes nothing."""
+    workspace, settings, place = _workspace(path)
+    looks: list[tuple[str, Callable[[], Check]]] = [
+        ("python", _python),
+        ("torch", lambda: _torch(settings)),
+        ("transformers", lambda: _package("transformers")),
+        ("git", lambda: _git(path)),
+        ("dvc", lambda: _dvc(workspace, settings)),
+        ("mlflow", lambda: _mlflow(workspace, settings)),
+        ("prefect", _prefect),
+        ("fastapi", lambda: _package("fastapi")),
+        ("disk", lambda: _disk(path, workspace, settings)),
+    ]
+    return [*(_look(name, look) for name, look in looks), place]
+
+
+def render(checks: Iterable[Check]) -> str:
+    """Plain lines: a mark, the name, what was found, and below it the advice."""
+    marks = {True: "ok", False: "wrong", None: "note"}
+    lines = []
+    for check in checks:
+        lines.append(f"{marks[check.ok]:<6}{check.name:<13}{check.found}")
+        if check.advice:
+            lines.append(f"{'':<19}-> {check.advice}")
+    return "\n".join(lines)
+
+
+def _look(name: str, look: Callable[[], Check]) -> Check:
+    """One thing that is broken must not keep the others from being looked at."""
+    try:
+        return look()
+    except CopalError as error:
+        return Check(name=name, ok=False, found=_line(error), advice="mend what the line above names")
+    except _BROKEN as error:
+        return Check(
+            name=name, ok=False, found=f"is broken: {_line(error)}", advice="install copal again, in a new venv"
+        )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _python() -> Check:
+    found = f"{sys.version.split()[0]} ({sys.executable})"
+    enough = sys.version_info >= (3, 11)
+    return Check(
+        name="python", ok=enough, found=found, advice="" if enough else "make a venv with Python 3.11 or newer"
+    )
+
+
+def _package(name: str) -> Check:
+    """Whether a package is installed in the range that copal's own metadata asks for."""
+    from packaging.requirements import Requirement
+
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Check(name=name, ok=False, found="is not installed", advice=f"pip install {name}")
+    try:
+        wanted = [Requirement(line) for line in metadata.requires("copal") or []]
+    except metadata.PackageNotFoundError:  # copal runs from its sources
+        wanted = []
+    for requirement in wanted:
+        fits = requirement.specifier.contains(version, prereleases=True)
+        if requirement.name == name and not requirement.marker and not fits:
+            return Check(
+                name=name,
+                ok=False,
+                found=f"{version}, copal needs {requirement.specifier}",
+                advice=f"pip install '{name}{requirement.specifier}'",
+            )
+    return Check(name=name, ok=True, found=version)
+
+
+def _torch(settings: Settings) -> Check:
+    check = _package("torch")
+    if not check.ok:
+        return check
+    import torch
+
+    from copal.streaming import compute_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = str(compute_dtype(settings.model.dtype, device)).removeprefix("torch.")
+    if device.type == "cuda":
+        gib = torch.cuda.get_device_properties(device).total_memory / _GIB
+        kind = f"{torch.cuda.get_device_name(device)}, {gib:.0f} GiB"
+    else:
+        kind = f"CPU, {torch.get_num_threads()} threads"
+    unused = device.type == "cpu" and shutil.which("nvidia-smi") is not None
+    return Check(
+        name="torch",
+        ok=None if unused else True,
+        found=f"{check.found}, {kind}, products in {dtype}",
+        advice="this torch does not see the NVIDIA GPU: install a CUDA build, see pytorch.org" if unused else "",
+    )
+
+
+def _git(path: Path) -> Check:
+    if shutil.which("git") is None:
+        return Check(name="git", ok=False, found="is not on PATH", advice="install git")
+    here = path if path.is_dir() else Path.cwd()
+
+    def ask(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    version = ask("--version").removeprefix("git version ")
+    name, email = ask("config", "user.name"), ask("config", "user.email")
+    if name and email:
+        return Check(name="git", ok=True, found=f"{version}, commits as {name} <{email}>")
+    return Check(
+        name="git",
+        ok=None,
+        found=f"{version}, knows no user name or e-mail address",
+        advice="git config --global user.name NAME; git config --global user.email ADDRESS",
+    )
+
+
+def _dvc(workspace: Workspace | None, settings: Settings) -> Check:
+    check = _package("dvc")
+    if not check.ok or workspace is None:
+        return check
+    from flows.datasets import dataset_versions
+
+    branch = settings.watch.branch or "HEAD"
+    domains = [version.domain for version in dataset_versions(workspace.root, branch)]
+    found = f"{check.found}, domains at {branch}: {', '.join(domains) or 'none'}"
+    configs = [workspace.root / ".dvc" / name for name in ("config", "config.local")]
+    texts = [config.read_text(encoding="utf-8") for config in configs if config.is_file()]
+    if any(re.search(r"""^\s*\[\s*['"]?remote\b""", text, re.MULTILINE) for text in texts):
+        return Check(name="dvc", ok=True, found=found)
+    return Check(
+        name="dvc",
+        ok=None,
+        found=f"{found}; no remote",
+        advice="the data is on this machine only: dvc remote add -d NAME URL, then dvc push",
+    )
+
+
+def _mlflow(workspace: Workspace | None, settings: Settings) -> Check:
+    check = _package("mlflow")
+    if not check.ok or workspace is None:
+        return check
+    from flows.registry import open_registry
+
+    store = re.sub(r"//[^@/\s]*@", "//", workspace.registry_uri(settings))  # without user and password
+    head = open_registry(workspace, settings).head()
+    if head is None:
+        return Check(
+            name="mlflow",
+            ok=None,
+            found=f"{check.found}, no version of {settings.model.name} in {store}",
+            advice=f"register a base model: copal init {workspace.root} --base SOURCE",
+        )
+    return Check(
+        name="mlflow",
+        ok=True,
+        found=f"{check.found}, newest is version {head.number} of {settings.model.name} in {store}",
+    )
+
+
+def _prefect() -> Check:
+    check = _package("prefect")
+    if not check.ok:
+        return check
+    from prefect.settings import get_current_settings
+
+    address = get_current_settings().api.url
+    if not address:
+        return Check(name="prefect", ok=True, found=f"{check.found}, a temporary server for each run")
+    shown = re.sub(r"//[^@/\s]*@", "//", address)
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=5):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it wants an authentication that this check does not have, but it is there
+    except OSError as error:
+        return Check(
+            name="prefect",
+            ok=False,
+            found=f"{check.found}, the server {shown} does not answer ({_line(error)})",
+            advice="start it, or unset PREFECT_API_URL to use a temporary one",
+        )
+    return Check(name="prefect", ok=True, found=f"{check.found}, the server {shown} answers")
+
+
+def _disk(path: Path, workspace: Workspace | None, settings: Settings) -> Check:
+    place = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    base = _base_size(workspace, settings)
+    if base is None:
+        return Check(
+            name="disk", ok=True, found=f"{free / _GIB:.1f} GiB free; a step needs about 2.2 times the base model"
+        )
+    needed = 2.2 * base + _GIB
+    found = f"{free / _GIB:.1f} GiB free; a step needs about {needed / _GIB:.1f} GiB"
+    if free >= needed:
+        return Check(name="disk", ok=True, found=found)
+    return Check(name="disk", ok=False, found=found, advice=f"make room, or move {place} to a larger disk")
+
+
+def _base_size(workspace: Workspace | None, settings: Settings) -> int | None:
+    """Bytes of the base model; None where it cannot be told without fetching it."""
+    from flows.registry import open_registry
+
+    if workspace is None:
+        return None
+    try:
+        registry = open_registry(workspace, settings)
+        versions = registry.versions()
+        if not versions or "://" in versions[0].location.removeprefix("file://"):
+            return None
+        model = registry.folder(versions[0]) / "model"
+    except CopalError:  # the check of MLflow tells
+        return None
+    return sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+
+
+def _workspace(path: Path) -> tuple[Workspace | None, Settings, Check]:
+    """The workspace where there is a usable one, its settings or else the defaults, and the check of both."""
+    try:
+        workspace = open_workspace(path)
+    except WorkspaceError as error:
+        return None, Settings(), Check(name="workspace", ok=None, found="none here", advice=_line(error))
+    try:
+        settings = load_settings(workspace.params)
+    except CopalError as error:
+        return None, Settings(), Check(name="workspace", ok=False, found=_line(error), advice="mend params.yaml")
+    return workspace, settings, Check(name="workspace", ok=True, found=f"{workspace.root}, model {settings.model.name}")

@@ -1,0 +1,683 @@
+"""Model versions in MLflow: the only file that imports mlflow, and never at import.
+
+A registered model name is one lineage. MLflow reserves the alias `latest`: it cannot be set, it always names the
+newest version. So a version is published by creating it, and it is created last: artifacts, metrics and links are there
+before, and MLflow writes the version and its tags in one transaction. What fails earlier leaves `latest` where it was.
+
+MLflow has no compare-and-set, so two hosts can still create a version each on the same parent. Version numbers decide:
+a version whose parent is older than the version before it lost the race. It is never shown, and its host withdraws it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from copal.errors import CopalError
+from flows.lineage import RECORD_FILE, LineageError, read_record, record_digest, validate, verify_files, write_record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from flows.settings import Settings, Workspace
+
+__all__ = [
+    "DomainMetrics",
+    "HeadMovedError",
+    "LineageConflictError",
+    "ModelVersion",
+    "Registry",
+    "RegistryError",
+    "open_registry",
+]
+
+_log = logging.getLogger(__name__)
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_METRICS_PER_BATCH = 1000  # MLflow's limit
+_LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
+
+
+class RegistryError(CopalError):
+    """The model registry cannot be opened, or refuses what it was asked for."""
+
+
+class HeadMovedError(RegistryError):
+    """Another version was registered since the step began; nothing was registered, run the step on the new head."""
+
+
+class LineageConflictError(RegistryError):
+    """The record belongs to another base model or sparsity pattern than the lineage of this model name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelVersion:
+    """A published version.
+
+    Attributes:
+        number: as MLflow counts. Numbers rise along the lineage, with gaps where a registration was withdrawn.
+        aliases: `latest` at the head of the lineage, and what else was set.
+        tags: `copal.domain`, `copal.dvc_md5`, `copal.git_rev`, `copal.parent_version`, `copal.key` (these five not at
+            the root), `copal.settings_fingerprint`, `copal.sparsity` (as counted), `copal.base_fingerprint`,
+            `copal.lineage_digest`, `copal.logged_model` (MLflow's id of the artifacts).
+        run_id: of the MLflow run that made it.
+        location: URI of the folder with `model/`, `state/` and `lineage.json`; see `Registry.folder`.
+    """
+
+    number: int
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+    run_id: str | None
+    location: str
+
+    @property
+    def parent(self) -> int | None:
+        """Number of the parent version; None at the root."""
+        number = self.tags.get("copal.parent_version")
+        return None if number is None else int(number)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainMetrics:
+    """Perplexity of a version on one domain's evaluation windows, at the data version that the lineage names."""
+
+    domain: str
+    dvc_md5: str
+    git_rev: str
+    path: str
+    repository: str
+    perplexity: float
+    dense_perplexity: float
+    tokens: int
+
+
+def open_registry(workspace: Workspace, settings: Settings) -> Registry:
+    """The registry that the settings name; nothing is opened before the first call."""
+    return Registry(
+        workspace.registry_uri(settings), workspace.artifacts, settings.model.name, workspace.cache / "registry"
+    )
+
+
+class Registry:
+    """The versions of one registered model.
+
+    Reading never creates a store: where the SQLite file of `tracking_uri` is not there, there are no versions.
+    """
+
+    def __init__(self, tracking_uri: str, artifact_root: Path | str, model_name: str, cache: Path) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            tracking_uri: MLflow's store, `sqlite:////absolute/path.db` or a server.
+            artifact_root: folder or URI under which the artifacts of new versions go.
+            model_name: registered model; the experiment has the same name.
+            cache: folder for what is fetched from a remote artifact store.
+
+        Raises:
+            RegistryError: `model_name` cannot name a model.
+        """
+        if not _MODEL_NAME.fullmatch(model_name):
+            raise RegistryError(
+                f"model.name must be 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit, "
+                f"not {model_name!r}"
+            )
+        self.tracking_uri = tracking_uri
+        self.artifact_root = artifact_root
+        self.model_name = model_name
+        self.cache = cache
+        self._client: MlflowClient | None = None
+
+    def head(self) -> ModelVersion | None:
+        """The newest version, which `models:/<name>@latest` loads; None where there is none yet."""
+        versions = self.versions()
+        return versions[-1] if versions else None
+
+    def root(self) -> ModelVersion | None:
+        """The dense base; number 1, unless an earlier attempt to register it was withdrawn."""
+        versions = self.versions()
+        return versions[0] if versions else None
+
+    def versions(self) -> list[ModelVersion]:
+        """All published versions, oldest first.
+
+        Raises:
+            RegistryError: the store cannot be opened or read.
+        """
+        path = self._sqlite_path()
+        if path is not None and not path.exists():
+            return []
+        with self._store() as client:
+            return _published(self._all_versions(client))
+
+    def version(self, number: int) -> ModelVersion:
+        """The published version `number`.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        versions = self.versions()
+        for version in versions:
+            if version.number == number:
+                return version
+        there = ", ".join(str(version.number) for version in versions) or "none"
+        raise RegistryError(f"model {self.model_name} has no version {number}; versions: {there}")
+
+    def find(self, key: str) -> ModelVersion | None:
+        """The published version that the step `key` made, if any."""
+        return next((version for version in self.versions() if version.tags.get("copal.key") == key), None)
+
+    def folder(self, version: ModelVersion) -> Path:
+        """A local folder with the version's `model/`, `state/` and `lineage.json`; treat it as read-only.
+
+        The artifacts themselves where they are on this machine (no copy), else a copy in the cache, verified.
+
+        Raises:
+            RegistryError: the artifacts are not there, or what was fetched is not what the record names.
+        """
+        local = _local_path(version.location)
+        if local is not None:
+            if not (local / RECORD_FILE).is_file():
+                raise RegistryError(
+                    f"version {version.number} of {self.model_name}: {local} has no {RECORD_FILE}; "
+                    "its artifacts were moved or deleted, bring them back to this path"
+                )
+            return local
+        target = self._cached(version)
+        if not target.is_dir():
+            with self._fetched(version, None) as folder:
+                differences = verify_files(self._checked(version, folder / RECORD_FILE), folder)
+                if differences:
+                    raise RegistryError(
+                        f"version {version.number} of {self.model_name}: fetched from {version.location}, "
+                        f"but {differences[0]} ({len(differences)} such files); fetch it again"
+                    )
+                with contextlib.suppress(OSError):  # another process was faster
+                    folder.rename(target)
+        return target
+
+    def record(self, version: ModelVersion) -> dict[str, Any]:
+        """The version's lineage record, checked against the digest in the registry. Fetches no weights.
+
+        Raises:
+            LineageError: the record is damaged or was altered.
+            RegistryError: it cannot be fetched.
+        """
+        local = _local_path(version.location)
+        if local is not None:
+            return self._checked(version, local / RECORD_FILE)
+        path = self._cached(version).with_suffix(".json")
+        if not path.is_file():
+            with self._fetched(version, RECORD_FILE) as folder:
+                write_record(path, self._checked(version, folder / RECORD_FILE))
+        return self._checked(version, path)
+
+    def check_sparsity(self, head: ModelVersion, target: float | str) -> None:
+        """Check that a step with this sparsity (a share, or a pattern such as "2:4") may follow `head`.
+
+        Raises:
+            LineageConflictError: `head` was pruned to another one.
+        """
+        record = self.record(head)
+        before = record["sparsity"]["target"]
+        if record["parent"] is not None and before != target:  # the root is dense, it has no pattern
+            raise LineageConflictError(
+                f"another sparsity under the same model name: {self.model_name} is pruned to {before}, not to "
+                f"{target}; set prune.sparsity back, or choose another model.name"
+            )
+
+    def register(
+        self,
+        folder: Path,
+        record: Mapping[str, Any],
+        *,
+        metrics: Sequence[DomainMetrics],
+        parent: ModelVersion | None,
+        expected_head: int | None,
+    ) -> ModelVersion:
+        """Publish a version whole, or not at all.
+
+        Args:
+            folder: `model/`, `state/` (not at the root) and report files; all of it becomes the version's artifacts.
+                `lineage.json` is written into it.
+            record: of the version, see `flows.lineage`.
+            metrics: of every domain of the record.
+            parent: None for the root of a lineage. Where the lineage has a root of the same base, nothing is made and
+                that root is the answer.
+            expected_head: number of the head that the step began with.
+
+        Raises:
+            HeadMovedError: the head is not `expected_head` any more.
+            LineageConflictError: another base or sparsity pattern under the same model name.
+            LineageError: the record is not valid.
+            RegistryError: the files are not those of the record, or the store fails.
+        """
+        validate(record)
+        if record["model"] != self.model_name:
+            raise RegistryError(f"the record is of model {record['model']!r}, model.name is {self.model_name!r}")
+        versions = self.versions()
+        if parent is None and versions:
+            self._check_base(record, versions[0])
+            return versions[0]
+        self._check_head(versions, expected_head)
+        self._check_parent(record, parent)
+        differences = verify_files(record, folder)
+        if differences:
+            raise RegistryError(f"{folder}: not the files of its record: {differences[0]} ({len(differences)} such)")
+        write_record(folder / RECORD_FILE, record)
+        with self._store() as client:
+            experiment_id = self._experiment(client)
+            run_id = client.create_run(experiment_id, run_name=_run_name(record), tags=_run_tags(record)).info.run_id
+            model: Any = None
+            try:
+                model = client.create_logged_model(
+                    experiment_id,
+                    name="base" if record["step"] is None else record["step"]["name"],
+                    source_run_id=run_id,
+                    tags=_tags(record),
+                )
+                client.log_model_artifacts(model.model_id, str(folder))
+                _flush(_local_path(model.artifact_location))
+                client.finalize_logged_model(model.model_id, "READY")
+                _log_links(client, run_id, model.model_id, parent)
+                _log_results(client, run_id, model.model_id, record, metrics)
+                _end_run(client, run_id, "FINISHED")
+                version = self._publish(client, run_id, model, record, expected_head)
+            except BaseException:
+                self._undo(client, run_id, model)
+                raise
+            self._tidy(client, experiment_id, version, model)
+            return version
+
+    # -- the steps of register --
+
+    def _check_base(self, record: Mapping[str, Any], version: ModelVersion) -> None:
+        ours, theirs = record["base"]["fingerprint"], version.tags["copal.base_fingerprint"]
+        if ours != theirs:
+            raise LineageConflictError(
+                f"another base under the same model name: {self.model_name} was started from base {theirs}, "
+                f"this one is {ours}; choose another model.name"
+            )
+
+    def _check_head(self, versions: Sequence[ModelVersion], expected: int | None) -> None:
+        number = versions[-1].number if versions else None
+        if number != expected:
+            raise HeadMovedError(
+                f"the head of {self.model_name} is version {number}, the step began with {expected}; "
+                "nothing was registered, run the step again"
+            )
+
+    def _check_parent(self, record: Mapping[str, Any], parent: ModelVersion | None) -> None:
+        digest = {"version": parent.number, "digest": parent.tags["copal.lineage_digest"]} if parent else None
+        if record["parent"] != digest:
+            raise RegistryError(f"the record's parent is {record['parent']}, the version's parent is {digest}")
+        if parent is None:
+            return
+        self._check_base(record, parent)
+        self.check_sparsity(parent, record["sparsity"]["target"])
+
+    def _publish(
+        self, client: MlflowClient, run_id: str, model: Any, record: Mapping[str, Any], expected_head: int | None
+    ) -> ModelVersion:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.create_registered_model(self.model_name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        self._check_head(_published(self._all_versions(client)), expected_head)
+        # The location, not models:/<id>: MLflow would look the id up in the process-wide store, not in this client's.
+        made = client.create_model_version(
+            self.model_name,
+            source=model.artifact_location,
+            run_id=run_id,
+            tags=_tags(record) | {"copal.logged_model": model.model_id},
+            model_id=model.model_id,
+        )
+        versions = _published(self._all_versions(client))
+        for version in versions:
+            if version.number == int(made.version):
+                return version
+        raise HeadMovedError(
+            f"version {versions[-1].number} of {self.model_name} was registered at the same moment; "
+            "this one was withdrawn, run the step again"
+        )
+
+    def _undo(self, client: MlflowClient, run_id: str, model: Any) -> None:
+        """Withdraw a registration that failed; what cannot be withdrawn now, a later registration discards."""
+        with _never_fails(f"withdrawing run {run_id}"):
+            if model is not None:
+                # The version first: should that fail, its artifacts stay, for it may be seen. It may be there even if
+                # creating it failed, for instance where only a server's answer was lost.
+                for version in self._all_versions(client):
+                    if version.tags.get("copal.logged_model") == model.model_id:
+                        client.delete_model_version(self.model_name, str(version.number))
+                self._discard(client, model)
+            _end_run(client, run_id, "FAILED")
+
+    def _tidy(self, client: MlflowClient, experiment_id: str, head: ModelVersion, model: Any) -> None:
+        """Link the new head's artifacts to it for MLflow's UI; discard what killed registrations left.
+
+        A leftover is never in the way: it is no version, or one that lost (see `_published`). One with an older parent
+        than the head's can never be published any more, so nobody is at work on it.
+        """
+        with _never_fails("tidying up after a registration"):
+            if _LINKED not in client.get_logged_model(model.model_id).tags:  # a server has done it
+                link = json.dumps([{"name": self.model_name, "version": head.number}])
+                client.set_logged_model_tags(model.model_id, {_LINKED: link})
+            every = self._all_versions(client)
+            shown = {version.number: version.tags["copal.logged_model"] for version in _published(every)}
+            for version in every:
+                if version.number not in shown and version.number < head.number:
+                    client.delete_model_version(self.model_name, str(version.number))
+            for leftover in _pages(lambda token: client.search_logged_models([experiment_id], page_token=token)):
+                tags = leftover.tags
+                # The link alone would not do: a process may have been killed between publishing and linking.
+                published = leftover.model_id in shown.values() or _LINKED in tags
+                ours = "copal.lineage_digest" in tags
+                if ours and not published and int(tags.get("copal.parent_version", 0)) < (head.parent or 0):
+                    self._discard(client, leftover)
+                    _end_run(client, leftover.source_run_id, "FAILED")
+
+    def _discard(self, client: MlflowClient, model: Any) -> None:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        local = _local_path(model.artifact_location)
+        if local is None:
+            get_artifact_repository(model.artifact_location, tracking_uri=self.tracking_uri).delete_artifacts()
+        elif local.parent.is_dir():
+            shutil.rmtree(local.parent)  # MLflow's folder of this logged model: models/<id>/artifacts
+        client.delete_logged_model(model.model_id)
+
+    # -- the store --
+
+    @contextlib.contextmanager
+    def _store(self) -> Iterator[MlflowClient]:
+        """MLflow's client; its log is kept off the terminal and its errors become one line."""
+        path = self._sqlite_path()
+        if path is not None and path.exists():
+            _check_sqlite(path)  # MLflow tries a broken file for 100 s, with a traceback each time
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        with _quiet():
+            try:
+                if self._client is None:
+                    self._client = MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
+                yield self._client
+            except (MlflowException, SQLAlchemyError, OSError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                message = f"MLflow store {self.tracking_uri}: {reason}"
+                raise RegistryError(re.sub(r"//[^@/\s]*@", "//", message)) from error  # without user and password
+
+    def _sqlite_path(self) -> Path | None:
+        scheme, _, path = self.tracking_uri.partition(":///")
+        return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" else None
+
+    def _experiment(self, client: MlflowClient) -> str:
+        from mlflow.exceptions import MlflowException
+
+        if ":/" in str(self.artifact_root):  # a URI
+            location = f"{str(self.artifact_root).rstrip('/')}/{self.model_name}"
+        else:
+            location = (Path(self.artifact_root).resolve() / self.model_name).as_uri()
+        try:
+            return str(client.create_experiment(self.model_name, artifact_location=location))
+        except MlflowException as error:
+            experiment = client.get_experiment_by_name(self.model_name)
+            if experiment is None:
+                raise
+            if experiment.lifecycle_stage != "active":
+                raise RegistryError(f"MLflow's experiment {self.model_name} was deleted; restore it") from error
+            return str(experiment.experiment_id)
+
+    def _all_versions(self, client: MlflowClient) -> list[ModelVersion]:
+        """Every version of this model that copal made, oldest first, those that lost a race included."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            model = client.get_registered_model(self.model_name)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return []
+            raise
+        aliases: dict[int, list[str]] = {}
+        for alias, number in model.aliases.items():
+            aliases.setdefault(int(number), []).append(alias)
+        query = f"name = '{self.model_name}'"
+        found = [
+            ModelVersion(
+                number=int(version.version),
+                aliases=tuple(sorted(aliases.get(int(version.version), []))),
+                tags=dict(version.tags),
+                run_id=version.run_id or None,
+                location=version.source,
+            )
+            for version in _pages(lambda token: client.search_model_versions(query, page_token=token))
+            if "copal.lineage_digest" in version.tags  # anybody may register other things under this name
+        ]
+        return sorted(found, key=lambda version: version.number)
+
+    # -- artifacts --
+
+    def _cached(self, version: ModelVersion) -> Path:
+        digest = version.tags["copal.lineage_digest"]  # two stores may share a cache, and both have a version 1
+        return self.cache / self.model_name / f"{version.number}-{digest[:16]}"
+
+    @contextlib.contextmanager
+    def _fetched(self, version: ModelVersion, file: str | None) -> Iterator[Path]:
+        """A temporary folder in the cache with the version's artifacts, or with one file of them."""
+        parent = self._cached(version).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".fetch-", dir=parent))
+        try:
+            # MLflow draws a progress bar; for one small file it is noise.
+            hidden = contextlib.nullcontext() if file is None else contextlib.redirect_stderr(io.StringIO())
+            with self._store(), hidden:
+                from mlflow.artifacts import download_artifacts
+
+                uri = version.location if file is None else f"{version.location.rstrip('/')}/{file}"
+                got = Path(download_artifacts(uri, dst_path=str(folder), tracking_uri=self.tracking_uri))
+            yield got if file is None else got.parent
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _checked(self, version: ModelVersion, path: Path) -> dict[str, Any]:
+        record = read_record(path)
+        if record_digest(record) != version.tags["copal.lineage_digest"]:
+            raise LineageError(
+                f"{path}: is not the record that version {version.number} of {self.model_name} was registered with "
+                "(its digest differs): it was altered, bring the original back"
+            )
+        return record
+
+
+def _published(versions: Sequence[ModelVersion]) -> list[ModelVersion]:
+    """Of versions in rising order, those of the lineage: a version made of a parent older than its predecessor lost."""
+    shown: list[ModelVersion] = []
+    for version in versions:
+        if not shown or (version.parent or 0) >= shown[-1].number:
+            shown.append(version)
+    if shown:
+        shown[-1] = replace(shown[-1], aliases=(*shown[-1].aliases, "latest"))
+    return shown
+
+
+def _run_name(record: Mapping[str, Any]) -> str:
+    return "base" if record["step"] is None else f"adapt {record['step']['name']}"
+
+
+def _run_tags(record: Mapping[str, Any]) -> dict[str, str]:
+    commit = record["code"]["git_commit"]
+    return {"mlflow.source.name": "copal", **({"mlflow.source.git.commit": commit} if commit else {})}
+
+
+def _tags(record: Mapping[str, Any]) -> dict[str, str]:
+    step, parent = record["step"] or {}, record["parent"] or {}
+    tags = {
+        "copal.domain": step.get("name"),
+        "copal.dvc_md5": step.get("dvc_md5"),
+        "copal.git_rev": step.get("git_rev"),
+        "copal.parent_version": parent.get("version"),
+        "copal.key": record["key"],
+        "copal.settings_fingerprint": record["settings_fingerprint"],
+        "copal.sparsity": record["sparsity"]["counted"],
+        "copal.base_fingerprint": record["base"]["fingerprint"],
+        "copal.lineage_digest": record_digest(record),
+    }
+    return {name: str(value) for name, value in tags.items() if value is not None}
+
+
+def _log_links(client: MlflowClient, run_id: str, model_id: str, parent: ModelVersion | None) -> None:
+    from mlflow.entities import LoggedModelInput, LoggedModelOutput
+
+    if parent is not None:
+        client.log_inputs(run_id, models=[LoggedModelInput(parent.tags["copal.logged_model"])])
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def _log_results(
+    client: MlflowClient, run_id: str, model_id: str, record: Mapping[str, Any], metrics: Sequence[DomainMetrics]
+) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+
+    now = int(time.time() * 1000)
+    datasets, logged = [], []
+    for place, domain in enumerate(metrics):
+        source = {
+            "repository": domain.repository,
+            "rev": domain.git_rev,
+            "path": domain.path,
+            "md5": domain.dvc_md5,
+        }
+        dataset = Dataset(domain.domain, domain.dvc_md5, source_type="dvc", source=json.dumps(source))
+        datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")]))
+        values = {
+            "perplexity": domain.perplexity,
+            "dense_perplexity": domain.dense_perplexity,
+            "evaluation_tokens": domain.tokens,
+        }
+        logged += [
+            # A millisecond apart: MLflow keeps one value per model, name, time and step, whatever the dataset.
+            Metric(
+                name,
+                value,
+                now + place,
+                0,
+                model_id=model_id,
+                dataset_name=domain.domain,
+                dataset_digest=domain.dvc_md5,
+                run_id=run_id,
+            )
+            for name, value in values.items()
+        ]
+        logged.append(Metric(f"perplexity.{domain.domain}", domain.perplexity, now, 0, run_id=run_id))
+    flat = {
+        "sparsity": record["sparsity"]["counted"],
+        "weights_back": record["weights_back"],
+        "perplexity_before": record["perplexity_before"],
+        "backward_transfer": record["backward_transfer"],
+        "seconds": sum(record["seconds"].values()),
+        **{f"seconds.{name}": value for name, value in record["seconds"].items()},
+    }
+    logged += [
+        Metric(name, value, now, 0, model_id=model_id, run_id=run_id)
+        for name, value in flat.items()
+        if value is not None
+    ]
+    if datasets:
+        client.log_inputs(run_id, datasets=datasets)
+    client.log_batch(run_id, params=[Param(name, value) for name, value in _flatten(record["settings"])])
+    for start in range(0, len(logged), _METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=logged[start : start + _METRICS_PER_BATCH], synchronous=True)
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _end_run(client: MlflowClient, run_id: str, status: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):  # of a server, MLflow prints the run's address
+        client.set_terminated(run_id, status)
+
+
+def _pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    token: str | None = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _local_path(uri: str) -> Path | None:
+    """The folder that `uri` names on this machine; None if it is remote."""
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and not parts.netloc:
+        return Path(unquote(parts.path))
+    return None if parts.scheme else Path(uri)
+
+
+def _flush(folder: Path | None) -> None:
+    """Bring a folder's files to the disk before a version names them; a power cut must not leave one half there."""
+    if folder is None:
+        return
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_sqlite(path: Path) -> None:
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.Error as error:
+        raise RegistryError(f"MLflow store {path}: {error}; bring back a copy, or name another store") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow logs each step of its migrations, and a traceback for errors that are raised as well."""
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _never_fails(doing: str) -> Iterator[None]:
+    """Cleaning up must not hide the error that made it needed, nor undo what was published."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        _log.warning("%s: %s", doing, str(error).splitlines()[0])

@@ -1,0 +1,295 @@
+"""The settings of a workspace: params.yaml and the environment -> typed, validated, fingerprinted values.
+
+A workspace is any git + DVC repository with `params.yaml` and `data/`. What a flow leaves there lies in `.copal/`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from copal.config import CalibrationConfig, PruneConfig, fingerprint, from_mapping
+from copal.errors import CopalError, DataError, SettingsError
+
+__all__ = [
+    "ModelSettings",
+    "RegistrySettings",
+    "Settings",
+    "WatchSettings",
+    "Workspace",
+    "WorkspaceError",
+    "check_domain_name",
+    "load_settings",
+    "open_workspace",
+]
+
+DTYPES = ("auto", "bfloat16", "float32")
+SECTIONS = ("model", "calibration", "prune", "domains", "watch", "registry")
+IGNORED_SECTIONS = ("benchmark",)  # read by a stage of dvc.yaml, not by copal
+
+_T = TypeVar("_T")
+
+
+class WorkspaceError(CopalError):
+    """A folder is not a workspace."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """Which lineage this workspace grows, and how it computes.
+
+    Attributes:
+        name: the registered model; one name is one lineage.
+        dtype: of the forward passes: `auto` (ask the machine), `bfloat16` or `float32`.
+    """
+
+    name: str = "copal"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        # MLflow forbids / and : in the name of a registered model; it also becomes part of folder names.
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
+            raise SettingsError(f"model.name must be 1 to 64 letters, digits, '.', '_' or '-', not {self.name!r}")
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"model.dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchSettings:
+    """What the watcher looks at.
+
+    Attributes:
+        branch: the branch whose pointers are wanted; None is whatever HEAD is.
+        interval: seconds between two checks, above 0.
+    """
+
+    branch: str | None = None
+    interval: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.branch is not None and (not isinstance(self.branch, str) or not self.branch.strip()):
+            raise SettingsError(f"watch.branch must be the name of a branch or null, not {self.branch!r}")
+        if not _is_positive(self.interval):
+            raise SettingsError(f"watch.interval must be a number of seconds above 0, not {self.interval!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegistrySettings:
+    """Where versions are registered.
+
+    Attributes:
+        uri: an MLflow tracking URI; None is SQLite in the workspace.
+    """
+
+    uri: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.uri is not None and (not isinstance(self.uri, str) or not self.uri.strip()):
+            raise SettingsError(f"registry.uri must be an MLflow tracking URI or null, not {self.uri!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _DomainSettings:
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """All settings of a workspace.
+
+    Attributes:
+        weights: the domains that params.yaml names, and their share in the loss; `weight` knows the default.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    watch: WatchSettings = field(default_factory=WatchSettings)
+    registry: RegistrySettings = field(default_factory=RegistrySettings)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for domain, weight in self.weights.items():
+            try:
+                check_domain_name(domain)
+            except DataError as error:
+                raise SettingsError(f"domains: {error}") from error
+            if not _is_positive(weight):
+                raise SettingsError(f"domains.{domain}.weight must be a finite number above 0, not {weight!r}")
+
+    def weight(self, domain: str) -> float:
+        """Weight of a domain in the loss; 1.0 unless params.yaml says otherwise."""
+        return self.weights.get(domain, 1.0)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what alters statistics, masks or weights: one part of the key of a step.
+
+        A weight of 1.0 that is written down is the same as none.
+        """
+        weights = {domain: float(weight) for domain, weight in self.weights.items() if weight != 1.0}
+        return fingerprint(
+            {
+                "calibration": self.calibration.fingerprint(),
+                "prune": self.prune.fingerprint(),
+                "weights": weights,
+                "dtype": self.model.dtype,
+            }
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting as plain JSON, in the layout of params.yaml."""
+        prune = asdict(self.prune)
+        prune["rounds"] = list(self.prune.rounds)
+        return {
+            "model": asdict(self.model),
+            "calibration": asdict(self.calibration),
+            "prune": prune,
+            "domains": {domain: {"weight": weight} for domain, weight in self.weights.items()},
+            "watch": asdict(self.watch),
+            "registry": asdict(self.registry),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The places of a workspace. `root` is absolute (`open_workspace` sees to it)."""
+
+    root: Path
+
+    @property
+    def params(self) -> Path:
+        """The settings."""
+        return self.root / "params.yaml"
+
+    @property
+    def data(self) -> Path:
+        """The domains, tracked by DVC. Flows never write here."""
+        return self.root / "data"
+
+    @property
+    def private(self) -> Path:
+        """All that copal writes; ignored by git."""
+        return self.root / ".copal"
+
+    @property
+    def artifacts(self) -> Path:
+        """Models and states of the registry in the workspace."""
+        return self.private / "artifacts"
+
+    @property
+    def runs(self) -> Path:
+        """What a run has not published yet."""
+        return self.private / "runs"
+
+    @property
+    def cache(self) -> Path:
+        """Fetched dataset versions; may be deleted at any time when nothing runs."""
+        return self.private / "cache"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that adapts."""
+        return self.private / "lock"
+
+    def registry_uri(self, settings: Settings) -> str:
+        """The MLflow tracking URI: the one that is set, else SQLite in the workspace."""
+        return settings.registry.uri or f"sqlite:///{self.private / 'mlflow.db'}"
+
+
+def open_workspace(path: Path) -> Workspace:
+    """The workspace at `path`.
+
+    Raises:
+        WorkspaceError: no such folder, or not the root of a git + DVC repository with a params.yaml.
+    """
+    root = path.expanduser().resolve()
+    if not root.is_dir():
+        raise WorkspaceError(f"{path} is not a folder: run `copal init {path}` to make a workspace")
+    # In a linked work tree and in a submodule .git is a file.
+    for name, lacks in (
+        (".git", "is not the root of a git repository"),
+        (".dvc", "has no .dvc folder"),
+        ("params.yaml", "has no params.yaml"),
+    ):
+        if not (root / name).exists():
+            raise WorkspaceError(f"{root} {lacks}: run `copal init {path}` to make it a workspace")
+    return Workspace(root)
+
+
+def check_domain_name(name: object) -> str:
+    """Give `name` back if it may name a domain.
+
+    Raises:
+        DataError: it may not; domains name folders, tags and metrics, so their names are plain.
+    """
+    if isinstance(name, str) and re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+        return name
+    raise DataError(
+        f"{name!r} cannot name a domain: use 1 to 64 of a-z, 0-9, '_' and '-', the first a letter or a digit"
+    )
+
+
+def load_settings(params: Path) -> Settings:
+    """Read params.yaml; what it leaves out has its default. `COPAL_REGISTRY_URI`, else `MLFLOW_TRACKING_URI`, goes
+    before `registry.uri`.
+
+    Raises:
+        SettingsError: the file cannot be read, or a setting is unknown, of the wrong type or out of range. Names both.
+    """
+    try:
+        return _settings(_read(params))
+    except CopalError as error:
+        raise SettingsError(f"{params}: {error}") from error
+
+
+def _read(params: Path) -> dict[Any, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(params.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"is not UTF-8 (byte {error.start})") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise SettingsError(f"is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:  # nothing but comments
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"must be a mapping of sections ({', '.join(SECTIONS)}), not {type(content).__name__}")
+    return content
+
+
+def _settings(content: dict[Any, Any]) -> Settings:
+    unknown = [str(section) for section in content if section not in SECTIONS + IGNORED_SECTIONS]
+    if unknown:
+        raise SettingsError(f"{unknown[0]} is not a section; there are {', '.join(SECTIONS)}")
+    domains = content.get("domains") or {}
+    if not isinstance(domains, dict):
+        raise SettingsError(f"domains must be a mapping of domain names, not {domains!r}")
+    registry = _section(RegistrySettings, "registry", content.get("registry"))
+    uri = os.environ.get("COPAL_REGISTRY_URI") or os.environ.get("MLFLOW_TRACKING_URI")
+    return Settings(
+        model=_section(ModelSettings, "model", content.get("model")),
+        calibration=_section(CalibrationConfig, "calibration", content.get("calibration")),
+        prune=_section(PruneConfig, "prune", content.get("prune")),
+        watch=_section(WatchSettings, "watch", content.get("watch")),
+        registry=replace(registry, uri=uri) if uri else registry,
+        weights={name: _section(_DomainSettings, f"domains.{name}", domains[name]).weight for name in domains},
+    )
+
+
+def _section(kind: type[_T], name: str, values: Any) -> _T:
+    for key in values if isinstance(values, dict) else ():
+        if not isinstance(key, str):  # YAML reads `on:` and `1:` as something else
+            raise SettingsError(f"{name}.{key} is not a setting")
+    return from_mapping(kind, name, values)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

@@ -1,0 +1,468 @@
+"""The stages of one step, as plain functions: what `flows.adapt` wraps in Prefect tasks.
+
+A stage takes and gives paths, ids and small values, never tensors. Everything is staged in a run folder under the
+workspace and becomes visible only when the registry has the version, which is what moves `latest`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copal.errors import CopalError
+from copal.progress import Progress, silent
+from flows.lineage import (
+    DomainRecord,
+    build_record,
+    domain_records,
+    file_digests,
+    record_digest,
+    step_key,
+)
+from flows.settings import Settings, Workspace, check_domain_name
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from copal.calibration import DomainWindows
+    from copal.step import StepReport
+    from flows.base import BaseModel
+    from flows.datasets import DatasetVersion
+    from flows.registry import ModelVersion, Registry
+
+__all__ = [
+    "Evaluation",
+    "NoBaseError",
+    "Step",
+    "discard",
+    "evaluate_step",
+    "exclusive",
+    "fetch_data",
+    "has_gpu",
+    "prune_domain",
+    "register_root",
+    "register_step",
+    "resolve",
+]
+
+LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "prefect", "mlflow", "dvc")
+
+
+class NoBaseError(CopalError):
+    """The lineage has no root yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One step, resolved: what it builds on and what it adds.
+
+    Attributes:
+        head: number of the version that it builds on.
+        base: the dense base model's folder; `base_fingerprint`: of that folder.
+        parent: folder of the head (model/, state/); None where the head is the dense base itself.
+        states: version -> state folder, of every version whose contribution the head's state names.
+        run: the step's own folder, named by its key.
+        version: the dataset version to adapt to.
+        key: names the step.
+        earlier: the other domains in the head's state.
+    """
+
+    head: int
+    base: Path
+    base_fingerprint: str
+    parent: Path | None
+    states: Mapping[int, Path]
+    run: Path
+    version: DatasetVersion
+    key: str
+    earlier: tuple[DomainRecord, ...]
+
+    @property
+    def out(self) -> Path:
+        """Where the new version is staged."""
+        return self.run / "version"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Perplexities by domain after the step and of the dense base; of the new domain before the step."""
+
+    perplexity: Mapping[str, float]
+    dense: Mapping[str, float]
+    before: float
+    domains: tuple[DomainRecord, ...]
+    seconds: float
+
+
+@contextmanager
+def exclusive(workspace: Workspace) -> Iterator[None]:
+    """Hold the workspace's lock: steps of one workspace are serial. The system frees it when the process dies."""
+    workspace.lock.parent.mkdir(parents=True, exist_ok=True)
+    with workspace.lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain: str, rev: str | None) -> Step | None:
+    """Find the head and the dataset version; None where the head already knows it, made with these settings.
+
+    Raises:
+        DataError: no domain may have that name.
+        DatasetError: the domain is not tracked at `rev`.
+        NoBaseError: no base is registered yet.
+        LineageConflictError: the lineage has another sparsity.
+    """
+    from flows.datasets import dataset_version
+
+    check_domain_name(domain)
+    version = dataset_version(workspace.root, domain, rev or settings.watch.branch or "HEAD")
+    root, head = registry.root(), registry.head()
+    if root is None or head is None:
+        raise NoBaseError(
+            f"{settings.model.name} has no base model yet: run `copal init {workspace.root} --base SOURCE`"
+        )
+    record = registry.record(head)
+    registry.check_sparsity(head, settings.prune.sparsity)
+    known = {name.name: name for name in domain_records(record, head.number)}
+    settings_fingerprint = settings.fingerprint()
+    if domain in known and known[domain].dvc_md5 == version.md5:
+        if record["settings_fingerprint"] == settings_fingerprint:
+            return None
+    key = step_key(head.number, domain, version.md5, settings_fingerprint)
+    versions = {entry.contribution_version for entry in known.values() if entry.contribution_version is not None}
+    return Step(
+        head=head.number,
+        base=registry.folder(root) / "model",
+        base_fingerprint=record["base"]["fingerprint"],
+        parent=registry.folder(head) if known else None,
+        states={number: registry.folder(registry.version(number)) / "state" for number in sorted(versions)},
+        run=workspace.runs / key[:16],
+        version=version,
+        key=key,
+        earlier=tuple(entry for name, entry in sorted(known.items()) if name != domain),
+    )
+
+
+def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
+    """Fetch every domain of the new version at its data version: domain -> folder. The work tree is not touched.
+
+    Raises:
+        MissingDataError: a pointer's data is nowhere.
+        DatasetError: what was fetched is not what the pointer says.
+    """
+    from flows.datasets import DatasetVersion, fetch
+
+    earlier = [
+        DatasetVersion(
+            domain=entry.name,
+            path=entry.path,
+            md5=entry.dvc_md5,
+            git_rev=entry.git_rev,
+            repository=entry.repository,
+        )
+        for entry in step.earlier
+    ]
+    return {
+        version.domain: str(fetch(workspace.root, version, workspace.cache)) for version in (step.version, *earlier)
+    }
+
+
+def prune_domain(settings: Settings, step: Step, data: str, progress: Progress = silent) -> StepReport:
+    """Prune the base for every domain so far and the one in the folder `data`; stages model/ and state/ in the run folder.
+
+    Raises:
+        CopalError: see `copal.step.prune_step` and `copal.calibration.domain_windows`.
+    """
+    from copal.step import Base, NewDomain, Parent, prune_step
+
+    windows = _windows(step, Path(data), settings)
+    parent = None
+    if step.parent:
+        parent = Parent(version=step.head, model=step.parent / "model", state=step.parent / "state", states=step.states)
+    discard(step)
+    device, dtype = _device(settings)
+    return prune_step(
+        Base(folder=step.base, fingerprint=step.base_fingerprint),
+        parent,
+        NewDomain(
+            name=step.version.domain,
+            md5=step.version.md5,
+            weight=settings.weight(step.version.domain),
+            windows=windows.calibration,
+        ),
+        step.out,
+        calibration=settings.calibration,
+        prune=settings.prune,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
+
+
+def evaluate_step(
+    settings: Settings,
+    registry: Registry,
+    step: Step,
+    report: StepReport,
+    data: Mapping[str, str],
+    progress: Progress = silent,
+) -> Evaluation:
+    """Evaluate the staged version on every domain, and the new domain on the parent and on the dense base.
+
+    The dense base's figures on earlier domains are taken from the head's record where the evaluation windows are the
+    same.
+    """
+    from copal.evaluate import evaluate
+
+    began = time.perf_counter()
+    device, dtype = _device(settings)
+    new = step.version.domain
+    windows = {name: _windows(step, Path(folder), settings) for name, folder in sorted(data.items())}
+    tokens = {name: found.evaluation for name, found in windows.items()}
+
+    def perplexities(folder: Path, domains: Mapping[str, Tensor]) -> dict[str, float]:
+        scores = evaluate(folder, domains, device=device, dtype=dtype, progress=progress)
+        return {name: score.perplexity for name, score in scores.items()}
+
+    recorded = registry.record(registry.version(step.head))["dense_perplexity"]
+    unchanged = {
+        entry.name for entry in step.earlier if entry.evaluation_digest == windows[entry.name].evaluation_digest
+    }
+    dense = {name: recorded[name] for name in unchanged}
+    dense |= perplexities(step.base, {name: tokens[name] for name in tokens if name not in unchanged})
+    before = perplexities(step.parent / "model", {new: tokens[new]})[new] if step.parent else dense[new]
+    after = perplexities(step.out / "model", tokens)
+    own = next(entry for entry in report.manifest.domains if entry.name == new)
+    domains = [
+        DomainRecord(
+            name=new,
+            path=step.version.path,
+            dvc_md5=step.version.md5,
+            git_rev=step.version.git_rev,
+            repository=step.version.repository,
+            weight=own.weight,
+            tokens=own.tokens,
+            windows=own.windows,
+            contribution_version=None,
+            evaluation_digest=windows[new].evaluation_digest,
+            evaluation_tokens=_predicted(windows[new]),
+        ),
+        *(
+            replace(
+                entry,
+                evaluation_digest=windows[entry.name].evaluation_digest,
+                evaluation_tokens=_predicted(windows[entry.name]),
+            )
+            for entry in step.earlier
+        ),
+    ]
+    return Evaluation(
+        perplexity=after,
+        dense=dict(sorted(dense.items())),
+        before=before,
+        domains=tuple(sorted(domains, key=lambda domain: domain.name)),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def register_step(
+    settings: Settings, registry: Registry, step: Step, report: StepReport, evaluation: Evaluation
+) -> ModelVersion:
+    """Register the staged version with its record; it becomes `latest` last of all.
+
+    Raises:
+        HeadMovedError: another version was registered since `resolve`.
+        RegistryError: the registry cannot be written.
+    """
+    from copal.evaluate import backward_transfer
+    from flows.registry import DomainMetrics
+
+    head = registry.version(step.head)
+    parent_record = registry.record(head)
+    when_newest = _perplexity_when_newest(registry, step.earlier)
+    now = {name: evaluation.perplexity[name] for name in when_newest}
+    record = build_record(
+        model=settings.model.name,
+        parent={"version": step.head, "digest": record_digest(parent_record)},
+        base=parent_record["base"],
+        key=step.key,
+        step=next(domain for domain in evaluation.domains if domain.contribution_version is None),
+        domains=evaluation.domains,
+        settings=_recorded(settings),
+        settings_fingerprint=settings.fingerprint(),
+        sparsity={"target": settings.prune.sparsity, "counted": report.sparsity},
+        weights_back=report.weights_back if step.parent else None,
+        perplexity=evaluation.perplexity,
+        dense_perplexity=evaluation.dense,
+        perplexity_before=evaluation.before,
+        backward_transfer=backward_transfer(when_newest, now),
+        seconds={**report.seconds, "evaluate": evaluation.seconds},
+        layers=[
+            {
+                "name": layer.name,
+                "sparsity": layer.zeros / layer.weights,
+                "layer_error_before": layer.error_before,
+                "layer_error_after": layer.error_after,
+                "response_shift": layer.response_shift,
+            }
+            for layer in report.layers
+        ],
+        **_surroundings(settings),
+        files=file_digests(step.out / "model", step.out) | file_digests(step.out / "state", step.out),
+    )
+    metrics = [
+        DomainMetrics(
+            domain=domain.name,
+            dvc_md5=domain.dvc_md5,
+            git_rev=domain.git_rev,
+            path=domain.path,
+            repository=domain.repository,
+            perplexity=evaluation.perplexity[domain.name],
+            dense_perplexity=evaluation.dense[domain.name],
+            tokens=domain.evaluation_tokens,
+        )
+        for domain in evaluation.domains
+    ]
+    registered = registry.register(step.out, record, metrics=metrics, parent=head, expected_head=step.head)
+    discard(step)
+    return registered
+
+
+def register_root(
+    workspace: Workspace, settings: Settings, registry: Registry, base: BaseModel, progress: Progress = silent
+) -> ModelVersion:
+    """Register the dense base as version 1, the root of the lineage; again: gives the version that is there.
+
+    Raises:
+        LineageConflictError: the name's lineage has another base.
+    """
+    progress("register base", 0, 1)
+    staged = workspace.runs / f"base-{base.fingerprint[:16]}"
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        shutil.copytree(base.folder, staged / "model")
+        record = build_record(
+            model=settings.model.name,
+            parent=None,
+            base={"fingerprint": base.fingerprint, "source": base.source},
+            key=None,
+            step=None,
+            domains=(),
+            settings=_recorded(settings),
+            settings_fingerprint=settings.fingerprint(),
+            sparsity={"target": None, "counted": 0.0},
+            weights_back=None,
+            perplexity={},
+            dense_perplexity={},
+            perplexity_before=None,
+            backward_transfer=None,
+            seconds={"statistics": 0.0, "solve": 0.0, "evaluate": 0.0},
+            layers=(),
+            **_surroundings(settings),
+            files=file_digests(staged / "model", staged),
+        )
+        registered = registry.register(staged, record, metrics=[], parent=None, expected_head=None)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    progress("register base", 1, 1)
+    return registered
+
+
+def discard(step: Step) -> None:
+    """Remove the step's run folder."""
+    shutil.rmtree(step.run, ignore_errors=True)
+
+
+def _windows(step: Step, data: Path, settings: Settings) -> DomainWindows:
+    from transformers import AutoTokenizer
+
+    from copal.calibration import domain_windows
+
+    tokenizer = AutoTokenizer.from_pretrained(step.base, local_files_only=True, trust_remote_code=False)
+    return domain_windows(data, tokenizer, settings.calibration)
+
+
+def _predicted(windows: DomainWindows) -> int:
+    """Predicted tokens of the evaluation windows: all of a window but its first."""
+    return windows.evaluation.shape[0] * (windows.evaluation.shape[1] - 1)
+
+
+def has_gpu() -> bool:
+    """Whether a step would run on a GPU here."""
+    from accelerate import PartialState
+
+    return str(PartialState().device.type) != "cpu"
+
+
+def _device(settings: Settings) -> tuple[torch.device, torch.dtype]:
+    from accelerate import PartialState
+
+    from copal.streaming import compute_dtype
+
+    device = PartialState().device
+    return device, compute_dtype(settings.model.dtype, device)
+
+
+def _perplexity_when_newest(registry: Registry, earlier: tuple[DomainRecord, ...]) -> dict[str, float]:
+    """For each earlier domain its perplexity in the version that its data version made, on the same windows."""
+    found = {}
+    for entry in earlier:
+        assert entry.contribution_version is not None
+        record = registry.record(registry.version(entry.contribution_version))
+        if record["step"]["evaluation_digest"] == entry.evaluation_digest:
+            found[entry.name] = record["perplexity"][entry.name]
+    return found
+
+
+def _recorded(settings: Settings) -> dict[str, Any]:
+    """The settings without `registry`: its address may hold a password and changes nothing in a version."""
+    return {section: values for section, values in settings.as_dict().items() if section != "registry"}
+
+
+def _surroundings(settings: Settings) -> dict[str, Any]:
+    """What made a version beside data and settings: code, libraries, hardware, seeds, time."""
+    import torch
+
+    device, dtype = _device(settings)
+    return {
+        "code": _code(),
+        "libraries": {name: installed_version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        "seeds": {"calibration": settings.calibration.seed},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _code() -> dict[str, Any]:
+    """Version of copal and, where it runs from its own git checkout, the commit and whether that was changed."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        released = installed_version("copal")
+    except PackageNotFoundError:
+        released = "unknown"
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {"version": released, "git_commit": None, "dirty": None}
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
+    return {"version": released, "git_commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}

@@ -1,0 +1,132 @@
+"""What a workspace knows: the versions of its lineage, their figures, and what is pending."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flows.settings import Settings, Workspace
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from flows.registry import ModelVersion
+
+__all__ = ["render", "status"]
+
+
+def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
+    """The state of a workspace as plain JSON values.
+
+    `model`: the name of the lineage. `versions`, oldest first, each with version, parent, domain, dvc_md5, git_rev
+    (None at the root), sparsity (zeros as counted, a share), weights_back (None where the parent is dense), perplexity
+    and dense_perplexity ({domain: value}), seconds ({statistics, solve, evaluate}) and aliases. `pending`, in the order
+    in which the watcher would take them, each with domain, dvc_md5 and git_rev. `notes` and `problems`: see
+    `flows.reconcile.Plan`.
+
+    Raises:
+        DatasetError: the repository cannot be read.
+        RegistryError: the registry cannot be read.
+        LineageError: a version's record is damaged.
+    """
+    from flows.reconcile import plan
+    from flows.registry import open_registry
+
+    registry = open_registry(workspace, settings)
+    found = plan(workspace, settings, registry)
+    return {
+        "model": settings.model.name,
+        "versions": [_version(version, registry.record(version)) for version in registry.versions()],
+        "pending": [
+            {"domain": version.domain, "dvc_md5": version.md5, "git_rev": version.git_rev} for version in found.pending
+        ],
+        "notes": list(found.notes),
+        "problems": list(found.problems),
+    }
+
+
+def _version(version: ModelVersion, record: Mapping[str, Any]) -> dict[str, Any]:
+    step = record["step"] or {}
+    return {
+        "version": version.number,
+        "parent": version.parent,
+        "domain": step.get("name"),
+        "dvc_md5": step.get("dvc_md5"),
+        "git_rev": step.get("git_rev"),
+        "sparsity": record["sparsity"]["counted"],
+        "weights_back": record["weights_back"],
+        "perplexity": record["perplexity"],
+        "dense_perplexity": record["dense_perplexity"],
+        "seconds": record["seconds"],
+        "aliases": list(version.aliases),
+    }
+
+
+def render(found: Mapping[str, Any]) -> RenderableType:
+    """`status` for people: a table with a row a version and a column a domain, and below it what is pending.
+
+    The row on top is the dense base, on the data of the newest version that knows a domain. Where an earlier version
+    was measured on other data of that domain, its figure has an asterisk: it does not compare with those below.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    below = [f"pending: {entry['domain']} at {entry['dvc_md5'][:10]}" for entry in found["pending"]]
+    below += [f"note: {note}" for note in found["notes"]]
+    below += [f"problem: {problem}" for problem in found["problems"]]
+    if not found["versions"]:
+        below.insert(0, f"{found['model']} has no versions yet: register a base with `copal init DIR --base SOURCE`")
+        return Group(*map(Text, below))
+    return Group(_table(found["model"], found["versions"]), *map(Text, below))
+
+
+def _table(model: str, versions: list[Mapping[str, Any]]) -> RenderableType:
+    from rich.table import Table
+
+    dense: dict[str, float] = {}  # by the newest version that knows a domain; domains in the order they came
+    for version in versions:
+        fresh = sorted(version["dense_perplexity"], key=lambda domain: domain != version["domain"])
+        dense |= {domain: version["dense_perplexity"][domain] for domain in fresh}
+    table = Table(title=f"{model}: perplexity by domain", title_justify="left")
+    table.add_column("version", justify="right")
+    table.add_column("adapted to")
+    for domain in dense:
+        table.add_column(domain, justify="right")
+    for heading in ("sparsity", "came back", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("aliases")
+    compares = True
+    for version in versions:
+        cells, same = _cells(version, dense)
+        compares = compares and same
+        table.add_row(
+            str(version["version"]),
+            version["domain"] or "dense base",
+            *cells,
+            f"{version['sparsity']:.4f}",
+            "" if version["weights_back"] is None else f"{version['weights_back']:,}",
+            f"{sum(version['seconds'].values()):.0f}" if version["domain"] else "",
+            ", ".join(version["aliases"]),
+            end_section=version["domain"] is None,
+        )
+    if not compares:
+        table.caption = "* measured on another version of the domain's data"
+        table.caption_justify = "left"
+    return table
+
+
+def _cells(version: Mapping[str, Any], dense: Mapping[str, float]) -> tuple[list[str], bool]:
+    """A version's cell for each domain, and whether all of them compare with the dense row."""
+    if version["domain"] is None:
+        return [f"{value:.2f}" for value in dense.values()], True
+    cells, compares = [], True
+    for domain, value in dense.items():
+        if domain not in version["perplexity"]:
+            cells.append("")
+            continue
+        # The dense model gives the same tokens the same figure: another figure was measured on other data.
+        same = math.isclose(version["dense_perplexity"][domain], value, rel_tol=1e-6)
+        compares = compares and same
+        cells.append(f"{version['perplexity'][domain]:.2f}{'' if same else '*'}")
+    return cells, compares

@@ -1,0 +1,78 @@
+"""What the terminal shows: results on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from copal.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console", "progress_bar"]
+
+_LONG = 2.0  # seconds after which a stage is worth a line in a log
+_PIPE_WIDTH = 160  # columns where there is no terminal to ask: tables are cut nowhere
+
+
+def console() -> Console:
+    """Standard output; plain text where it is not a terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A callback that shows a bar for each stage on standard error; where that is no terminal, a line or two."""
+    if not sys.stderr.isatty():
+        yield _plain(sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+    tasks: dict[str, TaskID] = {}
+    reached: dict[str, int] = {}
+    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+
+        def report(stage: str, done: int, total: int) -> None:
+            # A total of 1 says only that something began or ended: the bar swings until then.
+            whole = None if total == 1 and done < total else total
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=whole)
+            elif done < reached[stage]:  # the same stage again, for instance another model is evaluated
+                bars.reset(tasks[stage], total=whole)
+            reached[stage] = done
+            bars.update(tasks[stage], completed=done, total=whole)
+
+        yield report
+
+
+def _plain(stream: TextIO) -> Progress:
+    began: dict[str, float] = {}
+    reached: dict[str, int] = {}
+    told: set[str] = set()
+
+    def report(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage not in began or done < reached[stage]:
+            began[stage] = now
+            told.discard(stage)
+        reached[stage] = done
+        seconds = now - began[stage]
+        if seconds < _LONG:
+            return
+        share = f"{100 * done // max(total, 1)}%"
+        if done >= total:
+            print(f"{stage}: {share}, {seconds:.0f} s", file=stream, flush=True)
+        elif stage not in told:
+            told.add(stage)
+            print(f"{stage}: {share}", file=stream, flush=True)
+
+    return report

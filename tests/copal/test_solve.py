@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from copal.baselines import magnitude, wanda
+from copal.config import PruneConfig
+from copal.masks import kept_per_row, row_mask, zeros
+from copal.sensitivity import Moment, output_energy
+from copal.solve import damped, masked_solve, prune_group
+
+
+def problem(rows: int, features: int, seed: int) -> tuple[torch.Tensor, Moment]:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(features, features, generator=generator)
+    x = torch.randn(4 * features, features, generator=generator) @ mixing
+    return torch.randn(rows, features, generator=generator), Moment(x.T @ x / len(x), 1.0)
+
+
+def test_conjugate_gradient_finds_the_least_squares_solution_of_each_row() -> None:
+    weight, moment = problem(5, 16, seed=0)
+    second = damped(moment.second, 0.01)
+    mask = row_mask(weight.abs(), 0.5)
+    solved = masked_solve(weight, weight, mask, second, iterations=200, tolerance=1e-7)
+    for row in range(5):
+        kept = mask[row]
+        target = second[kept] @ weight[row]
+        expected = torch.linalg.solve(second[kept][:, kept], target)
+        torch.testing.assert_close(solved[row, kept], expected, rtol=1e-3, atol=1e-4)
+    assert not solved[~mask].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(4, 24), st.floats(0.1, 0.9), st.integers(0, 9))
+def test_solving_is_never_worse_on_its_own_loss_than_masking_alone(
+    rows: int, features: int, sparsity: float, seed: int
+) -> None:
+    weight, moment = problem(rows, features, seed)
+    second = damped(moment.second, 0.01)
+    mask = row_mask(weight.abs(), sparsity)
+    solved = masked_solve(weight, weight, mask, second, iterations=5)
+    assert output_energy(weight - solved, second) <= output_energy(weight - weight * mask, second) * (1 + 1e-5)
+
+
+def test_linears_of_a_group_are_pruned_as_if_each_were_alone() -> None:
+    weight, moment = problem(6, 16, seed=3)
+    together = prune_group({"q": weight[:4], "k": weight[4:]}, moment, PruneConfig())
+    alone = prune_group({"k": weight[4:]}, moment, PruneConfig())
+    torch.testing.assert_close(together["k"], alone["k"])
+
+
+@pytest.mark.parametrize("method", [prune_group, magnitude, wanda])
+@given(sparsity=st.floats(0.05, 0.95), features=st.integers(4, 33))
+@settings(max_examples=15, deadline=None)
+def test_sparsity_as_counted_is_the_target_to_the_nearest_weight(method, sparsity: float, features: int) -> None:
+    weight, moment = problem(3, features, seed=1)
+    pruned = method({"a": weight}, moment, PruneConfig(sparsity=sparsity))["a"]
+    assert abs(zeros(pruned) - sparsity * weight.numel()) <= 0.5 * len(weight) + 1
+    assert pruned.isfinite().all()
+
+
+@given(st.integers(1, 50), st.floats(0.01, 0.99))
+def test_at_least_one_weight_of_a_row_stays(features: int, sparsity: float) -> None:
+    assert 1 <= kept_per_row(features, sparsity) <= features
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        torch.zeros(8, 8),  # nothing reached the layer
+        torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0])),  # dead channels
+        torch.ones(8, 8),  # rank one
+        torch.ones(8, 8) - 0.01 * torch.eye(8),  # indefinite by a rounding
+    ],
+    ids=["no-tokens", "dead", "singular", "indefinite"],
+)
+def test_degenerate_statistics_give_finite_weights(second: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    pruned = prune_group({"a": torch.randn(4, 8)}, Moment(second, 1.0), PruneConfig())["a"]
+    assert pruned.isfinite().all()
+    assert zeros(pruned) == 16
+
+
+def test_golden_numbers_hold_refactors_still() -> None:
+    weight = torch.linspace(-1, 1, 24).reshape(2, 12).sin()
+    x = torch.sin(torch.arange(360.0).square()).reshape(30, 12)
+    pruned = prune_group({"a": weight}, Moment(x.T @ x / 30, 1.0), PruneConfig())["a"]
+    found = [round(value, 4) for value in pruned[0, pruned[0] != 0].tolist()]
+    assert found == GOLDEN
+
+
+GOLDEN: list[float] = []

@@ -1,0 +1,127 @@
+"""Workspaces with real git and DVC repositories, a real MLflow database and, where asked for, Prefect's harness."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.base import BaseModel, base_fingerprint
+from flows.datasets import add_and_commit, init_repository
+from flows.registry import Registry, open_registry
+from flows.settings import Settings, Workspace, load_settings, open_workspace
+from flows.stages import register_root
+
+PARAMS = """
+model: {name: tiny, dtype: float32}
+calibration: {window_length: 32, windows: 8, evaluation_windows: 8, evaluation_share: 0.4}
+prune: {iterations: 30}
+"""
+
+
+@pytest.fixture(scope="session")
+def prefect() -> Iterator[None]:
+    """Prefect's test harness: one temporary server for the whole run."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+class Bench:
+    """A workspace and what a user does in it."""
+
+    def __init__(self, workspace: Workspace, base: Path) -> None:
+        self.workspace, self.base = workspace, base
+        self.root = workspace.root
+
+    @property
+    def settings(self) -> Settings:
+        return load_settings(self.workspace.params)
+
+    @property
+    def registry(self) -> Registry:
+        return open_registry(self.workspace, self.settings)
+
+    def write(self, domain: str, seed: int, documents: int = 24) -> None:
+        """Put made-up text into data/`domain`; each seed speaks another dialect."""
+        folder = self.root / "data" / domain
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"id": f"{domain}-{number}", "text": text(seed, number)}) for number in range(documents)]
+        (folder / "documents.jsonl").write_text("\n".join(lines) + "\n")
+
+    def commit(self, domain: str, seed: int, documents: int = 24) -> str:
+        """A new version of `domain`: written, tracked by DVC and committed."""
+        self.write(domain, seed, documents)
+        return self.track(domain)
+
+    def track(self, domain: str) -> str:
+        """Track data/`domain` as it lies there, and commit."""
+        return add_and_commit(self.root, domain, f"Add {domain}")
+
+    def set(self, old: str, new: str) -> None:
+        """Edit params.yaml."""
+        params = self.workspace.params.read_text()
+        assert old in params
+        self.workspace.params.write_text(params.replace(old, new))
+
+    def lose_data(self) -> None:
+        """Delete DVC's cache; there is no remote."""
+        shutil.rmtree(self.root / ".dvc" / "cache")
+
+    def register_root(self) -> None:
+        """Register the tiny base under the name in params.yaml."""
+        base = BaseModel(folder=self.base, fingerprint=base_fingerprint(self.base), source="tiny")
+        register_root(self.workspace, self.settings, self.registry, base)
+
+    def snapshot(self) -> dict[str, str]:
+        """What must not change when input is refused: every file but caches and the lock, by its hash."""
+        ignored = (".copal/cache", ".copal/lock", ".dvc/tmp", ".dvc/cache", ".git", ".copal/mlflow.db")
+        files = (path for path in sorted(self.root.rglob("*")) if path.is_file())
+        named = ((path, path.relative_to(self.root).as_posix()) for path in files)
+        return {
+            name: hashlib.sha256(path.read_bytes()).hexdigest() for path, name in named if not name.startswith(ignored)
+        }
+
+
+def text(seed: int, number: int) -> str:
+    """200 characters of a dialect: each seed favours other letters."""
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).hexdigest()
+    letters = hashlib.sha256(str(seed).encode()).hexdigest()[:8] + " "
+    return "".join(letters[int(digit, 16) % len(letters)] for digit in digest * 3) + f" {number}"
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database, migrated once (2 s); tests copy it."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}", registry_uri=f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git + DVC repository with settings, copied for each test."""
+    root = tmp_path_factory.mktemp("workspaces") / "template"
+    init_repository(root)
+    (root / "params.yaml").write_text(PARAMS)
+    (root / "data").mkdir()
+    return root
+
+
+@pytest.fixture
+def bench(template: Path, tiny_base: Path, mlflow_template: Path, tmp_path: Path) -> Bench:
+    """A workspace with the tiny base as version 1 and no data yet."""
+    root = tmp_path / "workspace"
+    shutil.copytree(template, root)
+    (root / ".copal").mkdir(exist_ok=True)
+    shutil.copyfile(mlflow_template, root / ".copal" / "mlflow.db")
+    found = Bench(open_workspace(root), tiny_base)
+    found.register_root()
+    return found

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import http.server
+import os
+import shutil
+import socket
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from flows import doctor as module
+from flows.doctor import Check, doctor, render
+
+NAMES = [
+    "python", "torch", "transformers", "git", "dvc", "mlflow", "prefect", "fastapi", "disk", "workspace",
+]  # fmt: skip
+
+
+def look(path) -> dict[str, Check]:
+    checks = doctor(path)
+    assert [check.name for check in checks] == NAMES
+    assert all(check.advice for check in checks if check.ok is not True)
+    return {check.name: check for check in checks}
+
+
+def test_a_good_workspace(bench):
+    bench.commit("code", 0)
+    before = bench.snapshot()
+    checks = look(bench.root)
+    assert not [check for check in checks.values() if check.ok is False]
+    assert "domains at HEAD: code" in checks["dvc"].found
+    assert checks["dvc"].ok is None  # no remote
+    assert "newest is version 1 of tiny" in checks["mlflow"].found
+    assert "products in float32" in checks["torch"].found  # as params.yaml says
+    assert checks["workspace"].ok
+    assert bench.snapshot() == before
+
+
+def test_outside_a_workspace_it_looks_at_what_is_there(tmp_path):
+    checks = look(tmp_path / "nowhere")
+    assert not [check for check in checks.values() if check.ok is False]
+    assert checks["workspace"].ok is None
+    assert "copal init" in checks["workspace"].advice
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_remote_and_an_identity(bench, monkeypatch, tmp_path):
+    (bench.root / ".dvc" / "config").write_text("[core]\n    remote = s\n['remote \"s\"']\n    url = /tmp/remote\n")
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    checks = look(bench.root)
+    assert checks["dvc"].ok is True
+    assert checks["git"].ok is None
+    (tmp_path / "gitconfig").write_text("[user]\n    name = Ada\n    email = ada@localhost\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    assert "commits as Ada <ada@localhost>" in look(bench.root)["git"].found
+
+
+def test_one_broken_thing_does_not_hide_the_others(bench, monkeypatch):
+    (bench.root / ".copal" / "mlflow.db").write_bytes(b"not a database")
+    (bench.root / "data" / "x.dvc").write_text("outs: [")
+    real = module._package
+
+    def broken(name):
+        if name == "transformers":
+            raise OSError("libcudart.so.12: cannot open shared object file")
+        return real(name)
+
+    monkeypatch.setattr(module, "_package", broken)
+    checks = look(bench.root)
+    assert checks["mlflow"].ok is False
+    assert "mlflow.db" in checks["mlflow"].found
+    assert checks["transformers"] == Check(
+        name="transformers",
+        ok=False,
+        found="is broken: libcudart.so.12: cannot open shared object file",
+        advice="install copal again, in a new venv",
+    )
+    assert checks["workspace"].ok
+
+
+def test_bad_settings(bench):
+    bench.set("prune: {", "prune: {sparsity: 7, ")
+    check = look(bench.root)["workspace"]
+    assert check.ok is False
+    assert "prune.sparsity" in check.found
+
+
+def test_a_version_out_of_range_or_not_there(monkeypatch):
+    def version(name):
+        if name == "dvc":
+            raise module.metadata.PackageNotFoundError(name)
+        return {"fastapi": "0.151.0", "mlflow": "3.17.2"}[name]
+
+    requires = ["fastapi<0.151", "mlflow<4,>=3.17", "fastapi>=1; extra == 'dev'"]
+    there = SimpleNamespace(
+        version=version, requires=lambda _: requires, PackageNotFoundError=module.metadata.PackageNotFoundError
+    )
+    monkeypatch.setattr(module, "metadata", there)
+    assert module._package("fastapi") == Check(
+        name="fastapi", ok=False, found="0.151.0, copal needs <0.151", advice="pip install 'fastapi<0.151'"
+    )
+    assert module._package("mlflow").ok
+    assert module._package("dvc").ok is False
+
+
+def test_no_git(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert module._git(tmp_path) == Check(name="git", ok=False, found="is not on PATH", advice="install git")
+
+
+def test_room_on_the_disk(bench, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1 << 29))
+    check = look(bench.root)["disk"]
+    assert check.ok is False
+    assert check.found == "0.5 GiB free; a step needs about 1.0 GiB"
+
+
+@pytest.fixture
+def prefect_at():
+    """prefect_at(url): that is the API URL in Prefect's settings for the rest of the test."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    entered = []
+
+    def enter(url: str) -> None:
+        entered.append(temporary_settings({PREFECT_API_URL: url}))
+        entered[-1].__enter__()
+
+    yield enter
+    for settings in reversed(entered):
+        settings.__exit__(None, None, None)
+
+
+def test_a_prefect_server(prefect_at):
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/api/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        prefect_at(f"http://127.0.0.1:{server.server_port}/api")
+        assert module._prefect().found.endswith(f"the server http://127.0.0.1:{server.server_port}/api answers")
+        server.shutdown()
+
+
+def test_a_prefect_server_that_does_not_answer(prefect_at):
+    with socket.socket() as taken:  # bound but not listening: nobody answers, and nobody else gets the port
+        taken.bind(("127.0.0.1", 0))
+        prefect_at(f"http://me:secret@127.0.0.1:{taken.getsockname()[1]}/api")
+        check = module._prefect()
+    assert check.ok is False
+    assert "does not answer" in check.found
+    assert "secret" not in check.found
+
+
+def test_render():
+    assert (
+        render(
+            [Check(name="git", ok=True, found="2.39"), Check(name="disk", ok=None, found="full", advice="make room")]
+        )
+        == "ok    git          2.39\nnote  disk         full\n                   -> make room"
+    )

