@@ -69,7 +69,7 @@ class PruneConfig:
     sparsity: float = 0.5
     criterion: str = "output"
     rounds: tuple[float, ...] = (0.6, 0.8, 0.9, 1.0)
-    iterations: int = 15
+    iterations: int = 10
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -84,6 +84,7 @@ class PruneConfig:
         _check_whole("prune.iterations", self.iterations, at_least=1)
         if not _is_number(self.damping) or not 0 < self.damping <= 1:
             raise SettingsError(f"prune.damping must be in (0, 1], not {self.damping!r}")
+        object.__setattr__(self, "damping", float(self.damping))  # 1 and 1.0: one fingerprint
 
     def fingerprint(self) -> str:
         """SHA-256 of all fields."""
@@ -125,7 +126,7 @@ def _is_number(value: object) -> bool:
 def _shares(name: str, values: object) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) or not all(map(_is_number, values)):
         raise SettingsError(f"{name} must be a list of numbers, not {values!r}")
-    return tuple(values)
+    return tuple(map(float, values))
 
 
 def _check_open_interval(name: str, value: object) -> None:

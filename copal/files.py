@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "flush", "sha256_file", "write_json"]
+__all__ = ["atomic_folder", "flush", "locked", "sha256_file", "write_atomic", "write_json"]
 
 
 @contextmanager
@@ -41,10 +42,31 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, made if need be, alone; waits for whoever holds it, thread or process."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends, however it ends
+        yield
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 (hexadecimal) of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all; replaces what is there."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        flush(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

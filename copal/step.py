@@ -18,6 +18,7 @@ from torch import Tensor
 
 from copal.checkpoint import Checkpoint, CheckpointWriter
 from copal.config import CalibrationConfig, PruneConfig
+from copal.errors import ModelError
 from copal.files import atomic_folder
 from copal.masks import zeros
 from copal.progress import Progress, silent
@@ -164,22 +165,18 @@ def prune_step(
                 pruned = dict[str, Tensor]()
                 for group, linears in recorder.groups().items():
                     pruned |= method({linear: dense[linear] for linear in linears}, total[group], prune)
+            idle = [linear for linear in dense if linear not in pruned]
+            if idle:
+                raise ModelError(f"{name}.{idle[0]} reads no input on this domain: copal cannot tell what it needs")
             stored = model.stored_weights(index, pruned)
             checkpoint.write(model.stored_block(index), stored)
             now = model.weights(index, stored)  # as rounded to the dtype in which they are stored
-            was = model.weights(index, parent_model) if parent_model else None
+            was = model.weights(index, parent_model) if parent_model else {}
             for group, linears in recorder.groups().items():
+                after, earlier = new[group].second, before[group].second if before else None
                 for linear in linears:
-                    layers.append(
-                        _report(
-                            f"{name}.{linear}",
-                            dense[linear],
-                            was[linear] if was else None,
-                            now[linear],
-                            new[group].second,
-                            before[group].second if before else None,
-                        )
-                    )
+                    layer = f"{name}.{linear}"
+                    layers.append(_report(layer, dense[linear], was.get(linear), now[linear], after, earlier))
             progress("prune", index + 1, len(model))
         checkpoint.finish()
         own = DomainEntry(

@@ -43,6 +43,10 @@ class _Call:
     kwargs: dict[str, Any]
 
 
+class _TupleWantedError(Exception):
+    """A model took element 0 of what its block returned: its blocks return tuples."""
+
+
 class StreamedModel:
     """A causal language model whose blocks are read when they run.
 
@@ -159,14 +163,17 @@ class StreamedModel:
         calls: list[_Call] = []
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if hidden and hidden_states.shape != hidden[0].shape:
+                raise _TupleWantedError
             hidden.append(hidden_states)
             calls.append(_Call(args, kwargs))
             return (hidden_states,) if self._returns_tuple else hidden_states
 
-        with self._forwards([forward] * len(self)):
-            self.model(tokens, use_cache=False)
-        if not self._returns_tuple and any(later.shape != hidden[0].shape for later in hidden):
-            self._returns_tuple = True  # the model took element 0 of what its block returned
+        try:
+            with self._forwards([forward] * len(self)):
+                self.model(tokens, use_cache=False)
+        except _TupleWantedError:
+            self._returns_tuple = True
             return self._record(tokens)
         return hidden[0], calls
 

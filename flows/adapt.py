@@ -1,7 +1,7 @@
 """The flow `adapt`: one step of continual pruning, from a dataset version to a registered model version.
 
 The stages themselves are plain functions in `flows.stages`; here they become Prefect tasks, with retries where trying
-again can help (fetching over a network, a registry that is busy) and none where it cannot (bad input, a diverging solve).
+again can help (fetching over a network, a registry that is busy) and none where it cannot (bad input).
 """
 
 from __future__ import annotations

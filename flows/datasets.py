@@ -10,15 +10,13 @@ Git is asked through the `git` command; DVC, which takes a second to import, ins
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import logging
 import os
 import posixpath
 import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,9 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from copal.errors import CopalError
+from copal.files import flush, locked, write_atomic
+from flows.git import commit as git_commit
+from flows.git import git, reason, run_git, start_git
 
 __all__ = [
     "DatasetError",
@@ -99,9 +100,7 @@ def dataset_versions(repo: Path, rev: str = "HEAD") -> list[DatasetVersion]:
         return []
     with _tracked_reader(root) as tracked:
         changes = [(pointer, _last_change(root, commit, pointer, tracked)) for pointer in pointers]
-    order = {
-        sha: place for place, sha in enumerate(_git(root, "rev-list", "--topo-order", "--reverse", commit).split())
-    }
+    order = {sha: place for place, sha in enumerate(git(root, "rev-list", "--topo-order", "--reverse", commit).split())}
     repository = _repository(root)
     return [
         DatasetVersion(
@@ -172,7 +171,7 @@ def _last_change(
     walk goes back through them as long as a parent has the same md5: past commits that touched something else in the
     file, and through merges to the side that the md5 came from.
     """
-    listed = _git(root, "rev-list", "--topo-order", "--parents", commit, "--", f":(top,literal){pointer.file}")
+    listed = git(root, "rev-list", "--topo-order", "--parents", commit, "--", f":(top,literal){pointer.file}")
     parents = {sha: older for sha, *older in (line.split() for line in listed.splitlines())}
     wanted = (pointer.output, pointer.md5)
     current = next(iter(parents), commit)  # none: DVC drops line breaks from names, so git knows the file by another
@@ -184,7 +183,7 @@ def _last_change(
 @contextmanager
 def _tracked_reader(root: Path) -> Iterator[Callable[[str, str], frozenset[tuple[str, str]]]]:
     """A function (commit, file) -> the (output, md5) pairs of that pointer file; one git process serves all calls."""
-    with _start_git(root, "cat-file", "--batch") as process:
+    with start_git(root, "cat-file", "--batch") as process:
         assert process.stdin is not None
         assert process.stdout is not None
         requests, answers = process.stdin, process.stdout
@@ -252,7 +251,7 @@ def _fetch_once(root: Path, version: DatasetVersion, cache: Path) -> Path:
     target = cache / version.md5
     partial = cache / f".{version.md5}.partial"
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f".{version.md5}.lock"):
+    with locked(cache / f".{version.md5}.lock"):
         if target.is_dir():  # another process was first
             return target
         if partial.exists():  # a process that was killed left it: whoever writes it holds the lock
@@ -262,7 +261,7 @@ def _fetch_once(root: Path, version: DatasetVersion, cache: Path) -> Path:
             files = partial / "files"
             _download(root, version, files, scratch=partial / "dvc")
             files.rename(target)
-            _sync(cache)
+            flush(cache)
         finally:
             shutil.rmtree(partial)
     return target
@@ -309,7 +308,7 @@ def _verify(version: DatasetVersion, files: Path, listed: dict[str, Any]) -> Non
     tree = Tree()
     for path in sorted(files.rglob("*")):
         if path.is_dir():
-            _sync(path)
+            flush(path)
             continue
         name = path.relative_to(files).as_posix()
         wanted = listed.get(name)
@@ -323,7 +322,7 @@ def _verify(version: DatasetVersion, files: Path, listed: dict[str, Any]) -> Non
                 f"file has {md5}: remove {wanted.value[:2]}/{wanted.value[2:]} from DVC's cache and `dvc fetch` it"
             )
         tree.add(tuple(name.split("/")), None, HashInfo(algorithm, md5))
-    _sync(files)
+    flush(files)
     tree.digest()
     if tree.oid != version.md5:
         raise DatasetError(
@@ -341,11 +340,12 @@ def init_repository(root: Path) -> None:
     what it wrote.
 
     Raises:
-        DatasetError: git or DVC refuses.
+        GitError: git refuses.
+        DatasetError: DVC refuses.
     """
     root.mkdir(parents=True, exist_ok=True)
     if not (root / ".git").exists():
-        _git(root, "init", "--quiet", "--initial-branch=main")
+        git(root, "init", "--quiet", "--initial-branch=main")
     with _dvc_errors(f"DVC cannot set up {root}"):
         from dvc.repo import Repo
 
@@ -357,10 +357,7 @@ def init_repository(root: Path) -> None:
     ignored = root / ".gitignore"
     lines = ignored.read_text(encoding="utf-8").splitlines() if ignored.exists() else []
     if ".copal/" not in lines:
-        beside = root / ".gitignore.partial"
-        beside.write_text("\n".join([*lines, ".copal/", ""]), encoding="utf-8")
-        _sync(beside)
-        beside.replace(ignored)
+        write_atomic(ignored, "\n".join([*lines, ".copal/", ""]))
     _stage(root, ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore")
 
 
@@ -370,7 +367,8 @@ def add_and_commit(root: Path, domain: str, message: str) -> str:
     Makes no commit where nothing changed. Where git knows no identity the author is `copal <copal@localhost>`.
 
     Raises:
-        DatasetError: git or DVC refuses.
+        GitError: git refuses.
+        DatasetError: `root` is not the root of a git repository, or DVC refuses.
     """
     _git_root(root)
     with _dvc_errors(f"DVC cannot add data/{domain}"):
@@ -379,17 +377,12 @@ def add_and_commit(root: Path, domain: str, message: str) -> str:
         with Repo(str(root)) as dvc:
             dvc.add(str(root / "data" / domain))
     _stage(root, f"data/{domain}.dvc", "data/.gitignore")
-    if _git(root, "diff", "--cached", "--name-only"):
-        identity: list[str] = []
-        for key, value in (("user.name", "copal"), ("user.email", "copal@localhost")):
-            if _run_git(root, "config", key).returncode != 0:
-                identity += ["-c", f"{key}={value}"]
-        _git(root, "commit", "--quiet", "--message", message, options=identity)
+    git_commit(root, message)
     return resolve_commit(root, "HEAD")
 
 
 def _stage(root: Path, *paths: str) -> None:
-    _git(root, "add", "--", *(path for path in paths if (root / path).exists()))
+    git(root, "add", "--", *(path for path in paths if (root / path).exists()))
 
 
 # --- DVC
@@ -436,15 +429,15 @@ def _one_line(error: BaseException | None) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# --- git and files
+# --- git
 
 
 def _git_root(repo: Path) -> Path:
     if not repo.is_dir():
         raise DatasetError(f"{repo} is not a folder")
-    found = _run_git(repo, "rev-parse", "--show-toplevel")
+    found = run_git(repo, "rev-parse", "--show-toplevel")
     if found.returncode != 0:
-        raise DatasetError(f"git cannot use {repo}: {_first_line(found.stderr)}")
+        raise DatasetError(f"git cannot use {repo}: {reason(found)}")
     root = repo.resolve()
     if Path(found.stdout.rstrip("\n")).resolve() != root:
         raise DatasetError(f"{repo} is inside a git repository, but not its root: give {found.stdout.strip()}")
@@ -452,7 +445,7 @@ def _git_root(repo: Path) -> Path:
 
 
 def _find_commit(root: Path, rev: str) -> str | None:
-    found = _run_git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}^{{commit}}")
+    found = run_git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}^{{commit}}")
     return found.stdout.strip() if found.returncode == 0 else None
 
 
@@ -461,7 +454,7 @@ def _unknown_revision(root: Path, rev: str) -> DatasetError:
 
 
 def _repository(root: Path) -> str:
-    found = _run_git(root, "remote", "get-url", "origin")
+    found = run_git(root, "remote", "get-url", "origin")
     if found.returncode != 0:
         return str(root)
     url = found.stdout.strip()
@@ -471,52 +464,3 @@ def _repository(root: Path) -> str:
         keeps_user = parts.scheme not in ("http", "https")  # ssh://git@...; https://TOKEN@... is a secret
         url = urlunsplit(parts._replace(netloc=f"{user.split(':')[0]}@{host}" if keeps_user else host))
     return url
-
-
-def _git(root: Path, command: str, *arguments: str, options: Sequence[str] = ()) -> str:
-    done = _run_git(root, *options, command, *arguments)
-    if done.returncode != 0:
-        raise DatasetError(f"git {command} failed in {root}: {_first_line(done.stderr or done.stdout)}")
-    return done.stdout
-
-
-def _run_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    with _start_git(root, *arguments) as process:
-        out, err = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, os.fsdecode(out), os.fsdecode(err))
-
-
-def _start_git(root: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    # In a git hook these point to the repository of the hook.
-    hook = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR")
-    environment = {name: value for name, value in os.environ.items() if name not in hook}
-    try:
-        return subprocess.Popen(
-            ["git", *arguments],
-            cwd=root,
-            env=environment | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-    except FileNotFoundError as error:
-        raise DatasetError("git is not installed, or not on PATH: install it") from error
-
-
-def _first_line(text: str) -> str:
-    return next((line for line in text.splitlines() if line.strip()), "no reason given")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends, however it ends
-        yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

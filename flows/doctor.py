@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -14,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from copal.errors import CopalError
+from flows.git import run_git
 from flows.settings import Settings, Workspace, WorkspaceError, load_settings, open_workspace
 
 __all__ = ["Check", "doctor", "render"]
@@ -144,8 +144,7 @@ def _git(path: Path) -> Check:
     here = path if path.is_dir() else Path.cwd()
 
     def ask(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+        return run_git(here, *arguments).stdout.strip()
 
     version = ask("--version").removeprefix("git version ")
     name, email = ask("config", "user.name"), ask("config", "user.email")

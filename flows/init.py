@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copal.errors import CopalError
-from copal.files import flush
+from copal.files import write_atomic
 from copal.progress import Progress
+from flows.git import commit, git
 from flows.settings import Workspace, WorkspaceError, load_settings, open_workspace
 
 if TYPE_CHECKING:
     from flows.registry import ModelVersion
 
-__all__ = ["InitError", "default_params", "init_with_base", "init_workspace", "model_name_for"]
+__all__ = ["default_params", "init_with_base", "init_workspace", "model_name_for"]
 
 _DATA_README = """\
 # The domains of this workspace
@@ -36,10 +35,6 @@ _FILES = (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "params.
 _FOLDERS = (".git", ".dvc", ".copal", "data")
 
 
-class InitError(CopalError):
-    """A workspace could not be made; nothing was changed."""
-
-
 def init_workspace(folder: Path, model_name: str | None = None) -> Workspace:
     """Make `folder` a workspace, or complete it; what is there already stays. Commits what it wrote, and only that.
 
@@ -49,8 +44,8 @@ def init_workspace(folder: Path, model_name: str | None = None) -> Workspace:
     Raises:
         WorkspaceError: the folder is a file.
         SettingsError: the params.yaml that is there is bad.
-        InitError: git refuses the commit.
-        DatasetError: git or DVC refuses.
+        GitError: git refuses.
+        DatasetError: DVC refuses.
     """
     folder = folder.expanduser().resolve()
     with _as_before_on_error(folder):
@@ -117,7 +112,7 @@ prune:
   sparsity: 0.5           # share of zeros in every pruned linear, between 0 and 1
   criterion: output       # or gradient: needs an accumulator as big as the model
   rounds: [0.6, 0.8, 0.9, 1.0]  # sparsity after each round, as shares of the above; rising, the last one 1
-  iterations: 15          # conjugate-gradient iterations of a round, at most
+  iterations: 10          # conjugate-gradient iterations of a round, at most
   damping: 0.01           # added to the diagonal of the second moment, as a share of its mean
 
 domains: {{}}               # weights in the loss, where not 1.0:  {{legal: {{weight: 2.0}}}}
@@ -149,43 +144,14 @@ def _write_new(path: Path, text: str) -> None:
     if path.exists():
         return
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    partial.rename(path)
-    flush(path.parent)
+    write_atomic(path, text)
 
 
 def _commit(folder: Path) -> None:
     """Commit what makes the workspace; anything else that is staged stays staged."""
     paths = [name for name in _FILES if (folder / name).exists()]
-    _git(folder, "add", "--", *paths)
-    if not _git(folder, "status", "--porcelain", "--", *paths):
-        return
-    identity: list[str] = []
-    for key, value in (("user.name", "copal"), ("user.email", "copal@localhost")):
-        if _run_git(folder, "config", key).returncode != 0:
-            identity += ["-c", f"{key}={value}"]
-    _git(folder, *identity, "commit", "--quiet", "--message", "Make this a copal workspace", "--only", "--", *paths)
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = _run_git(folder, *arguments)
-    if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
-        raise InitError(f"git refuses in {folder}: {said[0]}")
-    return done.stdout.strip()
-
-
-def _run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # In a git hook these point to the repository of the hook.
-    hook = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
-    environment = {name: value for name, value in os.environ.items() if name not in hook} | {"LC_ALL": "C"}
-    command = ["git", *arguments]
-    try:
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise InitError("git is not installed, or not on PATH: install it") from error
+    git(folder, "add", "--", *paths)
+    commit(folder, "Make this a copal workspace", paths)
 
 
 @contextmanager
@@ -196,7 +162,7 @@ def _as_before_on_error(folder: Path) -> Iterator[None]:
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     files = [folder / name for name in _FILES]
     if (folder / ".git").exists():
-        files.append(folder / _git(folder, "rev-parse", "--git-path", "index"))
+        files.append(folder / git(folder, "rev-parse", "--git-path", "index").rstrip("\n"))
     before = {path: path.read_bytes() if path.is_file() else None for path in files}
     absent = [folder / name for name in _FOLDERS if not (folder / name).exists()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,8 @@ does not hold what comes later (gates, aliases, its own version number). Pure: k
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
@@ -19,6 +17,7 @@ from typing import Any
 
 from copal.config import canonical_json, fingerprint
 from copal.errors import CopalError
+from copal.files import sha256_file, write_atomic
 
 __all__ = [
     "RECORD_FILE",
@@ -188,12 +187,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """
     validate(record, str(path))
     text = json.dumps(record, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_atomic(path, text)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -232,7 +226,7 @@ def file_digests(folder: Path, relative_to: Path) -> dict[str, str]:
     For a version's folder: `file_digests(v / "model", v) | file_digests(v / "state", v)`.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(relative_to).as_posix(): _sha256(path) for path in paths}
+    return {path.relative_to(relative_to).as_posix(): sha256_file(path) for path in paths}
 
 
 def verify_files(record: Mapping[str, Any], folder: Path) -> list[str]:
@@ -245,7 +239,7 @@ def verify_files(record: Mapping[str, Any], folder: Path) -> list[str]:
         found |= file_digests(folder / name, folder)
     for name in set(record["files"]) - set(found):
         if (folder / name).is_file():
-            found[name] = _sha256(folder / name)
+            found[name] = sha256_file(folder / name)
     differences = []
     for name in sorted(set(record["files"]) | set(found)):
         if name not in found:
@@ -260,11 +254,6 @@ def verify_files(record: Mapping[str, Any], folder: Path) -> list[str]:
 def step_key(parent_version: int, domain: str, dvc_md5: str, settings_fingerprint: str) -> str:
     """SHA-256 that names a step: the same parent, data and settings give the same key, and never two versions."""
     return fingerprint([parent_version, domain, dvc_md5, settings_fingerprint])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shown(value: object) -> str:

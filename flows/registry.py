@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import re
 import shutil
 import sqlite3
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from copal.errors import CopalError
+from copal.files import flush
 from flows.lineage import RECORD_FILE, LineageError, read_record, record_digest, validate, verify_files, write_record
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ class Registry:
                     tags=_tags(record),
                 )
                 client.log_model_artifacts(model.model_id, str(folder))
-                _flush(_local_path(model.artifact_location))
+                _flush_all(_local_path(model.artifact_location))
                 client.finalize_logged_model(model.model_id, "READY")
                 _log_links(client, run_id, model.model_id, parent)
                 _log_results(client, run_id, model.model_id, record, metrics)
@@ -637,16 +637,12 @@ def _local_path(uri: str) -> Path | None:
     return None if parts.scheme else Path(uri)
 
 
-def _flush(folder: Path | None) -> None:
+def _flush_all(folder: Path | None) -> None:
     """Bring a folder's files to the disk before a version names them; a power cut must not leave one half there."""
     if folder is None:
         return
     for path in (folder, *folder.rglob("*")):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(path)
 
 
 def _check_sqlite(path: Path) -> None:

@@ -6,21 +6,22 @@ workspace and becomes visible only when the registry has the version, which is w
 
 from __future__ import annotations
 
-import fcntl
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version as installed_version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copal.errors import CopalError
+from copal.errors import CopalError, DataError
+from copal.files import locked
 from copal.progress import Progress, silent
+from flows.git import run_git
 from flows.lineage import (
     DomainRecord,
     build_record,
@@ -109,8 +110,7 @@ class Evaluation:
 def exclusive(workspace: Workspace) -> Iterator[None]:
     """Hold the workspace's lock: steps of one workspace are serial. The system frees it when the process dies."""
     workspace.lock.parent.mkdir(parents=True, exist_ok=True)
-    with workspace.lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(workspace.lock):
         yield
 
 
@@ -136,9 +136,9 @@ def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain
     registry.check_sparsity(head, settings.prune.sparsity)
     known = {name.name: name for name in domain_records(record, head.number)}
     settings_fingerprint = settings.fingerprint()
-    if domain in known and known[domain].dvc_md5 == version.md5:
-        if record["settings_fingerprint"] == settings_fingerprint:
-            return None
+    same_data = domain in known and known[domain].dvc_md5 == version.md5
+    if same_data and record["settings_fingerprint"] == settings_fingerprint:
+        return None
     key = step_key(head.number, domain, version.md5, settings_fingerprint)
     versions = {entry.contribution_version for entry in known.values() if entry.contribution_version is not None}
     return Step(
@@ -179,14 +179,14 @@ def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
 
 
 def prune_domain(settings: Settings, step: Step, data: str, progress: Progress = silent) -> StepReport:
-    """Prune the base for every domain so far and the one in the folder `data`; stages model/ and state/ in the run folder.
+    """Prune the base for every domain so far and the one in the folder `data`; stages model/ and state/.
 
     Raises:
         CopalError: see `copal.step.prune_step` and `copal.calibration.domain_windows`.
     """
     from copal.step import Base, NewDomain, Parent, prune_step
 
-    windows = _windows(step, Path(data), settings)
+    windows = _windows(step, step.version.domain, Path(data), settings)
     parent = None
     if step.parent:
         parent = Parent(version=step.head, model=step.parent / "model", state=step.parent / "state", states=step.states)
@@ -228,7 +228,7 @@ def evaluate_step(
     began = time.perf_counter()
     device, dtype = _device(settings)
     new = step.version.domain
-    windows = {name: _windows(step, Path(folder), settings) for name, folder in sorted(data.items())}
+    windows = {name: _windows(step, name, Path(folder), settings) for name, folder in sorted(data.items())}
     tokens = {name: found.evaluation for name, found in windows.items()}
 
     def perplexities(folder: Path, domains: Mapping[str, Tensor]) -> dict[str, float]:
@@ -351,7 +351,7 @@ def register_root(
     staged = workspace.runs / f"base-{base.fingerprint[:16]}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        shutil.copytree(base.folder, staged / "model")
+        shutil.copytree(base.folder, staged / "model", copy_function=_link_or_copy)
         record = build_record(
             model=settings.model.name,
             parent=None,
@@ -384,13 +384,25 @@ def discard(step: Step) -> None:
     shutil.rmtree(step.run, ignore_errors=True)
 
 
-def _windows(step: Step, data: Path, settings: Settings) -> DomainWindows:
+def _link_or_copy(source: str, target: str) -> None:
+    """A second name for a file costs nothing, where the file system allows it; else a copy."""
+    try:
+        Path(target).hardlink_to(Path(source).resolve())  # the file itself: a link's own second name may lead nowhere
+    except OSError:  # across file systems, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _windows(step: Step, domain: str, data: Path, settings: Settings) -> DomainWindows:
+    """The windows of `domain`, read from the folder `data`; errors name the user's folder, not the cache's."""
     from transformers import AutoTokenizer
 
     from copal.calibration import domain_windows
 
     tokenizer = AutoTokenizer.from_pretrained(step.base, local_files_only=True, trust_remote_code=False)
-    return domain_windows(data, tokenizer, settings.calibration)
+    try:
+        return domain_windows(data, tokenizer, settings.calibration)
+    except DataError as error:
+        raise DataError(str(error).replace(str(data), f"data/{domain}")) from error
 
 
 def _predicted(windows: DomainWindows) -> int:
@@ -454,15 +466,15 @@ def _code() -> dict[str, Any]:
     """Version of copal and, where it runs from its own git checkout, the commit and whether that was changed."""
     here = Path(__file__).resolve().parent
 
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+    def ask(*arguments: str) -> str | None:
+        done = run_git(here, *arguments)
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
         released = installed_version("copal")
     except PackageNotFoundError:
         released = "unknown"
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if ask("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return {"version": released, "git_commit": None, "dirty": None}
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
-    return {"version": released, "git_commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    changed = ask("status", "--porcelain", "--untracked-files=no", "--", "..")
+    return {"version": released, "git_commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}

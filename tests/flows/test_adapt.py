@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from itertools import permutations
 
 import pytest
 import torch
@@ -81,22 +80,22 @@ def test_the_registered_figures_are_those_of_the_registered_model(bench):
     assert record["perplexity_before"] == record["dense_perplexity"]["code"]  # the parent is the dense base
 
 
-def test_all_orders_of_three_domains_end_with_the_same_model(bench, tmp_path):
-    """Through the whole job, in one workspace: each order is a lineage of its own."""
-    ends, figures = [], []
+def test_two_orders_end_with_the_same_model(bench):
+    """Through the whole job; `tests/copal/test_step.py` has all six."""
+    ends = []
     params = bench.workspace.params.read_text()
-    for seed, domain in enumerate(("code", "legal", "medical")):
+    for seed, domain in enumerate(("code", "legal")):
         bench.commit(domain, seed)
-    for order in permutations(("code", "legal", "medical")):
+    for order in (("code", "legal"), ("legal", "code")):
         bench.workspace.params.write_text(params.replace("name: tiny", f"name: {'-'.join(order)}"))
         bench.register_root()
         for domain in order:
             adapt(str(bench.root), domain)
-        ends.append(weights(bench, bench.registry.head().number))
-        figures.append(bench.registry.record(bench.registry.head())["perplexity"])
-    for end, perplexity in zip(ends[1:], figures[1:], strict=True):
-        assert other_masks(ends[0], end) <= 1e-4
-        assert perplexity == pytest.approx(figures[0], rel=1e-3)
+        head = bench.registry.head()
+        ends.append((weights(bench, head.number), bench.registry.record(head)["perplexity"]))
+    (one, figures), (other, other_figures) = ends
+    assert other_masks(one, other) <= 1e-4
+    assert figures == pytest.approx(other_figures, rel=1e-3)
 
 
 def test_a_new_version_replaces_the_old_one_and_going_back_works_too(bench):
@@ -192,7 +191,7 @@ def refused(bench, error: type[CopalError], match: str, domain: str = "code") ->
 
 def test_too_few_tokens(bench):
     bench.commit("code", 0, documents=3)
-    refused(bench, DataError, r"code.* needs")
+    refused(bench, DataError, r"^data/code has \d+ tokens .* \d+ are needed")
 
 
 def test_an_empty_folder(bench):
@@ -206,14 +205,14 @@ def test_a_file_that_is_not_utf8(bench):
     bench.write("code", 0)
     (bench.root / "data" / "code" / "latin.txt").write_bytes("für".encode("latin-1") * 50)
     bench.track("code")
-    refused(bench, DataError, r"latin\.txt.*UTF-8")
+    refused(bench, DataError, r"data/code/latin\.txt.*UTF-8")
 
 
 def test_rows_without_text(bench):
     bench.write("code", 0)
     (bench.root / "data" / "code" / "more.jsonl").write_text('{"body": "hello"}\n')
     bench.track("code")
-    refused(bench, DataError, r"more\.jsonl.*text")
+    refused(bench, DataError, r"data/code/more\.jsonl.*text")
 
 
 def test_a_pointer_whose_data_is_nowhere(bench):
@@ -250,7 +249,7 @@ def test_one_bad_dataset_does_not_keep_the_others_waiting(bench):
     bench.commit("bad", 0, documents=3)
     bench.commit("Wrong Name".replace(" ", ""), 1)
     bench.commit("code", 2)
-    with pytest.raises(RefusedError, match=r"WrongName.*cannot name a domain.*bad.* needs"):
+    with pytest.raises(RefusedError, match=r"WrongName.*cannot name a domain.*data/bad has .* needed"):
         watch(str(bench.root))
     assert [bench.registry.record(v)["step"] and v.tags["copal.domain"] for v in bench.registry.versions()] == [
         None,

