@@ -21,7 +21,7 @@ def row_mask(scores: Tensor, sparsity: float) -> Tensor:
 
     Comparing within rows, not over the whole matrix, keeps every output equally well fed (Sun et al. 2023).
     """
-    kept = scores.topk(kept_per_row(scores.shape[1], sparsity), dim=1).indices
+    kept = scores.topk(kept_per_row(scores.shape[1], sparsity), dim=1, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
 
 

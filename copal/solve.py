@@ -29,15 +29,15 @@ def damped(second: Tensor, damping: float) -> Tensor:
 
 
 def masked_solve(
-    dense: Tensor, start: Tensor, mask: Tensor, second: Tensor, *, iterations: int, tolerance: float = 1e-4
+    target: Tensor, start: Tensor, mask: Tensor, second: Tensor, *, iterations: int, tolerance: float = 1e-4
 ) -> Tensor:
-    """Minimise tr((W' - W) G (W' - W)^T) over W' that is zero outside `mask`.
+    """Minimise tr((W' - W) G (W' - W)^T) over W' that is zero outside `mask`: solve W' G = W G there.
 
     Preconditioned conjugate gradient (Hestenes and Stiefel 1952) on all rows together, each with its own step; the
     preconditioner is diag G.
 
     Args:
-        dense: W (O, I).
+        target: W G (O, I), of the dense W.
         start: where W' starts (O, I).
         mask: true where a weight stays (O, I).
         second: G (I, I), symmetric positive definite: see `damped`.
@@ -47,12 +47,11 @@ def masked_solve(
     Returns:
         W' (O, I).
     """
-    keep = mask.to(dense.dtype)
+    keep = mask.to(target.dtype)
     inverse_diagonal = second.diagonal().reciprocal()
     solution = start * keep
-    target = dense @ second * keep
-    residual = (dense - solution) @ second * keep
-    goal = tolerance**2 * (target * target * inverse_diagonal).sum()
+    residual = (target - solution @ second) * keep
+    goal = tolerance**2 * (target * target * inverse_diagonal * keep).sum()
     direction = residual * inverse_diagonal
     power = (residual * direction).sum(1, keepdim=True)
     for _ in range(iterations):
@@ -88,10 +87,10 @@ def prune_group(weights: Mapping[str, Tensor], moment: Moment, config: PruneConf
     gradient = torch.cat([squares[name] for name in weights]) if squares else None
     observed = moment.second
     second = damped(observed, config.damping)
-    solution = dense
+    solution, target = dense, dense @ second
     for share in config.rounds:
         mask = row_mask(scores(solution, observed, gradient), share * config.sparsity)
-        solution = masked_solve(dense, solution, mask, second, iterations=config.iterations)
+        solution = masked_solve(target, solution, mask, second, iterations=config.iterations)
     if not solution.isfinite().all():
         raise NumericsError(f"the solved weights of {next(iter(weights))} are not finite: raise prune.damping")
     parts = torch.split(solution, [len(weight) for weight in weights.values()])

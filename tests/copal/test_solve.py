@@ -23,7 +23,7 @@ def test_conjugate_gradient_finds_the_least_squares_solution_of_each_row() -> No
     weight, moment = problem(5, 16, seed=0)
     second = damped(moment.second, 0.01)
     mask = row_mask(weight.abs(), 0.5)
-    solved = masked_solve(weight, weight, mask, second, iterations=200, tolerance=1e-7)
+    solved = masked_solve(weight @ second, weight, mask, second, iterations=200, tolerance=1e-7)
     for row in range(5):
         kept = mask[row]
         target = second[kept] @ weight[row]
@@ -40,7 +40,7 @@ def test_solving_is_never_worse_on_its_own_loss_than_masking_alone(
     weight, moment = problem(rows, features, seed)
     second = damped(moment.second, 0.01)
     mask = row_mask(weight.abs(), sparsity)
-    solved = masked_solve(weight, weight, mask, second, iterations=5)
+    solved = masked_solve(weight @ second, weight, mask, second, iterations=5)
     assert output_energy(weight - solved, second) <= output_energy(weight - weight * mask, second) * (1 + 1e-5)
 
 
@@ -87,8 +87,5 @@ def test_golden_numbers_hold_refactors_still() -> None:
     weight = torch.linspace(-1, 1, 24).reshape(2, 12).sin()
     x = torch.sin(torch.arange(360.0).square()).reshape(30, 12)
     pruned = prune_group({"a": weight}, Moment(x.T @ x / 30, 1.0), PruneConfig())["a"]
-    found = [round(value, 4) for value in pruned[0, pruned[0] != 0].tolist()]
-    assert found == GOLDEN
-
-
-GOLDEN: list[float] = []
+    golden = torch.tensor([-0.7858, -0.8171, -0.6152, -0.6284, -0.6346, 0.0, -0.3214, 0.0, 0.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(pruned[0], golden, rtol=0, atol=2e-4)
