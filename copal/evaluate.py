@@ -61,13 +61,14 @@ def evaluate(
     """
     model = StreamedModel(folder, device=device, dtype=dtype)
     streams = {domain: model.start(tokens, batch) for domain, tokens in windows.items()}
+    total = len(model) + len(streams)  # the head is worth a block
     for index in range(len(model)):
         with model.block(index) as block:
             for stream in streams.values():
                 stream.advance(block)
-        progress("evaluate", index + 1, len(model))
+        progress("evaluate", index + 1, total)
     scores = {}
-    for domain, stream in streams.items():
+    for number, (domain, stream) in enumerate(streams.items(), start=1):
         nats, tokens = 0.0, 0
         for window, logits in stream.logits():
             targets = window[0, 1:]
@@ -76,6 +77,7 @@ def evaluate(
         if not math.isfinite(nats):
             raise NumericsError(f"the loss of {folder} on {domain} is {nats}: the checkpoint's weights are not sound")
         scores[domain] = Score(nats, tokens)
+        progress("evaluate", len(model) + number, total)
     return scores
 
 

@@ -138,7 +138,7 @@ class MomentRecorder:
 
 
 def _add_upper(total: Tensor, tokens: Tensor, panels: int = 4) -> None:
-    """Add tokens^T tokens (I, I), `tokens` (T, I), to the upper triangle of `total`; what is below it is left undefined.
+    """Add tokens^T tokens (I, I), of `tokens` (T, I), to the upper triangle of `total`; below it nothing is defined.
 
     In panels of rows from the diagonal on: with four, 5/8 of the whole product.
     """

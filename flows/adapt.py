@@ -56,7 +56,8 @@ def evaluate(
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=_may_pass)
 def register(settings: Settings, registry: Registry, step: Step, report: StepReport, evaluation: Evaluation) -> int:
     """Register the version: the last thing that happens, it makes it `latest`."""
-    return stages.register_step(settings, registry, step, report, evaluation).number
+    with progress_bar() as progress:
+        return stages.register_step(settings, registry, step, report, evaluation, progress).number
 
 
 @flow(name="adapt", flow_run_name="adapt to {domain}", validate_parameters=False)

@@ -277,7 +277,12 @@ def evaluate_step(
 
 
 def register_step(
-    settings: Settings, registry: Registry, step: Step, report: StepReport, evaluation: Evaluation
+    settings: Settings,
+    registry: Registry,
+    step: Step,
+    report: StepReport,
+    evaluation: Evaluation,
+    progress: Progress = silent,
 ) -> ModelVersion:
     """Register the staged version with its record; it becomes `latest` last of all.
 
@@ -288,6 +293,7 @@ def register_step(
     from copal.evaluate import backward_transfer
     from flows.registry import DomainMetrics
 
+    progress("register", 0, 1)
     head = registry.version(step.head)
     parent_record = registry.record(head)
     when_newest = _perplexity_when_newest(registry, step.earlier)
@@ -336,6 +342,7 @@ def register_step(
     ]
     registered = registry.register(step.out, record, metrics=metrics, parent=head, expected_head=step.head)
     discard(step)
+    progress("register", 1, 1)
     return registered
 
 

@@ -22,9 +22,10 @@ PRUNE = PruneConfig(iterations=30)
 class Lineage:
     """A chain of versions on disk, without a registry."""
 
-    def __init__(self, base: Path, folder: Path, prune: PruneConfig = PRUNE) -> None:
+    def __init__(self, base: Path, folder: Path, prune: PruneConfig = PRUNE, device: str = "cpu") -> None:
         self.base = Base(folder=base, fingerprint="base")
         self.folder, self.prune, self.calibration = folder, prune, CALIBRATION
+        self.device = torch.device(device)
         self.parent: Parent | None = None
         self.number = 1
 
@@ -34,7 +35,7 @@ class Lineage:
         domain = NewDomain(name=name, md5=md5, weight=weight, windows=windows)
         report = prune_step(
             self.base, self.parent, domain, out,
-            calibration=self.calibration, prune=self.prune, device=torch.device("cpu"), dtype=torch.float32,
+            calibration=self.calibration, prune=self.prune, device=self.device, dtype=torch.float32,
         )  # fmt: skip
         states = {**self.parent.states, self.parent.version: self.parent.state} if self.parent else {}
         self.parent = Parent(version=self.number, model=out / "model", state=out / "state", states=states)
@@ -195,3 +196,16 @@ def test_the_state_of_a_later_version_needs_the_sum_only(make_model, dialects, t
     shutil.rmtree(tmp_path / "v2" / "state" / "contribution")
     lineage.add("legal", dialects["legal"])
     assert [entry.version for entry in lineage.manifest.domains] == [2, None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_what_the_cpu_gives(make_model, dialects, tmp_path):
+    base = make_model()
+    ends = []
+    for device in ("cpu", "cuda"):
+        lineage = Lineage(base, tmp_path / device, device=device)
+        for name in ("code", "legal"):
+            lineage.add(name, dialects[name])
+        ends.append(lineage.weights())
+    assert share_of_other_masks(*ends) <= 1e-3

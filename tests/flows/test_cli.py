@@ -349,7 +349,7 @@ def test_a_dataset_that_is_refused_is_one_line_and_the_others_are_adapted_to(ben
         code, out, err = run("watch", "--once", "--workspace", bench.root)
     assert code == 2
     assert "version 2 of tiny: adapted to code\n" in out
-    assert err.startswith("copal: data/bad: ")
+    assert err.startswith("copal: data/bad has ")
     assert err.count("\n") == 1
     assert not [record for record in caplog.records if record.name.startswith("prefect.")]  # no traceback of a run
 
