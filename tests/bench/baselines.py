@@ -1,7 +1,8 @@
 """Baselines on the domains of a workspace: python tests/bench/baselines.py WORKSPACE
 
 On the calibration and evaluation windows of the newest version: perplexity of the dense base, of magnitude pruning, of
-Wanda with the newest domain's calibration windows alone and with every domain's statistics, and of the newest version.
+Wanda and SparseGPT with the newest domain's calibration windows alone and with every domain's statistics, and of the
+newest version.
 Prints a markdown table.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoTokenizer
 
-from copal.baselines import magnitude, wanda
+from copal.baselines import magnitude, sparsegpt, wanda
 from copal.calibration import domain_windows
 from copal.evaluate import evaluate, geometric_mean
 from copal.step import Base, NewDomain, Parent, prune_step
@@ -49,6 +50,8 @@ def main(folder: Path) -> None:
         ("magnitude", magnitude, None),
         (f"Wanda, {newest} alone", wanda, None),
         ("Wanda, every domain", wanda, before),
+        (f"SparseGPT, {newest} alone", sparsegpt, None),
+        ("SparseGPT, every domain", sparsegpt, before),
     ):
         domain = NewDomain(name=newest, md5="-", weight=1.0, windows=windows[newest].calibration)
         with tempfile.TemporaryDirectory() as scratch, progress_bar() as progress:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copal.baselines import magnitude, wanda
+from copal.baselines import magnitude, sparsegpt, wanda
 from copal.config import PruneConfig
 from copal.masks import kept_per_row, row_mask, zeros
 from copal.sensitivity import Moment, output_energy
@@ -51,7 +51,7 @@ def test_linears_of_a_group_are_pruned_as_if_each_were_alone() -> None:
     torch.testing.assert_close(together["k"], alone["k"])
 
 
-@pytest.mark.parametrize("method", [prune_group, magnitude, wanda])
+@pytest.mark.parametrize("method", [prune_group, magnitude, wanda, sparsegpt])
 @given(sparsity=st.floats(0.05, 0.95), features=st.integers(4, 33))
 @settings(max_examples=15, deadline=None)
 def test_sparsity_as_counted_is_the_target_to_the_nearest_weight(method, sparsity: float, features: int) -> None:
@@ -81,6 +81,33 @@ def test_degenerate_statistics_give_finite_weights(second: torch.Tensor) -> None
     pruned = prune_group({"a": torch.randn(4, 8)}, Moment(second, 1.0), PruneConfig())["a"]
     assert pruned.isfinite().all()
     assert zeros(pruned) == 16
+
+
+def test_updating_the_weights_that_stay_beats_masking_alone() -> None:
+    weight, moment = problem(32, 48, seed=2)
+    second = damped(moment.second, 0.01)
+    loss = {
+        method.__name__: output_energy(weight - method({"a": weight}, moment, PruneConfig())["a"], second)
+        for method in (magnitude, wanda, sparsegpt, prune_group)
+    }
+    assert max(loss["prune_group"], loss["sparsegpt"]) < loss["wanda"] < loss["magnitude"]
+
+
+def test_sparsegpt_in_one_block_of_columns_is_the_optimal_update_column_by_column() -> None:
+    """Against the textbook form: after each column the rest is re-solved for, with what went before held fixed."""
+    weight, moment = problem(3, 8, seed=4)
+    second = damped(moment.second, 0.01)
+    found = sparsegpt({"a": weight}, moment, PruneConfig(), columns=8)["a"]
+    expected = weight.clone()
+    for column in range(7):
+        fixed = expected.clone()
+        fixed[:, column] *= (found[:, column] != 0).float()
+        done, rest = slice(0, column + 1), slice(column + 1, 8)
+        error = (weight - fixed)[:, done]
+        expected = fixed
+        expected[:, rest] = weight[:, rest] + torch.linalg.solve(second[rest, rest], (error @ second[done, rest]).T).T
+    expected[:, 7] *= (found[:, 7] != 0).float()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_golden_numbers_hold_refactors_still() -> None:
