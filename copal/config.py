@@ -60,7 +60,7 @@ class PruneConfig:
 
     Attributes:
         sparsity: share of zeros in every pruned linear, in (0, 1).
-        criterion: `output` or `gradient` (DESIGN: the score of a weight).
+        criterion: `output` or `gradient` (what they score: `copal.sensitivity.scores`).
         rounds: sparsity reached by each round, as shares of `sparsity`: rising, the last one 1.
         iterations: conjugate-gradient iterations of a round, at most.
         damping: added to the diagonal of the second moment, as a share of its mean.
