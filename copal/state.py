@@ -92,10 +92,10 @@ class Manifest:
                 f"{where} was made with other calibration settings: "
                 "put the old ones back in params.yaml, or start a new lineage under another model.name"
             )
-        if criterion == "gradient" and self.criterion != "gradient":
+        if self.criterion != criterion:  # with `gradient` every domain brings accumulators, with `output` none does
             raise StateError(
-                f"{where} holds no gradient statistics: "
-                "set prune.criterion back to output, or start a new lineage under another model.name"
+                f"{where} was made with prune.criterion {self.criterion}: "
+                "put that back in params.yaml, or start a new lineage under another model.name"
             )
 
 

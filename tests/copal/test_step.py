@@ -163,7 +163,7 @@ def test_the_pruned_folder_loads_with_from_pretrained_and_differs_in_the_linears
     [
         ({"base": Base(folder=Path(), fingerprint="other")}, "another base model"),
         ({"calibration": CalibrationConfig(window_length=32, windows=9)}, "other calibration settings"),
-        ({"prune": PruneConfig(criterion="gradient")}, "no gradient statistics"),
+        ({"prune": PruneConfig(criterion="gradient")}, r"made with prune\.criterion output"),
     ],
 )
 def test_a_state_of_another_base_or_other_settings_is_refused(make_model, dialects, tmp_path, change, message):
@@ -176,6 +176,14 @@ def test_a_state_of_another_base_or_other_settings_is_refused(make_model, dialec
     with pytest.raises(StateError, match=message):
         lineage.add("legal", dialects["legal"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v2"]
+
+
+def test_a_state_with_gradient_statistics_is_not_mixed_with_one_without(make_model, dialects, tmp_path):
+    lineage = Lineage(make_model(), tmp_path, PruneConfig(criterion="gradient"))
+    lineage.add("code", dialects["code"])
+    lineage.prune = PruneConfig(criterion="output")
+    with pytest.raises(StateError, match=r"made with prune\.criterion gradient"):
+        lineage.add("legal", dialects["legal"])
 
 
 def test_a_damaged_state_is_named_and_nothing_is_left_behind(make_model, dialects, tmp_path):
