@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flows.reconcile import Plan
     from flows.registry import ModelVersion, Registry
 
-__all__ = ["CommandError", "export", "init_workspace", "main", "watch_forever"]
+__all__ = ["CommandError", "export", "main", "watch_forever"]
 
 _logger = logging.getLogger(__name__)
 
