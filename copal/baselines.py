@@ -13,47 +13,53 @@ import torch
 from torch import Tensor
 
 from copal.config import PruneConfig
-from copal.masks import row_mask
+from copal.masks import sparse_mask
 from copal.sensitivity import Moment, scores
-from copal.solve import damped
+from copal.solve import Pruned, damped
 
 __all__ = ["magnitude", "sparsegpt", "wanda"]
 
 
-def magnitude(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> dict[str, Tensor]:
-    """Keep the largest |W| of each matrix (O, I); `moment` is not used (Han et al. 2015)."""
+def magnitude(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> Pruned:
+    """Keep the largest |W| of each matrix (O, I), or of each group of N:M; `moment` is not used (Han et al. 2015)."""
     pruned = {}
     for name, weight in weights.items():
-        mask = row_mask(weight.abs().reshape(1, -1), config.sparsity)
-        pruned[name] = weight * mask.reshape(weight.shape)
-    return pruned
+        compared = weight.abs() if config.pattern else weight.abs().reshape(1, -1)
+        pruned[name] = weight * sparse_mask(compared, config).reshape(weight.shape)
+    return Pruned(pruned)
 
 
-def wanda(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> dict[str, Tensor]:
+def wanda(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> Pruned:
     """Keep the largest |W_kl| sqrt(G_ll) of each row (Sun et al. 2023, arXiv 2306.11695)."""
-    return {name: weight * row_mask(scores(weight, moment.second), config.sparsity) for name, weight in weights.items()}
+    second = moment.second
+    return Pruned({name: weight * sparse_mask(scores(weight, second), config) for name, weight in weights.items()})
 
 
-def sparsegpt(
-    weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig, columns: int = 128
-) -> dict[str, Tensor]:
+def sparsegpt(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig, columns: int = 128) -> Pruned:
     """Prune column by column; the columns after it make good each error (Frantar and Alistarh 2023, arXiv 2301.00774).
 
-    The mask of `columns` columns at a time is the smallest w^2 / [G^-1]_ll^2 over all rows, as in the paper's code.
+    The mask of `columns` columns at a time is the smallest w^2 / [G^-1]_ll^2 over all rows, that of N:M of M columns
+    at a time within each row, as in the paper's code.
     """
-    second = damped(moment.second, config.damping)
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(second)), upper=True)
-    return {name: _sparsegpt(weight.clone(), inverse, config.sparsity, columns) for name, weight in weights.items()}
+    system = damped(moment.second, config.damping, next(iter(weights)))
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(system.second)), upper=True)
+    pruned = {name: _sparsegpt(weight.clone(), inverse, config, columns) for name, weight in weights.items()}
+    return Pruned(pruned, system.damping)
 
 
-def _sparsegpt(weight: Tensor, inverse: Tensor, sparsity: float, columns: int) -> Tensor:
+def _sparsegpt(weight: Tensor, inverse: Tensor, config: PruneConfig, columns: int) -> Tensor:
+    group = config.pattern.of if config.pattern else columns
+    columns = max(columns // group, 1) * group
     for start in range(0, weight.shape[1], columns):
         block = slice(start, min(start + columns, weight.shape[1]))
         here, root = weight[:, block], inverse[block, block]
-        saliency = (here / root.diagonal()).square().reshape(1, -1)
-        mask = row_mask(saliency, sparsity).reshape(here.shape)
-        errors = torch.zeros_like(here)
+        errors, mask = torch.zeros_like(here), torch.ones_like(here, dtype=torch.bool)
         for column in range(here.shape[1]):
+            if column % group == 0:
+                together = slice(column, column + group)
+                saliency = (here[:, together] / root.diagonal()[together]).square()
+                compared = saliency if config.pattern else saliency.reshape(1, -1)
+                mask[:, together] = sparse_mask(compared, config).reshape(saliency.shape)
             pruned = here[:, column] * mask[:, column]
             errors[:, column] = (here[:, column] - pruned) / root[column, column]
             here[:, column + 1 :] -= torch.outer(errors[:, column], root[column, column + 1 :])

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from copal.errors import SettingsError
 
-__all__ = ["CRITERIA", "CalibrationConfig", "PruneConfig", "canonical_json", "fingerprint", "from_mapping"]
+__all__ = ["CRITERIA", "CalibrationConfig", "Pattern", "PruneConfig", "canonical_json", "fingerprint", "from_mapping"]
 
 CRITERIA = ("output", "gradient")
 
@@ -54,26 +55,40 @@ class CalibrationConfig:
         return fingerprint(settings)
 
 
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """N:M sparsity: of every M neighbours in a row, N stay (Zhou et al. 2021, arXiv 2102.04010)."""
+
+    kept: int
+    of: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1 - self.kept / self.of
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneConfig:
     """How masks are decided and how the weights that stay are solved for.
 
     Attributes:
-        sparsity: share of zeros in every pruned linear, in (0, 1).
+        sparsity: share of zeros in every pruned linear, in (0, 1); or a pattern N:M such as "2:4".
         criterion: `output` or `gradient` (what they score: `copal.sensitivity.scores`).
         rounds: sparsity reached by each round, as shares of `sparsity`: rising, the last one 1.
         iterations: conjugate-gradient iterations of a round, at most.
         damping: added to the diagonal of the second moment, as a share of its mean.
     """
 
-    sparsity: float = 0.5
+    sparsity: float | str = 0.5
     criterion: str = "output"
     rounds: tuple[float, ...] = (0.6, 0.8, 0.9, 1.0)
     iterations: int = 10
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_open_interval("prune.sparsity", self.sparsity)
+        if self.pattern is None:
+            _check_sparsity(self.sparsity)
         if self.criterion not in CRITERIA:
             raise SettingsError(f"prune.criterion must be one of {', '.join(CRITERIA)}, not {self.criterion!r}")
         object.__setattr__(self, "rounds", _shares("prune.rounds", self.rounds))
@@ -85,6 +100,20 @@ class PruneConfig:
         if not _is_number(self.damping) or not 0 < self.damping <= 1:
             raise SettingsError(f"prune.damping must be in (0, 1], not {self.damping!r}")
         object.__setattr__(self, "damping", float(self.damping))  # 1 and 1.0: one fingerprint
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The N:M pattern; None where sparsity is unstructured."""
+        found = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", self.sparsity) if isinstance(self.sparsity, str) else None
+        return Pattern(int(found[1]), int(found[2])) if found and int(found[1]) < int(found[2]) else None
+
+    @property
+    def share(self) -> float:
+        """Share of zeros in every pruned linear."""
+        if self.pattern:
+            return self.pattern.sparsity
+        assert not isinstance(self.sparsity, str)
+        return self.sparsity
 
     def fingerprint(self) -> str:
         """SHA-256 of all fields."""
@@ -132,6 +161,14 @@ def _shares(name: str, values: object) -> tuple[float, ...]:
 def _check_open_interval(name: str, value: object) -> None:
     if not _is_number(value) or not 0 < value < 1:  # type: ignore[operator]
         raise SettingsError(f"{name} must be between 0 and 1 (both left out), not {value!r}")
+
+
+def _check_sparsity(value: object) -> None:
+    if not _is_number(value) or not 0 < value < 1:  # type: ignore[operator]
+        raise SettingsError(
+            "prune.sparsity must be between 0 and 1 (both left out) "
+            f'or a pattern N:M in quotes such as "2:4" (YAML reads 2:4 without them as 124), not {value!r}'
+        )
 
 
 def _check_whole(name: str, value: object, *, at_least: int) -> None:

@@ -10,22 +10,66 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from copal.config import PruneConfig
 from copal.errors import NumericsError
-from copal.masks import row_mask
+from copal.masks import sparse_mask
 from copal.sensitivity import Moment, scores
 
-__all__ = ["damped", "masked_solve", "prune_group"]
+__all__ = ["Damped", "Pruned", "damped", "masked_solve", "prune_group"]
 
 
-def damped(second: Tensor, damping: float) -> Tensor:
-    """G + damping * mean(diag G) * identity (I, I); the identity itself where no token reached the layer."""
+@dataclass(frozen=True, slots=True)
+class Damped:
+    """A second moment made positive definite.
+
+    Attributes:
+        second: (I, I).
+        damping: what was added to its diagonal, as a share of the mean of that.
+    """
+
+    second: Tensor
+    damping: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """The linears of a group after pruning.
+
+    Attributes:
+        weights: linear -> W' (O, I) float32.
+        damping: see `Damped`; None where no system was solved.
+    """
+
+    weights: Mapping[str, Tensor]
+    damping: float | None = None
+
+
+def damped(second: Tensor, damping: float, where: str = "") -> Damped:
+    """G + damping * mean(diag G) * identity; the identity itself where no token reached the layer.
+
+    A G that is still not positive definite (what was packed to 16 bits may be indefinite) gets ten times the damping
+    until it is.
+
+    Raises:
+        NumericsError: it is not with a hundred times the mean of its diagonal either; names the group `where`.
+    """
     mean = second.diagonal().mean()
-    return second + torch.eye(len(second), device=second.device) * torch.where(mean > 0, damping * mean, 1.0)
+    if mean == 0:
+        return Damped(torch.eye(len(second), device=second.device), damping)
+    while damping <= 100 and mean.isfinite():
+        candidate = second.clone()
+        candidate.diagonal().add_(damping * mean)
+        if not torch.linalg.cholesky_ex(candidate).info:
+            return Damped(candidate, damping)
+        damping *= 10
+    raise NumericsError(
+        f"the statistics of {where} are not those of any input: the state is damaged; replace the domain"
+    )
 
 
 def masked_solve(
@@ -69,7 +113,7 @@ def masked_solve(
     return solution
 
 
-def prune_group(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> dict[str, Tensor]:
+def prune_group(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> Pruned:
     """Prune the linears of a group to `config.sparsity` and solve for the weights that stay.
 
     Args:
@@ -77,7 +121,7 @@ def prune_group(weights: Mapping[str, Tensor], moment: Moment, config: PruneConf
         moment: statistics over every domain.
 
     Returns:
-        linear -> W' (O, I) float32, with the same number of zeros in each row.
+        The same number of zeros in each row.
 
     Raises:
         NumericsError: a solution is not finite.
@@ -86,12 +130,12 @@ def prune_group(weights: Mapping[str, Tensor], moment: Moment, config: PruneConf
     squares = moment.gradient
     gradient = torch.cat([squares[name] for name in weights]) if squares else None
     observed = moment.second
-    second = damped(observed, config.damping)
-    solution, target = dense, dense @ second
+    system = damped(observed, config.damping, next(iter(weights)))
+    solution, target = dense, dense @ system.second
     for share in config.rounds:
-        mask = row_mask(scores(solution, observed, gradient), share * config.sparsity)
-        solution = masked_solve(target, solution, mask, second, iterations=config.iterations)
+        mask = sparse_mask(scores(solution, observed, gradient), config, share)
+        solution = masked_solve(target, solution, mask, system.second, iterations=config.iterations)
     if not solution.isfinite().all():
         raise NumericsError(f"the solved weights of {next(iter(weights))} are not finite: raise prune.damping")
     parts = torch.split(solution, [len(weight) for weight in weights.values()])
-    return dict(zip(weights, parts, strict=True))
+    return Pruned(dict(zip(weights, parts, strict=True)), system.damping)

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from copal.checkpoint import Checkpoint, CheckpointWriter
-from copal.config import CalibrationConfig, PruneConfig
+from copal.config import CalibrationConfig, Pattern, PruneConfig
 from copal.errors import ModelError
 from copal.files import atomic_folder
-from copal.masks import zeros
+from copal.masks import follows, zeros
 from copal.progress import Progress, silent
 from copal.sensitivity import Moment, output_energy, record_moments
-from copal.solve import prune_group
+from copal.solve import Pruned, prune_group
 from copal.state import DomainEntry, Manifest, StateReader, StateWriter, merge_blocks
 from copal.streaming import StreamedModel
 
 __all__ = ["Base", "LayerReport", "NewDomain", "Parent", "PruneGroup", "StepReport", "prune_step"]
 
-PruneGroup = Callable[[Mapping[str, Tensor], Moment, PruneConfig], dict[str, Tensor]]
-"""(linear -> W (O, I), the statistics of their common input, settings) -> linear -> W' (O, I)."""
+PruneGroup = Callable[[Mapping[str, Tensor], Moment, PruneConfig], Pruned]
+"""(linear -> W (O, I), the statistics of their common input, settings) -> linear -> W' (O, I), and the damping."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +79,7 @@ class LayerReport:
         error_before, error_after: tr((W - W') G (W - W')^T) / tr(W G W^T) on the new domain, with the parent's weights
             and with the new ones; before is None where the parent is dense.
         response_shift: tr(W G_new W^T) / tr(W G_old W^T); None for the first domain.
+        damping: what the solve added to the diagonal of G, as a share of its mean; None where it solved nothing.
     """
 
     name: str
@@ -88,6 +89,7 @@ class LayerReport:
     error_before: float | None
     error_after: float
     response_shift: float | None
+    damping: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +146,8 @@ def prune_step(
             base=base.fingerprint, statistics=calibration.fingerprint(), criterion=prune.criterion, where=old.folder
         )
     model = StreamedModel(base.folder, device=device, dtype=dtype)
+    if prune.pattern:
+        _check_groups(model, prune.pattern)
     parent_model = Checkpoint(parent.model) if parent else None
     clock, layers = _Clock(), list[LayerReport]()
     with atomic_folder(out) as folder:
@@ -162,21 +166,26 @@ def prune_step(
                 state.sum(index, total)
             dense = model.weights(index)
             with clock.measure("solve"):
-                pruned = dict[str, Tensor]()
+                pruned, damping = dict[str, Tensor](), dict[str, float | None]()
                 for group, linears in recorder.groups().items():
-                    pruned |= method({linear: dense[linear] for linear in linears}, total[group], prune)
+                    made = method({linear: dense[linear] for linear in linears}, total[group], prune)
+                    pruned |= made.weights
+                    damping[group] = made.damping
             idle = [linear for linear in dense if linear not in pruned]
             if idle:
                 raise ModelError(f"{name}.{idle[0]} reads no input on this domain: copal cannot tell what it needs")
             stored = model.stored_weights(index, pruned)
             checkpoint.write(model.stored_block(index), stored)
             now = model.weights(index, stored)  # as rounded to the dtype in which they are stored
+            if prune.pattern:
+                assert all(follows(weight, prune.pattern) for weight in now.values())
             was = model.weights(index, parent_model) if parent_model else {}
             for group, linears in recorder.groups().items():
                 after, earlier = new[group].second, before[group].second if before else None
                 for linear in linears:
                     layer = f"{name}.{linear}"
-                    layers.append(_report(layer, dense[linear], was.get(linear), now[linear], after, earlier))
+                    found = _report(layer, dense[linear], was.get(linear), now[linear], after, earlier)
+                    layers.append(replace(found, damping=damping[group]))
             progress("prune", index + 1, len(model))
         checkpoint.finish()
         own = DomainEntry(
@@ -224,6 +233,16 @@ class _OldState:
             self._readers[entry.version].contribution(index, entry, device) for entry in self.others if entry.version
         ]
         return merge_blocks(parts) if parts else None
+
+
+def _check_groups(model: StreamedModel, pattern: Pattern) -> None:
+    for index, block in enumerate(model.architecture.blocks):
+        for linear, (_, features) in model.shapes(index).items():
+            if features % pattern.of:
+                raise ModelError(
+                    f"{block}.{linear} has {features} input features, no multiple of {pattern.of}: "
+                    f"its rows have no whole groups for prune.sparsity {pattern.kept}:{pattern.of}"
+                )
 
 
 class _Clock:

@@ -102,6 +102,15 @@ class StreamedModel:
             for linear, name in stored.items()
         }
 
+    def shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """(O, I) of each linear of block `index`."""
+        found = {}
+        for linear in self.architecture.linears[index]:
+            module = self._linear(index, linear)
+            rows, columns = as_rows(module, module.weight).shape  # type: ignore[arg-type]
+            found[linear] = (rows, columns)
+        return found
+
     def stored_weights(self, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `weights`: by the checkpoint's names, as it lays them out, in its dtype, on the CPU."""
         stored = {}

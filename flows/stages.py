@@ -321,6 +321,7 @@ def register_step(
                 "layer_error_before": layer.error_before,
                 "layer_error_after": layer.error_after,
                 "response_shift": layer.response_shift,
+                "damping": layer.damping,
             }
             for layer in report.layers
         ],

@@ -3,15 +3,28 @@ from __future__ import annotations
 import math
 
 import pytest
+import yaml
 
 from copal.config import CalibrationConfig, PruneConfig, canonical_json, from_mapping
 from copal.errors import SettingsError
 
 
-@pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, math.nan, "half", True, None])
+@pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, math.nan, "half", True, None, "4:2", "0:4", "2:4:8", "4:4"])
 def test_sparsity_outside_the_open_interval_is_refused_by_name(sparsity):
     with pytest.raises(SettingsError, match=r"prune\.sparsity must be between 0 and 1"):
         PruneConfig(sparsity=sparsity)
+
+
+def test_a_pattern_without_quotes_is_what_yaml_makes_of_it_and_the_error_says_so():
+    with pytest.raises(SettingsError, match=r'in quotes such as "2:4" .* not 124'):
+        PruneConfig(sparsity=yaml.safe_load("2:4"))
+
+
+@pytest.mark.parametrize(("sparsity", "share"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75), (0.6, 0.6)])
+def test_a_pattern_says_how_many_stay(sparsity, share):
+    config = PruneConfig(sparsity=sparsity)
+    assert config.share == share
+    assert (config.pattern is None) == isinstance(sparsity, float)
 
 
 @pytest.mark.parametrize(

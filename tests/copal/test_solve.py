@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copal.baselines import magnitude, sparsegpt, wanda
-from copal.config import PruneConfig
-from copal.masks import kept_per_row, row_mask, zeros
+from copal.config import Pattern, PruneConfig
+from copal.masks import follows, kept_per_row, pattern_mask, row_mask, zeros
 from copal.sensitivity import Moment, output_energy
 from copal.solve import damped, masked_solve, prune_group
 
@@ -21,7 +21,7 @@ def problem(rows: int, features: int, seed: int) -> tuple[torch.Tensor, Moment]:
 
 def test_conjugate_gradient_finds_the_least_squares_solution_of_each_row() -> None:
     weight, moment = problem(5, 16, seed=0)
-    second = damped(moment.second, 0.01)
+    second = damped(moment.second, 0.01).second
     mask = row_mask(weight.abs(), 0.5)
     solved = masked_solve(weight @ second, weight, mask, second, iterations=200, tolerance=1e-7)
     for row in range(5):
@@ -38,7 +38,7 @@ def test_solving_is_never_worse_on_its_own_loss_than_masking_alone(
     rows: int, features: int, sparsity: float, seed: int
 ) -> None:
     weight, moment = problem(rows, features, seed)
-    second = damped(moment.second, 0.01)
+    second = damped(moment.second, 0.01).second
     mask = row_mask(weight.abs(), sparsity)
     solved = masked_solve(weight @ second, weight, mask, second, iterations=5)
     assert output_energy(weight - solved, second) <= output_energy(weight - weight * mask, second) * (1 + 1e-5)
@@ -46,8 +46,8 @@ def test_solving_is_never_worse_on_its_own_loss_than_masking_alone(
 
 def test_linears_of_a_group_are_pruned_as_if_each_were_alone() -> None:
     weight, moment = problem(6, 16, seed=3)
-    together = prune_group({"q": weight[:4], "k": weight[4:]}, moment, PruneConfig())
-    alone = prune_group({"k": weight[4:]}, moment, PruneConfig())
+    together = prune_group({"q": weight[:4], "k": weight[4:]}, moment, PruneConfig()).weights
+    alone = prune_group({"k": weight[4:]}, moment, PruneConfig()).weights
     torch.testing.assert_close(together["k"], alone["k"])
 
 
@@ -56,9 +56,29 @@ def test_linears_of_a_group_are_pruned_as_if_each_were_alone() -> None:
 @settings(max_examples=15, deadline=None)
 def test_sparsity_as_counted_is_the_target_to_the_nearest_weight(method, sparsity: float, features: int) -> None:
     weight, moment = problem(3, features, seed=1)
-    pruned = method({"a": weight}, moment, PruneConfig(sparsity=sparsity))["a"]
+    pruned = method({"a": weight}, moment, PruneConfig(sparsity=sparsity)).weights["a"]
     assert abs(zeros(pruned) - sparsity * weight.numel()) <= 0.5 * len(weight) + 1
     assert pruned.isfinite().all()
+
+
+@pytest.mark.parametrize("method", [prune_group, magnitude, wanda, sparsegpt])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4"])
+def test_every_group_of_a_pattern_keeps_as_many_as_it_says(method, pattern: str) -> None:
+    weight, moment = problem(5, 24, seed=6)
+    config = PruneConfig(sparsity=pattern)
+    pruned = method({"a": weight}, moment, config).weights["a"]
+    assert ((pruned != 0).reshape(5, -1, config.pattern.of).sum(2) == config.pattern.kept).all()
+    assert follows(pruned, config.pattern)
+    pruned[0, pruned[0] == 0] = 1.0
+    assert not follows(pruned, config.pattern)
+
+
+@given(st.floats(0.1, 1.0), st.sampled_from([Pattern(2, 4), Pattern(4, 8), Pattern(1, 3)]), st.integers(0, 9))
+def test_on_the_way_to_a_pattern_no_group_loses_more_than_it_will(share: float, pattern: Pattern, seed: int) -> None:
+    scores = torch.rand(3, 24, generator=torch.Generator().manual_seed(seed))
+    mask, last = pattern_mask(scores, pattern, share), pattern_mask(scores, pattern)
+    assert not (last & ~mask).any()
+    assert abs(int((~mask).sum()) - share * pattern.sparsity * mask.numel()) <= 0.5 * len(mask) + 1
 
 
 @given(st.integers(1, 50), st.floats(0.01, 0.99))
@@ -78,7 +98,7 @@ def test_at_least_one_weight_of_a_row_stays(features: int, sparsity: float) -> N
 )
 def test_degenerate_statistics_give_finite_weights(second: torch.Tensor) -> None:
     torch.manual_seed(0)
-    pruned = prune_group({"a": torch.randn(4, 8)}, Moment(second, 1.0), PruneConfig())["a"]
+    pruned = prune_group({"a": torch.randn(4, 8)}, Moment(second, 1.0), PruneConfig()).weights["a"]
     assert pruned.isfinite().all()
     assert zeros(pruned) == 16
 
@@ -86,8 +106,8 @@ def test_degenerate_statistics_give_finite_weights(second: torch.Tensor) -> None
 @pytest.mark.parametrize("method", [prune_group, sparsegpt])
 def test_updating_the_weights_that_stay_beats_masking_alone(method) -> None:
     weight, moment = problem(32, 48, seed=2)
-    second = damped(moment.second, 0.01)
-    pruned = method({"a": weight}, moment, PruneConfig())["a"]
+    second = damped(moment.second, 0.01).second
+    pruned = method({"a": weight}, moment, PruneConfig()).weights["a"]
     masked = weight * (pruned != 0)
     assert output_energy(weight - pruned, second) < 0.9 * output_energy(weight - masked, second)
 
@@ -96,7 +116,7 @@ def test_wanda_keeps_what_massive_channels_need_and_magnitude_does_not() -> None
     weight, _ = problem(8, 16, seed=2)
     channels = Moment(torch.diag(torch.logspace(-3, 3, 16)), 1.0)
     loss = {
-        method: output_energy(weight - method({"a": weight}, channels, PruneConfig())["a"], channels.second)
+        method: output_energy(weight - method({"a": weight}, channels, PruneConfig()).weights["a"], channels.second)
         for method in (wanda, magnitude)
     }
     assert loss[wanda] < 0.1 * loss[magnitude]
@@ -105,8 +125,8 @@ def test_wanda_keeps_what_massive_channels_need_and_magnitude_does_not() -> None
 def test_sparsegpt_in_one_block_of_columns_is_the_optimal_update_column_by_column() -> None:
     """Against the textbook form: after each column the rest is re-solved for, with what went before held fixed."""
     weight, moment = problem(3, 8, seed=4)
-    second = damped(moment.second, 0.01)
-    found = sparsegpt({"a": weight}, moment, PruneConfig(), columns=8)["a"]
+    second = damped(moment.second, 0.01).second
+    found = sparsegpt({"a": weight}, moment, PruneConfig(), columns=8).weights["a"]
     expected = weight.clone()
     for column in range(7):
         fixed = expected.clone()
@@ -122,6 +142,6 @@ def test_sparsegpt_in_one_block_of_columns_is_the_optimal_update_column_by_colum
 def test_golden_numbers_hold_refactors_still() -> None:
     weight = torch.linspace(-1, 1, 24).reshape(2, 12).sin()
     x = torch.sin(torch.arange(360.0).square()).reshape(30, 12)
-    pruned = prune_group({"a": weight}, Moment(x.T @ x / 30, 1.0), PruneConfig())["a"]
+    pruned = prune_group({"a": weight}, Moment(x.T @ x / 30, 1.0), PruneConfig()).weights["a"]
     golden = torch.tensor([-0.7858, -0.8171, -0.6152, -0.6284, -0.6346, 0.0, -0.3214, 0.0, 0.0, 0.0, 0.0, 0.0])
     torch.testing.assert_close(pruned[0], golden, rtol=0, atol=2e-4)
