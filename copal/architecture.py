@@ -7,17 +7,23 @@ are found while the block runs: see `copal.sensitivity.MomentRecorder`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from copal.errors import ModelError
+from copal.experts import find_routers, split_experts
 
-__all__ = ["Architecture", "as_rows", "find_blocks", "find_linears", "load_skeleton"]
+__all__ = ["Architecture", "as_rows", "find_blocks", "find_linears", "load_skeleton", "names_in_model"]
+
+_EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's checkpoints -> copal.experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +52,11 @@ class Architecture:
 def load_skeleton(folder: Path) -> PreTrainedModel:
     """Build the causal language model that `folder`/config.json names, its parameters on the meta device.
 
-    No code of the checkpoint is run, and no weight is read.
+    No code of the checkpoint is run, and no weight is read. Experts are taken apart (`copal.experts`).
 
     Raises:
-        ModelError: `folder` holds no configuration of a causal language model that transformers knows.
+        ModelError: `folder` holds no configuration of a causal language model that transformers knows, or its experts
+            cannot be taken apart.
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
@@ -61,7 +68,26 @@ def load_skeleton(folder: Path) -> PreTrainedModel:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{folder} is not a causal language model that transformers knows: {reason}") from error
     model.tie_weights()
+    split_experts(model)
     return model
+
+
+def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """A checkpoint's name of each tensor -> its name in `model`, in the order of `stored`.
+
+    They differ where a checkpoint leaves the base model's prefix out, or where transformers renames on loading; a name
+    that the model does not have stays as it is.
+    """
+    conversions = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    conversions += [WeightRenaming(rf"\.{old}\.weight$", f".{new}.weight") for old, new in _EXPERT_NAMES.items()]
+    known = model.state_dict()
+    names = {}
+    for name in stored:
+        renamed, plain = (
+            rename_source_key(name, renamings, [], model.base_model_prefix, known)[0] for renamings in (conversions, [])
+        )
+        names[name] = renamed if renamed in known else plain
+    return names
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -85,8 +111,13 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linears of a block by their name within it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    """The linears of a block by their name within it, routers of experts left out."""
+    routers = find_routers(block)
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in routers
+    }
 
 
 def as_rows(linear: nn.Module, weight: Tensor) -> Tensor:

@@ -38,9 +38,6 @@ class Checkpoint:
         else:
             raise ModelError(f"{folder} has no safetensors weights (model.safetensors, or shards with their index)")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
         return sorted(self._file_of)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from copal.architecture import find_linears
 from copal.errors import NumericsError
+from copal.experts import Experts
 
 __all__ = [
     "Moment",
@@ -32,6 +33,14 @@ __all__ = [
     "unfold",
     "unpack",
 ]
+
+
+OTHERS_SHARE = 0.01
+"""What a token counts in the moments of an expert to which it is not routed; one that is routed there counts 1 (ours).
+
+An expert with many tokens of its own is pruned for them, one with few or none for every token of its layer. Without a
+threshold the moments stay sums over tokens, so that domains add up in any order.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,8 @@ def merge(one: Moment, other: Moment) -> Moment:
 class MomentRecorder:
     """Sums x x^T over the tokens that reach the linears of one block, while the block runs.
 
-    Linears that are handed the very same tensor share one sum: that is how query/key/value or gate/up are found.
+    Linears that are handed the very same tensor share one sum: that is how query/key/value or gate/up are found. Experts
+    are shown the tokens that are routed elsewhere too: see `OTHERS_SHARE`.
     """
 
     def __init__(self, block: nn.Module, *, gradient: bool) -> None:
@@ -82,6 +92,8 @@ class MomentRecorder:
         self._sums: dict[str, Tensor] = {}
         self._gradient_sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._routed: dict[str, int] = {}
+        self._share = 1.0
         self._inputs: list[tuple[Tensor, str]] = []  # of the forward that is under way: keeps them alive
 
     def groups(self) -> dict[str, list[str]]:
@@ -90,6 +102,10 @@ class MomentRecorder:
         for linear, group in self._group_of.items():
             groups.setdefault(group, []).append(linear)
         return groups
+
+    def routed(self, group: str) -> int:
+        """Tokens so far that reached the group's linears in the model itself: of an expert, those routed to it."""
+        return self._routed[group]
 
     def moments(self, weight: float, where: str) -> dict[str, Moment]:
         """The moments of all tokens so far, by group.
@@ -126,15 +142,28 @@ class MomentRecorder:
         tokens = x.reshape(-1, x.shape[-1]).float()
         if group not in self._sums:
             self._sums[group] = tokens.new_zeros(x.shape[-1], x.shape[-1])
-        _add_upper(self._sums[group], tokens)
-        self._tokens[group] = self._tokens.get(group, 0) + len(tokens)
+            self._tokens[group] = self._routed[group] = 0
+        _add_upper(self._sums[group], tokens if self._share == 1 else tokens * self._share**0.5)
+        self._tokens[group] += len(tokens)
+        self._routed[group] += len(tokens) if self._share == 1 else 0
 
     def _after(self, name: str, x: Tensor, y: Tensor) -> None:
         bias = self._linears[name].bias
         output = (y - bias if isinstance(bias, Tensor) else y).reshape(-1, y.shape[-1]).float()
-        product = (output * output).T @ x.reshape(-1, x.shape[-1]).float().square()
+        product = (output * output).T @ x.reshape(-1, x.shape[-1]).float().square() * self._share
         name_seen = name in self._gradient_sums
         self._gradient_sums[name] = self._gradient_sums[name].add_(product) if name_seen else product
+
+    def _others(self, experts: Experts, hidden_states: Tensor, top_k_index: Tensor) -> None:
+        """Run every expert on the tokens that are routed elsewhere; what it makes of them is dropped."""
+        known = len(self._inputs)
+        self._share = OTHERS_SHARE
+        try:
+            for expert, others in zip(experts, experts.others(top_k_index), strict=True):
+                expert(hidden_states[others])
+                del self._inputs[known:]
+        finally:
+            self._share = 1.0
 
 
 def _add_upper(total: Tensor, tokens: Tensor, panels: int = 4) -> None:
@@ -158,6 +187,8 @@ def record_moments(block: nn.Module, *, gradient: bool) -> Iterator[MomentRecord
         hooks.append(linear.register_forward_pre_hook(lambda _, args, name=name: recorder._before(name, args[0])))
         if gradient:
             hooks.append(linear.register_forward_hook(lambda _, args, y, name=name: recorder._after(name, args[0], y)))
+    for experts in [module for module in block.modules() if isinstance(module, Experts)]:
+        hooks.append(experts.register_forward_hook(lambda module, args, _: recorder._others(module, *args[:2])))
     try:
         yield recorder
     finally:

@@ -75,6 +75,8 @@ class LayerReport:
 
     Attributes:
         name: dotted name in the model.
+        features: of its input.
+        tokens: of the new domain that it read; of an expert, those that are routed to it.
         weights, zeros, weights_back: counts; back are those that are zero in the parent and not here.
         error_before, error_after: tr((W - W') G (W - W')^T) / tr(W G W^T) on the new domain, with the parent's weights
             and with the new ones; before is None where the parent is dense.
@@ -83,6 +85,8 @@ class LayerReport:
     """
 
     name: str
+    features: int
+    tokens: int
     weights: int
     zeros: int
     weights_back: int
@@ -109,6 +113,15 @@ class StepReport:
     def weights_back(self) -> int:
         """Weights that are zero in the parent and not here."""
         return sum(layer.weights_back for layer in self.layers)
+
+    @property
+    def short(self) -> tuple[str, ...]:
+        """Linears of experts to which fewer tokens are routed than they have input features, in the new domain.
+
+        What is routed elsewhere stands in: `copal.sensitivity.OTHERS_SHARE`.
+        """
+        most = max(layer.tokens for layer in self.layers)
+        return tuple(layer.name for layer in self.layers if layer.tokens < min(layer.features, most))
 
 
 def prune_step(
@@ -182,9 +195,10 @@ def prune_step(
             was = model.weights(index, parent_model) if parent_model else {}
             for group, linears in recorder.groups().items():
                 after, earlier = new[group].second, before[group].second if before else None
+                tokens = recorder.routed(group)
                 for linear in linears:
                     layer = f"{name}.{linear}"
-                    found = _report(layer, dense[linear], was.get(linear), now[linear], after, earlier)
+                    found = _report(layer, tokens, dense[linear], was.get(linear), now[linear], after, earlier)
                     layers.append(replace(found, damping=damping[group]))
             progress("prune", index + 1, len(model))
         checkpoint.finish()
@@ -260,7 +274,9 @@ class _Clock:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
 
-def _report(name: str, dense: Tensor, was: Tensor | None, now: Tensor, new: Tensor, old: Tensor | None) -> LayerReport:
+def _report(
+    name: str, tokens: int, dense: Tensor, was: Tensor | None, now: Tensor, new: Tensor, old: Tensor | None
+) -> LayerReport:
     """Compare one linear's weights (O, I) before and after on G_new (I, I) and G_old (I, I)."""
     energy = output_energy(dense, new)
     old_energy = output_energy(dense, old) if old is not None else 0.0
@@ -270,6 +286,8 @@ def _report(name: str, dense: Tensor, was: Tensor | None, now: Tensor, new: Tens
 
     return LayerReport(
         name=name,
+        features=dense.shape[1],
+        tokens=tokens,
         weights=dense.numel(),
         zeros=zeros(now),
         weights_back=int(((was == 0) & (now != 0)).sum()) if was is not None else 0,

@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from copal.architecture import Architecture, as_rows, load_skeleton
+from copal.architecture import Architecture, as_rows, load_skeleton, names_in_model
 from copal.checkpoint import Checkpoint
 from copal.errors import ModelError
 
@@ -58,6 +58,8 @@ class StreamedModel:
         self.model = load_skeleton(folder)
         self.architecture = Architecture.of(self.model)
         self.checkpoint = Checkpoint(folder)
+        self._name_of = names_in_model(self.model, self.checkpoint.names())
+        self._stored = {name: stored for stored, name in self._name_of.items()}
         self._blocks = [self.model.get_submodule(name) for name in self.architecture.blocks]
         self._returns_tuple = False
         in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
@@ -75,14 +77,13 @@ class StreamedModel:
         return len(self._blocks)
 
     def stored_name(self, name: str) -> str:
-        """The checkpoint's name of parameter `name`; some checkpoints leave the base model's prefix out."""
-        bare = name.removeprefix(f"{self.model.base_model_prefix}.")
-        return bare if name not in self.checkpoint and bare in self.checkpoint else name
+        """The checkpoint's name of parameter `name`: `name` itself where it holds none."""
+        return self._stored.get(name, name)
 
     def stored_block(self, index: int) -> list[str]:
         """The checkpoint's names of all tensors of block `index`."""
-        prefixes = tuple(f"{prefix}." for prefix in self._prefixes(index))
-        return [name for name in self.checkpoint.names() if name.startswith(prefixes)]
+        prefix = f"{self.architecture.blocks[index]}."
+        return [stored for stored, name in self._name_of.items() if name.startswith(prefix)]
 
     def stored_outside(self) -> list[str]:
         """The checkpoint's names of all tensors that belong to no block."""
@@ -139,10 +140,6 @@ class StreamedModel:
     def _linear(self, index: int, linear: str) -> nn.Module:
         module: nn.Module = self._blocks[index].get_submodule(linear)
         return module
-
-    def _prefixes(self, index: int) -> set[str]:
-        name = self.architecture.blocks[index]
-        return {name, name.removeprefix(f"{self.model.base_model_prefix}.")}
 
     def _stored_weight(self, index: int, linear: str) -> str:
         return self.stored_name(f"{self.architecture.blocks[index]}.{linear}.weight")

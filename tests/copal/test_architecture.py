@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from copal.architecture import Architecture, find_blocks, load_skeleton
+from copal.checkpoint import Checkpoint
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError
 from copal.evaluate import evaluate
@@ -19,6 +20,7 @@ from copal.step import Base, NewDomain, prune_step
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 KEY_VALUE = {"num_key_value_heads": 2}
 GEMMA = {**SMALL, **KEY_VALUE, "head_dim": 8, "query_pre_attn_scalar": 8}
+QWEN_MOE = {**SMALL, **KEY_VALUE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ARCHITECTURES = {
     "llama": {**SMALL, **KEY_VALUE},
     "mistral": {**SMALL, **KEY_VALUE, "sliding_window": 16},
@@ -35,8 +37,13 @@ ARCHITECTURES = {
         "word_embed_proj_dim": 32,
     },
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "gpt_neox": SMALL,
     "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "mixtral": {**SMALL, **KEY_VALUE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**QWEN_MOE, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": {**QWEN_MOE, "head_dim": 8},
 }
+NO_LINEARS = (".attn.bias", ".mlp.gate.weight", ".shared_expert_gate.weight")  # a mask; what routes and weighs experts
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -51,35 +58,42 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def test_streaming_gives_the_loss_of_the_whole_model(folder, make_windows, cpu):
-    windows = make_windows(0, vocabulary=64)
+def nats_of_the_whole_model(folder: Path, windows: torch.Tensor) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(windows).logits
-    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
+
+
+def test_streaming_gives_the_loss_of_the_whole_model(folder, make_windows, cpu):
+    windows = make_windows(0, vocabulary=64)
     score = evaluate(folder, {"a": windows}, device=cpu, dtype=torch.float32, batch=3)["a"]
-    assert score.nats == pytest.approx(nats, rel=1e-5)
+    assert score.nats == pytest.approx(nats_of_the_whole_model(folder, windows), rel=1e-5)
 
 
 def test_a_step_halves_every_linear_of_the_blocks_and_touches_nothing_else(folder, make_windows, tmp_path, cpu):
-    domain = NewDomain(name="a", md5="-", weight=1.0, windows=make_windows(0, vocabulary=64))
+    windows = make_windows(0, vocabulary=64)
+    domain = NewDomain(name="a", md5="-", weight=1.0, windows=windows)
     report = prune_step(
         Base(folder=folder, fingerprint="-"), None, domain, tmp_path / "v",
         calibration=CalibrationConfig(window_length=32), prune=PruneConfig(), device=cpu, dtype=torch.float32,
     )  # fmt: skip
+    model = tmp_path / "v" / "model"
     dense = AutoModelForCausalLM.from_pretrained(folder)
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "v" / "model")
-    assert report.sparsity == pytest.approx(0.5, abs=1e-6)
-    names = {f"{layer.name}.weight" for layer in report.layers}
-    inside = tuple(find_blocks(dense))
-    for name, weight in pruned.state_dict().items():
-        if name in names:
-            assert (weight == 0).float().mean() == pytest.approx(0.5, abs=1e-6)
+    blocks = tuple(f"{name}." for name in find_blocks(dense))
+    halved = 0
+    for name, weight in AutoModelForCausalLM.from_pretrained(model).state_dict().items():
+        if name.startswith(blocks) and weight.ndim > 1 and not name.endswith(NO_LINEARS):
+            shares = (weight == 0).double().mean((-2, -1))  # of every expert on its own
+            torch.testing.assert_close(shares, torch.full_like(shares, 0.5))
+            halved += weight.numel()
         else:
             assert torch.equal(weight, dense.state_dict()[name])
-            assert weight.ndim == 1 or not name.startswith(inside) or ".attn.bias" in name
-    errors = [layer.error_after for layer in report.layers]
-    assert all(0 < error < 1 for error in errors)
+    assert sum(layer.weights for layer in report.layers) == halved
+    assert report.sparsity == pytest.approx(0.5, abs=1e-6)
+    assert all(0 < layer.error_after < 1 for layer in report.layers)
+    score = evaluate(model, {"a": windows}, device=cpu, dtype=torch.float32)["a"]
+    assert score.nats == pytest.approx(nats_of_the_whole_model(model, windows), rel=1e-5)
 
 
 def test_a_checkpoint_without_the_base_models_prefix_is_read_and_written_as_it_is(make_windows, tmp_path, cpu):
@@ -97,6 +111,21 @@ def test_a_checkpoint_without_the_base_models_prefix_is_read_and_written_as_it_i
     windows = {"a": make_windows(0, vocabulary=64)}
     expected = evaluate(tmp_path / "with", windows, device=cpu, dtype=torch.float32)
     assert evaluate(tmp_path / "without", windows, device=cpu, dtype=torch.float32) == expected
+
+
+def test_a_checkpoint_with_the_names_of_the_modules_is_read_as_one_with_the_names_of_the_hub(
+    make_windows, tmp_path, cpu
+):
+    """transformers renames Pythia's head on loading and on saving: `embed_out`, `lm_head`."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", vocab_size=64, **SMALL))
+    model.save_pretrained(tmp_path / "hub")
+    model.save_pretrained(tmp_path / "modules", save_original_format=False)
+    assert "embed_out.weight" in Checkpoint(tmp_path / "hub").names()
+    assert "lm_head.weight" in Checkpoint(tmp_path / "modules").names()
+    windows = {"a": make_windows(0, vocabulary=64)}
+    expected = evaluate(tmp_path / "hub", windows, device=cpu, dtype=torch.float32)
+    assert evaluate(tmp_path / "modules", windows, device=cpu, dtype=torch.float32) == expected
 
 
 def test_a_model_without_recognisable_blocks_gets_an_error_that_says_what_was_looked_for():
