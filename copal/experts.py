@@ -21,7 +21,7 @@ _FLAGS = {"is_concatenated": True, "is_transposed": False, "has_gate": True, "ha
 
 
 class Expert(nn.Module):
-    """One gated feed-forward network: down(gate(x) activated * up(x))."""
+    """One gated feed-forward network: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, hidden: int, intermediate: int, apply_gate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -67,8 +67,8 @@ def split_experts(model: nn.Module) -> None:
         wanted = {"gate_up_proj": (experts, 2 * intermediate, hidden), "down_proj": (experts, hidden, intermediate)}
         if stacks != wanted or not as_flagged or getattr(module, "has_post_expert_norm", False):
             raise ModelError(
-                f"{type(model).__name__} keeps matrices in {name} that copal cannot take apart: looked for experts with "
-                "gate_up_proj (E, 2F, H) and down_proj (E, H, F), neither transposed nor interleaved, without bias"
+                f"{type(model).__name__} keeps matrices in {name} that copal cannot take apart: looked for experts "
+                "with gate_up_proj (E, 2F, H) and down_proj (E, H, F), neither transposed nor interleaved, without bias"
             )
         with torch.device("meta"):
             split = Experts(Expert(hidden, intermediate, module._apply_gate) for _ in range(experts))
@@ -80,7 +80,7 @@ def find_routers(block: nn.Module) -> set[nn.Module]:
 
     Routers that are no linears at all are not among them.
     """
-    routers = set()
+    routers: set[nn.Module] = set()
     for parent in block.modules():
         for experts in [child for child in parent.children() if isinstance(child, Experts)]:
             for sibling in parent.children():

@@ -81,8 +81,8 @@ def merge(one: Moment, other: Moment) -> Moment:
 class MomentRecorder:
     """Sums x x^T over the tokens that reach the linears of one block, while the block runs.
 
-    Linears that are handed the very same tensor share one sum: that is how query/key/value or gate/up are found. Experts
-    are shown the tokens that are routed elsewhere too: see `OTHERS_SHARE`.
+    Linears that are handed the very same tensor share one sum: that is how query/key/value or gate/up are found.
+    Experts are shown the tokens that are routed elsewhere too: see `OTHERS_SHARE`.
     """
 
     def __init__(self, block: nn.Module, *, gradient: bool) -> None:

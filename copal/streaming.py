@@ -70,8 +70,11 @@ class StreamedModel:
         }
         self._load(self.model, outside)
         self.model.tie_weights()
-        for buffer_name, buffer in list(self.model.named_buffers()):
-            set_module_tensor_to_device(self.model, buffer_name, device, value=buffer)
+        stored_buffers = self.model.state_dict().keys() & self._stored.keys()  # the rest is made anew, never stored
+        for name, buffer in list(self.model.named_buffers()):
+            stored = self.stored_name(name)
+            value = self.checkpoint.read([stored])[stored] if name in stored_buffers else buffer
+            set_module_tensor_to_device(self.model, name, device, value=value, dtype=buffer.dtype)
 
     def __len__(self) -> int:
         return len(self._blocks)

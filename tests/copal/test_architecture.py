@@ -128,6 +128,19 @@ def test_a_checkpoint_with_the_names_of_the_modules_is_read_as_one_with_the_name
     assert evaluate(tmp_path / "modules", windows, device=cpu, dtype=torch.float32) == expected
 
 
+def test_buffers_that_a_checkpoint_holds_are_read(make_windows, tmp_path, cpu):
+    """GLM's routers choose experts with a bias that is no parameter."""
+    torch.manual_seed(0)
+    sizes = {**QWEN_MOE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 0, "head_dim": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", vocab_size=64, pad_token_id=0, **sizes))
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias.copy_(torch.randn(4))
+    model.save_pretrained(tmp_path / "base")
+    windows = make_windows(0, vocabulary=64)
+    score = evaluate(tmp_path / "base", {"a": windows}, device=cpu, dtype=torch.float32)["a"]
+    assert score.nats == pytest.approx(nats_of_the_whole_model(tmp_path / "base", windows), rel=1e-6)
+
+
 def test_a_model_without_recognisable_blocks_gets_an_error_that_says_what_was_looked_for():
     with pytest.raises(ModelError, match="ModuleList whose elements are all of one class"):
         Architecture.of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
