@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from copal.architecture import Architecture, find_blocks, load_skeleton
 from copal.checkpoint import Checkpoint
@@ -42,12 +43,47 @@ ARCHITECTURES = {
     "mixtral": {**SMALL, **KEY_VALUE, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**QWEN_MOE, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {**QWEN_MOE, "head_dim": 8},
+    "unheard_of": {},
 }
-NO_LINEARS = (".attn.bias", ".mlp.gate.weight", ".shared_expert_gate.weight")  # a mask; what routes and weighs experts
+ROUTERS = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
+
+
+class UnheardOfConfig(PreTrainedConfig):
+    model_type = "unheard_of"
+
+
+class Floor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.widen, self.narrow = nn.Linear(16, 16), nn.Linear(16, 24, bias=False), nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor, scale: float) -> tuple[torch.Tensor]:
+        x = x + scale * self.mix(x).cumsum(1) / x.shape[1]
+        return (x + self.narrow(self.widen(x).relu()),)
+
+
+class UnheardOf(PreTrainedModel):
+    """An architecture that copal has no word of: other names, another call of a block, a tuple as its result."""
+
+    config_class = UnheardOfConfig
+
+    def __init__(self, config: UnheardOfConfig) -> None:
+        super().__init__(config)
+        self.words, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
+        self.tower = nn.ModuleDict({"floors": nn.ModuleList(Floor() for _ in range(2))})
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutput:
+        x = self.words(input_ids)
+        for floor in self.tower["floors"]:
+            x = floor(x, scale=0.5)[0]
+        return CausalLMOutput(logits=self.head(x))
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    AutoConfig.register("unheard_of", UnheardOfConfig, exist_ok=True)
+    AutoModelForCausalLM.register(UnheardOfConfig, UnheardOf, exist_ok=True)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         request.param, vocab_size=64, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
@@ -83,7 +119,7 @@ def test_a_step_halves_every_linear_of_the_blocks_and_touches_nothing_else(folde
     blocks = tuple(f"{name}." for name in find_blocks(dense))
     halved = 0
     for name, weight in AutoModelForCausalLM.from_pretrained(model).state_dict().items():
-        if name.startswith(blocks) and weight.ndim > 1 and not name.endswith(NO_LINEARS):
+        if name.startswith(blocks) and weight.ndim > 1 and not name.endswith(ROUTERS):
             shares = (weight == 0).double().mean((-2, -1))  # of every expert on its own
             torch.testing.assert_close(shares, torch.full_like(shares, 0.5))
             halved += weight.numel()
