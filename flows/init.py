@@ -109,11 +109,12 @@ calibration:              # how the text of a domain becomes windows of tokens
   seed: 0
 
 prune:
-  sparsity: 0.5           # share of zeros in every pruned linear, between 0 and 1
+  sparsity: 0.5           # share of zeros in every pruned linear, between 0 and 1; or N:M in quotes, as "2:4"
   criterion: output       # or gradient: needs an accumulator as big as the model
   rounds: [0.6, 0.8, 0.9, 1.0]  # sparsity after each round, as shares of the above; rising, the last one 1
-  iterations: 10          # conjugate-gradient iterations of a round, at most
-  damping: 0.01           # added to the diagonal of the second moment, as a share of its mean
+  iterations: 6           # conjugate-gradient iterations of a round, at most
+  exponent: 0.35          # of a channel's second moment in the score of a weight; 0.5 is Wanda's
+  damping: 0.1            # added to every entry of the diagonal of the second moment, as a share of it
 
 domains: {{}}               # weights in the loss, where not 1.0:  {{legal: {{weight: 2.0}}}}
 

@@ -117,7 +117,8 @@ def test_the_moment_of_an_expert_counts_its_own_tokens_fully_and_a_share_of_the_
         squares = (share * expert.up_proj(x[0]).square()).T @ x[0].square() / 50
         torch.testing.assert_close(moment.gradient[f"experts.{number}.up_proj"], squares)
         inner = torch.nn.functional.silu(expert.gate_proj(x[0])) * expert.up_proj(x[0])
-        torch.testing.assert_close(moments[f"experts.{number}.down_proj"].second, (share * inner).T @ inner / 50)
+        counted = share / expected_output[0].square().mean(1, keepdim=True)
+        torch.testing.assert_close(moments[f"experts.{number}.down_proj"].second, (counted * inner).T @ inner / 50)
     torch.testing.assert_close(block(x), expected_output)
 
 
