@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from copal.architecture import find_linears
 from copal.errors import NumericsError
+from copal.processes import gather, sum_by_name
 
 __all__ = [
     "Moment",
@@ -91,6 +92,11 @@ class MomentRecorder:
             groups.setdefault(group, []).append(linear)
         return groups
 
+    def clear(self) -> None:
+        """Forget everything: the block is about to run anew."""
+        for kept in (self._group_of, self._sums, self._gradient_sums, self._tokens, self._inputs):
+            kept.clear()
+
     def moments(self, weight: float, where: str) -> dict[str, Moment]:
         """The moments of all tokens so far, by group.
 
@@ -115,6 +121,14 @@ class MomentRecorder:
                 )
             moments[group] = moment
         return moments
+
+    def _add_up(self) -> None:
+        """Make counts and sums those of all processes; a linear that ran in any of them is known to all."""
+        known = gather((self._group_of, self._tokens))
+        self._group_of = {linear: group for group_of, _ in known for linear, group in group_of.items()}
+        self._tokens = {group: sum(tokens.get(group, 0) for _, tokens in known) for group in self._group_of.values()}
+        self._sums = sum_by_name(self._sums)
+        self._gradient_sums = sum_by_name(self._gradient_sums)
 
     def _before(self, name: str, x: Tensor) -> None:
         for seen, group in self._inputs:
@@ -151,7 +165,7 @@ def _add_upper(total: Tensor, tokens: Tensor, panels: int = 4) -> None:
 
 @contextmanager
 def record_moments(block: nn.Module, *, gradient: bool) -> Iterator[MomentRecorder]:
-    """Record the moments of everything that runs through `block` inside the `with`."""
+    """Record the moments of everything that runs through `block` inside the `with`, in any process."""
     recorder = MomentRecorder(block, gradient=gradient)
     hooks = [block.register_forward_hook(lambda *_: recorder._inputs.clear())]
     for name, linear in recorder._linears.items():
@@ -160,6 +174,7 @@ def record_moments(block: nn.Module, *, gradient: bool) -> Iterator[MomentRecord
             hooks.append(linear.register_forward_hook(lambda _, args, y, name=name: recorder._after(name, args[0], y)))
     try:
         yield recorder
+        recorder._add_up()
     finally:
         for hook in hooks:
             hook.remove()

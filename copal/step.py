@@ -3,13 +3,16 @@
 The statistics come from the dense base model, so they depend neither on a mask nor on the order of the domains, and one
 walk over the base's blocks does everything for a block while it is in memory. Masks are decided from the dense weights
 each time: a weight that an earlier step pruned comes back when a new domain needs it.
+
+Where several processes run the step together (`copal.processes`), each runs its share of the windows and solves its
+share of the linears; the main one writes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError
 from copal.files import atomic_folder
 from copal.masks import zeros
+from copal.processes import from_main, is_main, share, share_of_windows, sum_by_name
 from copal.progress import Progress, silent
 from copal.sensitivity import Moment, output_energy, record_moments
 from copal.solve import prune_group
@@ -130,13 +134,15 @@ def prune_step(
     Args:
         parent: None for the first domain.
         dtype: of the forward pass; sums and solves are float32.
-        batch: windows that run through a block at a time.
+        batch: windows that run through a block at a time; halved where memory runs out. Results differ by rounding.
         method: how the linears of a group are pruned; the baselines have the same signature.
 
     Raises:
         ModelError: the base or the parent's model cannot be read.
         StateError: the parent's state is damaged, or of another base or other settings.
         NumericsError: an activation, a statistic or a solution is not finite.
+        ResourceError: memory is not enough for one window at a time.
+        SettingsError: more processes than windows.
     """
     old = _OldState(parent, domain.name) if parent else None
     if old:
@@ -146,16 +152,17 @@ def prune_step(
     model = StreamedModel(base.folder, device=device, dtype=dtype)
     parent_model = Checkpoint(parent.model) if parent else None
     clock, layers = _Clock(), list[LayerReport]()
-    with atomic_folder(out) as folder:
-        checkpoint = CheckpointWriter(model.checkpoint, folder / "model", shards=len(model) + 1)
+    writes = is_main()
+    with atomic_folder(out) if writes else nullcontext(out) as folder:
+        checkpoint = CheckpointWriter(model.checkpoint, folder / "model", shards=len(model) + 1, writes=writes)
         checkpoint.write(model.stored_outside(), {})
-        state = StateWriter(folder / "state")
+        state = StateWriter(folder / "state", writes=writes)
         with clock.measure("statistics"):
-            stream = model.start(domain.windows, batch)
+            stream = model.start(share_of_windows(domain.windows), batch)
         for index, name in enumerate(model.architecture.blocks):
             with clock.measure("statistics"), model.block(index) as block:
                 with record_moments(block, gradient=prune.criterion == "gradient") as recorder:
-                    stream.advance(block)
+                    stream.advance(block, again=recorder.clear)
                 new = state.contribution(index, recorder.moments(domain.weight, name))
                 before = old.moments(index, device) if old else None
                 total = merge_blocks([before, new]) if before else new
@@ -163,11 +170,14 @@ def prune_step(
             dense = model.weights(index)
             with clock.measure("solve"):
                 pruned = dict[str, Tensor]()
-                for group, linears in recorder.groups().items():
+                for group, linears in share(list(recorder.groups().items())):
                     pruned |= method({linear: dense[linear] for linear in linears}, total[group], prune)
+                pruned = sum_by_name(pruned)
             idle = [linear for linear in dense if linear not in pruned]
             if idle:
                 raise ModelError(f"{name}.{idle[0]} reads no input on this domain: copal cannot tell what it needs")
+            if not writes:
+                continue
             stored = model.stored_weights(index, pruned)
             checkpoint.write(model.stored_block(index), stored)
             now = model.weights(index, stored)  # as rounded to the dtype in which they are stored
@@ -195,7 +205,7 @@ def prune_step(
             own=own,
             others=old.others if old else (),
         )
-    return StepReport(layers=tuple(layers), manifest=manifest, seconds=clock.seconds)
+    return from_main(StepReport(layers=tuple(layers), manifest=manifest, seconds=clock.seconds))
 
 
 class _OldState:

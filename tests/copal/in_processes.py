@@ -1,0 +1,51 @@
+"""Two steps and evaluations, in however many processes this is run: python in_processes.py BASE WINDOWS OUT"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from copal.config import CalibrationConfig, PruneConfig
+from copal.errors import SettingsError
+from copal.evaluate import evaluate
+from copal.processes import device, gather, is_main
+from copal.step import Base, NewDomain, Parent, prune_step
+
+
+def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.device) -> None:
+    """Writes OUT/<domain>/ of each step and OUT/found.json."""
+    parent, reports = None, []
+    for version, (name, tokens) in enumerate(windows.items(), start=2):
+        report = prune_step(
+            Base(folder=base, fingerprint="base"),
+            parent,
+            NewDomain(name=name, md5="1", weight=float(version), windows=tokens),
+            out / name,
+            calibration=CalibrationConfig(),
+            prune=PruneConfig(criterion="gradient", iterations=30),
+            device=device,
+            dtype=torch.float32,
+        )
+        parent = Parent(version=version, model=out / name / "model", state=out / name / "state", states={})
+        reports.append(report)
+    scores = evaluate(parent.model, windows, device=device, dtype=torch.float32)
+    processes = len(gather(None))
+    assert gather((reports, scores)) == [(reports, scores)] * processes
+    refused = ""
+    try:
+        evaluate(parent.model, {"short": windows["code"][:1]}, device=device, dtype=torch.float32)
+    except SettingsError as error:
+        refused = str(error)
+    if is_main():
+        figures = {name: [score.perplexity, score.tokens] for name, score in scores.items()}
+        back = [report.weights_back for report in reports]
+        found = {"processes": processes, "scores": figures, "refused": refused, "back": back}
+        (out / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), load_file(sys.argv[2]), Path(sys.argv[3]), device())
