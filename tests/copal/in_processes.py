@@ -1,4 +1,4 @@
-"""Two steps and evaluations, in however many processes this is run: python in_processes.py BASE WINDOWS OUT"""
+"""Statistics, two steps and an evaluation, in however many processes: python in_processes.py BASE WINDOWS OUT"""
 
 from __future__ import annotations
 
@@ -7,17 +7,37 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import SettingsError
 from copal.evaluate import evaluate
-from copal.processes import device, gather, is_main
+from copal.processes import device, gather, is_main, share_of_windows
+from copal.sensitivity import record_moments
 from copal.step import Base, NewDomain, Parent, prune_step
+from copal.streaming import StreamedModel
+
+
+def statistics(base: Path, windows: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    """G of every group and the gradient statistic of every linear, before anything is rounded for the disk."""
+    model, found = StreamedModel(base, device=device, dtype=torch.float32), {}
+    stream = model.start(share_of_windows(windows), batch=8)
+    for index, name in enumerate(model.architecture.blocks):
+        with model.block(index) as block, record_moments(block, gradient=True) as recorder:
+            stream.advance(block)
+        for group, moment in recorder.moments(1.0, name).items():
+            root = moment.second.diagonal().sqrt()
+            found[f"{name}.{group}"] = moment.second / torch.outer(root, root)
+            found[f"{name}.{group}:root"] = root
+            found |= {f"{name}.{linear}:gradient": values for linear, values in moment.gradient.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
 
 def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.device) -> None:
-    """Writes OUT/<domain>/ of each step and OUT/found.json."""
+    """Writes OUT/statistics-of-code.safetensors, OUT/<domain>/ of each step and OUT/found.json."""
+    of_code = statistics(base, windows["code"], device)
+    if is_main():
+        save_file(of_code, out / "statistics-of-code.safetensors")
     parent, reports = None, []
     for version, (name, tokens) in enumerate(windows.items(), start=2):
         report = prune_step(
@@ -41,7 +61,7 @@ def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.d
     except SettingsError as error:
         refused = str(error)
     if is_main():
-        figures = {name: [score.perplexity, score.tokens] for name, score in scores.items()}
+        figures = {name: [score.nats, score.tokens] for name, score in scores.items()}
         back = [report.weights_back for report in reports]
         found = {"processes": processes, "scores": figures, "refused": refused, "back": back}
         (out / "found.json").write_text(json.dumps(found))
