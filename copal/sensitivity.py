@@ -98,7 +98,7 @@ class MomentRecorder:
             kept.clear()
 
     def moments(self, weight: float, where: str) -> dict[str, Moment]:
-        """The moments of all tokens so far, by group.
+        """The moments of all tokens, by group; can be asked for once, since the sums become the moments.
 
         Args:
             weight: the domain's weight w_i.
@@ -111,8 +111,8 @@ class MomentRecorder:
         for group, linears in self.groups().items():
             tokens = self._tokens[group]
             share = weight / tokens
-            gradient = {name: self._gradient_sums[name] * share for name in linears} if self._gradient else {}
-            upper = self._sums[group].triu() * share
+            gradient = {name: self._gradient_sums.pop(name).mul_(share) for name in linears} if self._gradient else {}
+            upper = self._sums.pop(group).triu_().mul_(share)
             moment = Moment(upper + upper.triu(1).T, weight, gradient)
             if not all(tensor.isfinite().all() for tensor in (moment.total, *gradient.values())):
                 raise NumericsError(

@@ -159,7 +159,9 @@ def prune_step(
         state = StateWriter(folder / "state", writes=writes)
         with clock.measure("statistics"):
             stream = model.start(share_of_windows(domain.windows), batch)
-        for index, name in enumerate(model.architecture.blocks):
+
+        def prune_block(index: int, name: str) -> list[LayerReport]:
+            """A function, so that nothing of a block is in memory when the next one comes."""
             with clock.measure("statistics"), model.block(index) as block:
                 with record_moments(block, gradient=prune.criterion == "gradient") as recorder:
                     stream.advance(block, again=recorder.clear)
@@ -177,16 +179,21 @@ def prune_step(
             if idle:
                 raise ModelError(f"{name}.{idle[0]} reads no input on this domain: copal cannot tell what it needs")
             if not writes:
-                continue
+                return []
             stored = model.stored_weights(index, pruned)
             checkpoint.write(model.stored_block(index), stored)
             now = model.weights(index, stored)  # as rounded to the dtype in which they are stored
             was = model.weights(index, parent_model) if parent_model else {}
+            reports = []
             for group, linears in recorder.groups().items():
                 after, earlier = new[group].second, before[group].second if before else None
                 for linear in linears:
                     layer = f"{name}.{linear}"
-                    layers.append(_report(layer, dense[linear], was.get(linear), now[linear], after, earlier))
+                    reports.append(_report(layer, dense[linear], was.get(linear), now[linear], after, earlier))
+            return reports
+
+        for index, name in enumerate(model.architecture.blocks):
+            layers += prune_block(index, name)
             progress("prune", index + 1, len(model))
         checkpoint.finish()
         own = DomainEntry(

@@ -8,6 +8,7 @@ Shapes: N windows, B windows of a batch, L tokens of a window, H hidden size, V 
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -118,12 +119,14 @@ class StreamedModel:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         block, prefix = self._blocks[index], self.architecture.blocks[index]
         names = {name: self.stored_name(f"{prefix}.{name}") for name, _ in block.named_parameters()}
+        _trim_heap()
         self._load(block, names)
         try:
             yield block
         finally:
             for name in names:
                 set_module_tensor_to_device(block, name, "meta")
+            _trim_heap()
 
     def start(self, windows: Tensor, batch: int) -> Stream:
         """Embed `windows` (N, L) and stop before the first block."""
@@ -288,6 +291,13 @@ class Stream:
             f"{self._model.folder}: NaN or infinity comes out of {found[0]}: "
             f"check the weights of {prefix}, or set model.dtype to float32"
         )
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system: glibc keeps what is smaller than 32 MB, and it piles up block by block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _hidden_states(output: Any) -> Any:
