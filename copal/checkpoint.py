@@ -76,16 +76,20 @@ class Checkpoint:
 class CheckpointWriter:
     """Writes a copy of a checkpoint shard by shard, with some tensors replaced; loads with `from_pretrained`."""
 
-    def __init__(self, source: Checkpoint, folder: Path, shards: int) -> None:
-        """`shards`: how many times `write` will be called."""
+    def __init__(self, source: Checkpoint, folder: Path, shards: int, *, writes: bool = True) -> None:
+        """`shards`: how many times `write` will be called. `writes`: False does nothing (see `copal.processes`)."""
         self._source, self._folder, self._shards = source, folder, shards
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
         self._written = 0
-        folder.mkdir(parents=True)
+        self._writes = writes
+        if writes:
+            folder.mkdir(parents=True)
 
     def write(self, names: list[str], replaced: Mapping[str, Tensor]) -> None:
         """Write the tensors `names` of the source, those in `replaced` from there, as one shard."""
+        if not self._writes:
+            return
         self._written += 1
         file = f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
         tensors = {**self._source.read([name for name in names if name not in replaced]), **replaced}
@@ -95,6 +99,8 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Copy what is not weights (configuration, tokenizer) and write the index."""
+        if not self._writes:
+            return
         assert self._written == self._shards
         assert self._weight_map.keys() == set(self._source.names())
         for path in sorted(self._source.folder.iterdir()):

@@ -5,7 +5,10 @@
     ├── DataError              a domain's data cannot be used (names the file or folder)
     ├── ModelError             a checkpoint is not a causal language model that copal can take apart
     ├── StateError             a sensitivity state does not belong to this base model or settings, or is damaged
-    └── NumericsError          NaN or infinity (names the layer)
+    ├── NumericsError          NaN or infinity (names the layer)
+    └── ResourceError          memory is not enough (names the setting)
+
+    SmallerBatchWarning        memory ran out, and what was done about it
 
 `flows` adds its own subclasses of CopalError beside the code that raises them. An invariant of copal itself is an
 `assert`: it has no class here, and its traceback is a bug report.
@@ -13,7 +16,16 @@
 
 from __future__ import annotations
 
-__all__ = ["CopalError", "DataError", "ModelError", "NumericsError", "SettingsError", "StateError"]
+__all__ = [
+    "CopalError",
+    "DataError",
+    "ModelError",
+    "NumericsError",
+    "ResourceError",
+    "SettingsError",
+    "SmallerBatchWarning",
+    "StateError",
+]
 
 
 class CopalError(Exception):
@@ -38,3 +50,11 @@ class StateError(CopalError):
 
 class NumericsError(CopalError):
     """An activation, a statistic or a solution is not finite."""
+
+
+class ResourceError(CopalError):
+    """Memory is not enough for the smallest piece of work."""
+
+
+class SmallerBatchWarning(UserWarning):
+    """Memory ran out; the work goes on in smaller pieces."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from copal.errors import NumericsError
+from copal.processes import gather, share_of_windows
 from copal.progress import Progress, silent
 from copal.streaming import StreamedModel
 
@@ -50,22 +51,29 @@ def evaluate(
 ) -> dict[str, Score]:
     """Score the checkpoint in `folder` on every domain's windows in one walk over its blocks.
 
+    Where several processes do it together, each scores its share of the windows and all get the whole scores.
+
     Args:
         folder: a Hugging Face folder with safetensors weights.
         windows: domain -> (N, L) tokens.
-        batch: windows run through a block at a time.
+        batch: windows that run through a block at a time; halved where memory runs out. Scores differ by rounding only.
 
     Raises:
         ModelError: `folder` cannot be read as a causal language model.
-        NumericsError: a domain's loss is not finite.
+        NumericsError: hidden states or the loss on a domain are not finite; names the domain and where it began.
+        ResourceError: memory is not enough for one window at a time.
+        SettingsError: more processes than windows.
     """
     model = StreamedModel(folder, device=device, dtype=dtype)
-    streams = {domain: model.start(tokens, batch) for domain, tokens in windows.items()}
+    streams = {domain: model.start(share_of_windows(tokens), batch) for domain, tokens in windows.items()}
     total = len(model) + len(streams)  # the head is worth a block
     for index in range(len(model)):
         with model.block(index) as block:
-            for stream in streams.values():
-                stream.advance(block)
+            for domain, stream in streams.items():
+                try:
+                    stream.advance(block)
+                except NumericsError as error:
+                    raise NumericsError(f"on {domain}: {error}") from error
         progress("evaluate", index + 1, total)
     scores = {}
     for number, (domain, stream) in enumerate(streams.items(), start=1):
@@ -74,8 +82,10 @@ def evaluate(
             targets = window[0, 1:]
             nats += F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item()
             tokens += targets.numel()
+        shares = gather((nats, tokens))
+        nats, tokens = sum(nats for nats, _ in shares), sum(tokens for _, tokens in shares)
         if not math.isfinite(nats):
-            raise NumericsError(f"the loss of {folder} on {domain} is {nats}: the checkpoint's weights are not sound")
+            raise NumericsError(f"on {domain}: the loss of {folder} is {nats}: check its last norm and its head")
         scores[domain] = Score(nats, tokens)
         progress("evaluate", len(model) + number, total)
     return scores

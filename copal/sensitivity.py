@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from copal.architecture import as_rows, find_linears
 from copal.errors import NumericsError
 from copal.experts import Experts
+from copal.processes import gather, sum_by_name
 
 __all__ = [
     "Moment",
@@ -119,8 +120,13 @@ class MomentRecorder:
         """Tokens so far that reached the group's linears in the model itself: of an expert, those routed to it."""
         return self._routed[group]
 
+    def clear(self) -> None:
+        """Forget everything: the block is about to run anew."""
+        for kept in (self._group_of, self._sums, self._gradient_sums, self._tokens, self._routed):
+            kept.clear()
+
     def moments(self, weight: float, where: str) -> dict[str, Moment]:
-        """The moments of all tokens so far, by group.
+        """The moments of all tokens, by group; can be asked for once, since the sums become the moments.
 
         Args:
             weight: the domain's weight w_i.
@@ -132,8 +138,8 @@ class MomentRecorder:
         moments = {}
         for group, linears in self.groups().items():
             share = weight / self._tokens[group]
-            gradient = {name: self._gradient_sums[name] * share for name in linears} if self._gradient else {}
-            upper = self._sums[group].triu() * share
+            gradient = {name: self._gradient_sums.pop(name).mul_(share) for name in linears} if self._gradient else {}
+            upper = self._sums.pop(group).triu_().mul_(share)
             moment = Moment(upper + upper.triu(1).T, weight, gradient)
             if not all(tensor.isfinite().all() for tensor in (moment.total, *gradient.values())):
                 raise NumericsError(
@@ -142,6 +148,18 @@ class MomentRecorder:
                 )
             moments[group] = moment
         return moments
+
+    def _add_up(self) -> None:
+        """Make counts and sums those of all processes; a linear that ran in any of them is known to all."""
+        known = gather((self._group_of, self._tokens, self._routed))
+        self._group_of = {linear: group for group_of, _, _ in known for linear, group in group_of.items()}
+        for counts, everywhere in (
+            (self._tokens, [one[1] for one in known]),
+            (self._routed, [one[2] for one in known]),
+        ):
+            counts |= {group: sum(one.get(group, 0) for one in everywhere) for group in self._group_of.values()}
+        self._sums = sum_by_name(self._sums)
+        self._gradient_sums = sum_by_name(self._gradient_sums)
 
     def _before(self, name: str, x: Tensor) -> None:
         for seen in self._inputs:
@@ -172,7 +190,8 @@ class MomentRecorder:
             if seen.group not in self._sums:
                 self._sums[seen.group] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=torch.float32)
                 self._tokens[seen.group] = self._routed[seen.group] = 0
-            _add_upper(self._sums[seen.group], tokens, weights(seen))
+            at_a_time = hidden.shape[-2] if seen.rows is None else _TOKENS_OF_A_PRODUCT
+            _add_upper(self._sums[seen.group], tokens, weights(seen), at_a_time)
             self._tokens[seen.group] += len(tokens)
             self._routed[seen.group] += len(tokens) if seen.share == 1 else 0
         for name, outputs in self._outputs.items():
@@ -211,18 +230,19 @@ def _outputs_of(linear: nn.Module) -> int:
     return len(as_rows(linear, linear.weight))  # type: ignore[arg-type]
 
 
-def _add_upper(total: Tensor, tokens: Tensor, weights: Tensor | float, panels: int = 4) -> None:
+def _add_upper(total: Tensor, tokens: Tensor, weights: Tensor | float, at_a_time: int, panels: int = 4) -> None:
     """Add sum_t weights_t x_t x_t^T of `tokens` (T, I) to the upper triangle of `total`; below it nothing is defined.
 
     In panels of rows from the diagonal on: with four, 5/8 of the whole product. Products have the dtype of `tokens`. A
-    16-bit product is rounded, so few tokens at a time go into one, and the diagonal is float32 all through: measured,
-    correlations are then off by 4e-5 (root mean square), about what storing them in float16 costs.
+    16-bit product is rounded, so only a window goes into one (whatever the batch or the process), and the diagonal is
+    float32 all through: measured, correlations are then off by 4e-5 (root mean square), about what storing them in
+    float16 costs.
     """
     features = tokens.shape[1]
     width = -(-features // panels)
     exact = tokens.dtype == torch.float32
     scaled = tokens if isinstance(weights, float) and weights == 1 else (tokens.float() * weights**0.5).to(tokens.dtype)
-    for part in (scaled,) if exact else torch.split(scaled, _TOKENS_OF_A_PRODUCT):
+    for part in (scaled,) if exact else torch.split(scaled, at_a_time):
         before = total.diagonal().clone()
         for start in range(0, features, width):
             total[start : start + width, start:] += part[:, start : start + width].T @ part[:, start:]
@@ -232,7 +252,7 @@ def _add_upper(total: Tensor, tokens: Tensor, weights: Tensor | float, panels: i
 
 @contextmanager
 def record_moments(block: nn.Module, *, gradient: bool) -> Iterator[MomentRecorder]:
-    """Record the moments of everything that runs through `block` inside the `with`.
+    """Record the moments of everything that runs through `block` inside the `with`, in any process.
 
     A forward that fails half-way leaves no trace.
     """
@@ -252,6 +272,7 @@ def record_moments(block: nn.Module, *, gradient: bool) -> Iterator[MomentRecord
             hooks.append(expert.register_forward_hook(lambda *_: setattr(recorder, "_rows", None)))
     try:
         yield recorder
+        recorder._add_up()
     finally:
         for hook in hooks:
             hook.remove()

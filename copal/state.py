@@ -135,10 +135,11 @@ class StateReader:
 class StateWriter:
     """Writes a state folder block by block; without its manifest, written last, a folder is no state."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        """`writes`: False only tells how a later step will read what is not written (see `copal.processes`)."""
+        self._folder, self._writes = folder, writes
         self._digests: dict[str, dict[str, str]] = {"contribution": {}, "sum": {}}
-        for part in self._digests:
+        for part in self._digests if writes else ():
             (folder / part).mkdir(parents=True)
 
     def contribution(self, index: int, moments: Moments) -> dict[str, Moment]:
@@ -168,10 +169,13 @@ class StateWriter:
         manifest = Manifest(
             base=base, statistics=statistics, criterion=criterion, domains=domains, sum_shards=self._digests["sum"]
         )
-        write_json(self._folder / "manifest.json", {"schema": SCHEMA, **asdict(manifest)})
+        if self._writes:
+            write_json(self._folder / "manifest.json", {"schema": SCHEMA, **asdict(manifest)})
         return manifest
 
     def _write(self, part: str, index: int, tensors: dict[str, Tensor]) -> None:
+        if not self._writes:
+            return
         file = f"{part}/{_shard_name(index)}"
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(on_cpu, self._folder / file)

@@ -3,13 +3,16 @@
 The statistics come from the dense base model, so they depend neither on a mask nor on the order of the domains, and one
 walk over the base's blocks does everything for a block while it is in memory. Masks are decided from the dense weights
 each time: a weight that an earlier step pruned comes back when a new domain needs it.
+
+Where several processes run the step together (`copal.processes`), each runs its share of the windows and solves its
+share of the linears; the main one writes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from copal.config import CalibrationConfig, Pattern, PruneConfig
 from copal.errors import ModelError
 from copal.files import atomic_folder
 from copal.masks import follows, zeros
+from copal.processes import from_main, gather, is_main, share, share_of_windows, sum_by_name
 from copal.progress import Progress, silent
 from copal.sensitivity import Moment, output_energy, record_moments
 from copal.solve import Pruned, prune_group
@@ -146,13 +150,15 @@ def prune_step(
     Args:
         parent: None for the first domain.
         dtype: of the forward pass and of products whose rounding the result bears; sums are float32.
-        batch: windows that run through a block at a time.
+        batch: windows that run through a block at a time; halved where memory runs out. Results differ by rounding.
         method: how the linears of a group are pruned: `copal.solve.prune_group`, or a baseline.
 
     Raises:
         ModelError: the base or the parent's model cannot be read.
         StateError: the parent's state is damaged, or of another base or other settings.
         NumericsError: an activation, a statistic or a solution is not finite.
+        ResourceError: memory is not enough for one window at a time.
+        SettingsError: more processes than windows.
     """
     method = method or partial(prune_group, products=dtype)
     old = _OldState(parent, domain.name) if parent else None
@@ -165,16 +171,19 @@ def prune_step(
         _check_groups(model, prune.pattern)
     parent_model = Checkpoint(parent.model) if parent else None
     clock, layers = _Clock(), list[LayerReport]()
-    with atomic_folder(out) as folder:
-        checkpoint = CheckpointWriter(model.checkpoint, folder / "model", shards=len(model) + 1)
+    writes = is_main()
+    with atomic_folder(out) if writes else nullcontext(out) as folder:
+        checkpoint = CheckpointWriter(model.checkpoint, folder / "model", shards=len(model) + 1, writes=writes)
         checkpoint.write(model.stored_outside(), {})
-        state = StateWriter(folder / "state")
+        state = StateWriter(folder / "state", writes=writes)
         with clock.measure("statistics"):
-            stream = model.start(domain.windows, batch)
-        for index, name in enumerate(model.architecture.blocks):
+            stream = model.start(share_of_windows(domain.windows), batch)
+
+        def prune_block(index: int, name: str) -> list[LayerReport]:
+            """A function, so that nothing of a block is in memory when the next one comes."""
             with clock.measure("statistics"), model.block(index) as block:
                 with record_moments(block, gradient=prune.criterion == "gradient") as recorder:
-                    stream.advance(block)
+                    stream.advance(block, again=recorder.clear)
                 new = state.contribution(index, recorder.moments(domain.weight, name))
                 before = old.moments(index, device) if old else None
                 total = merge_blocks([before, new]) if before else new
@@ -182,26 +191,35 @@ def prune_step(
             dense = model.weights(index)
             with clock.measure("solve"):
                 pruned, damping = dict[str, Tensor](), dict[str, float | None]()
-                for group, linears in recorder.groups().items():
+                for group, linears in share(list(recorder.groups().items())):
                     made = method({linear: dense[linear] for linear in linears}, total[group], prune)
                     pruned |= made.weights
                     damping[group] = made.damping
+                pruned = sum_by_name(pruned)
+                damping = {group: used for one in gather(damping) for group, used in one.items()}
             idle = [linear for linear in dense if linear not in pruned]
             if idle:
                 raise ModelError(f"{name}.{idle[0]} reads no input on this domain: copal cannot tell what it needs")
+            if not writes:
+                return []
             stored = model.stored_weights(index, pruned)
             checkpoint.write(model.stored_block(index), stored)
             now = model.weights(index, stored)  # as rounded to the dtype in which they are stored
             if prune.pattern:
                 assert all(follows(weight, prune.pattern) for weight in now.values())
             was = model.weights(index, parent_model) if parent_model else {}
+            reports = []
             for group, linears in recorder.groups().items():
                 after, earlier = new[group].second, before[group].second if before else None
                 tokens = recorder.routed(group)
                 for linear in linears:
                     layer = f"{name}.{linear}"
                     found = _report(layer, tokens, dense[linear], was.get(linear), now[linear], after, earlier)
-                    layers.append(replace(found, damping=damping[group]))
+                    reports.append(replace(found, damping=damping[group]))
+            return reports
+
+        for index, name in enumerate(model.architecture.blocks):
+            layers += prune_block(index, name)
             progress("prune", index + 1, len(model))
         checkpoint.finish()
         own = DomainEntry(
@@ -220,7 +238,7 @@ def prune_step(
             own=own,
             others=old.others if old else (),
         )
-    return StepReport(layers=tuple(layers), manifest=manifest, seconds=clock.seconds)
+    return from_main(StepReport(layers=tuple(layers), manifest=manifest, seconds=clock.seconds))
 
 
 class _OldState:

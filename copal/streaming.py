@@ -8,6 +8,8 @@ Shapes: N windows, B windows of a batch, L tokens of a window, H hidden size, V 
 
 from __future__ import annotations
 
+import ctypes
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +18,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from copal.architecture import Architecture, as_rows, load_skeleton, names_in_model
 from copal.checkpoint import Checkpoint
-from copal.errors import ModelError
+from copal.errors import ModelError, NumericsError, ResourceError, SmallerBatchWarning
 
 __all__ = ["Stream", "StreamedModel", "compute_dtype"]
 
@@ -129,12 +132,14 @@ class StreamedModel:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         block, prefix = self._blocks[index], self.architecture.blocks[index]
         names = {name: self.stored_name(f"{prefix}.{name}") for name, _ in block.named_parameters()}
+        _trim_heap()
         self._load(block, names)
         try:
             yield block
         finally:
             for name in names:
                 set_module_tensor_to_device(block, name, "meta")
+            _trim_heap()
 
     def start(self, windows: Tensor, batch: int) -> Stream:
         """Embed `windows` (N, L) and stop before the first block."""
@@ -198,34 +203,129 @@ class StreamedModel:
 
 
 class Stream:
-    """The hidden states of some windows on their way through a StreamedModel."""
+    """The hidden states of some windows on their way through a StreamedModel.
+
+    Raises:
+        NumericsError: hidden states are not finite; says after which block and where in it.
+        ResourceError: memory is not enough for one window at a time.
+    """
 
     def __init__(self, model: StreamedModel, windows: Tensor, batch: int) -> None:
         self._model = model
-        self._tokens = [part.to(model.device) for part in torch.split(windows, batch)]
+        self._tokens = list(torch.split(windows.to(model.device), batch))
         self._hidden: list[Tensor] = []
         self._calls: dict[int, list[_Call]] = {}  # they depend on the size of a batch only
         self._next = 0
-        with torch.no_grad():
+        with torch.no_grad(), _memory_for(f"the embeddings of {batch} windows at a time"):
             for tokens in self._tokens:
                 hidden, calls = model._record(tokens)
+                if not hidden.isfinite().all():
+                    raise NumericsError(f"{model.folder}: the embeddings hold NaN or infinity")
                 self._hidden.append(hidden)
                 self._calls.setdefault(len(tokens), calls)
 
-    def advance(self, block: nn.Module) -> None:
-        """Run every batch through `block`, the next one of the model."""
-        with torch.no_grad():
-            for number, hidden in enumerate(self._hidden):
-                call = self._calls[len(hidden)][self._next]
-                output = block(hidden, *call.args, **call.kwargs)
-                self._hidden[number] = output[0] if isinstance(output, tuple) else output
+    def advance(self, block: nn.Module, again: Callable[[], None] = lambda: None) -> None:
+        """Run every batch through `block`, the next one of the model; anew with half of the batch if memory runs out.
+
+        `again` is called before it runs anew: what was recorded of it is to be forgotten.
+        """
+        while (hidden := self._run(block)) is None:
+            self._halve()
+            again()
+        self._hidden = hidden
         self._next += 1
 
     def logits(self) -> Iterator[tuple[Tensor, Tensor]]:
         """After the last block: (tokens (1, L), logits (1, L, V)), a window at a time, since V is large."""
         assert self._next == len(self._model)
-        with torch.no_grad():
+        with torch.no_grad(), _memory_for("the logits of one window"):
             for tokens, hidden in zip(self._tokens, self._hidden, strict=True):
                 for row in range(len(tokens)):
                     window = tokens[row : row + 1]
                     yield window, self._model._logits(window, hidden[row : row + 1])
+
+    def _run(self, block: nn.Module) -> list[Tensor] | None:
+        """What `block` makes of every batch; None where memory ran out."""
+        outputs = []
+        try:
+            with torch.no_grad():
+                for tokens, hidden in zip(self._tokens, self._hidden, strict=True):
+                    if len(tokens) not in self._calls:
+                        _, self._calls[len(tokens)] = self._model._record(tokens)
+                    call = self._calls[len(tokens)][self._next]
+                    output = _hidden_states(block(hidden, *call.args, **call.kwargs))
+                    if not output.isfinite().all():
+                        raise NumericsError(self._where_not_finite(block, hidden, call))
+                    outputs.append(output)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            return None  # and not from here on: the error holds what filled the memory
+        return outputs
+
+    def _halve(self) -> None:
+        where, before = self._model.architecture.blocks[self._next], max(map(len, self._tokens))
+        if before == 1:
+            raise _memory_error(f"{where} with one window at a time")
+        half = before // 2
+        warnings.warn(
+            f"memory ran out in {where} with {before} windows at a time, {half} are tried: "
+            f"model.batch: {half} in the settings saves the attempt",
+            SmallerBatchWarning,
+            stacklevel=3,
+        )
+        self._tokens = [part for tokens in self._tokens for part in torch.split(tokens, half)]
+        self._hidden = [part for hidden in self._hidden for part in torch.split(hidden, half)]
+        self._calls = {}
+        clear_device_cache()
+
+    def _where_not_finite(self, block: nn.Module, hidden: Tensor, call: _Call) -> str:
+        """Run `block` once more and look at what comes out of each module in it."""
+        found: list[str] = []
+
+        def look(name: str, output: Any) -> None:
+            first = _hidden_states(output)
+            if isinstance(first, Tensor) and not first.isfinite().all():
+                found.append(name)
+
+        prefix = self._model.architecture.blocks[self._next]
+        hooks = [
+            module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+            for name, module in block.named_modules(prefix=prefix)
+        ]
+        block(hidden, *call.args, **call.kwargs)
+        for hook in hooks:
+            hook.remove()
+        return (
+            f"{self._model.folder}: NaN or infinity comes out of {found[0]}: "
+            f"check the weights of {prefix}, or set model.dtype to float32"
+        )
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system: glibc keeps what is smaller than 32 MB, and it piles up block by block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+
+
+def _hidden_states(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _memory_for(where: str) -> Iterator[None]:
+    """Say it plainly if memory runs out inside the `with`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise _memory_error(where) from error
+
+
+def _memory_error(where: str) -> ResourceError:
+    return ResourceError(
+        f"memory is not enough for {where}: lower model.batch or model.processes, take a larger device, "
+        "or start a new lineage with a smaller calibration.window_length"
+    )

@@ -100,6 +100,8 @@ def default_params(model_name: str) -> str:
 model:
   name: {name:<17} # the registered model: one name is one lineage (one base, one sparsity pattern)
   dtype: auto             # of the forward passes: bfloat16, float32, or auto (ask the machine)
+  processes: 1            # that share a step's work: one for each GPU, say
+  batch: 8                # windows that run through a block at a time; a step halves it where memory runs out
 
 calibration:              # how the text of a domain becomes windows of tokens
   window_length: 512      # tokens

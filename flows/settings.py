@@ -46,10 +46,15 @@ class ModelSettings:
     Attributes:
         name: the registered model; one name is one lineage.
         dtype: of the forward passes: `auto` (ask the machine), `bfloat16` or `float32`.
+        processes: that share a step's work on this machine; a GPU each where there are GPUs. Changes results by
+            rounding only, and so does
+        batch: windows that run through a block at a time; a step halves it where memory runs out.
     """
 
     name: str = "copal"
     dtype: str = "auto"
+    processes: int = 1
+    batch: int = 8
 
     def __post_init__(self) -> None:
         # MLflow forbids / and : in the name of a registered model; it also becomes part of folder names.
@@ -57,6 +62,9 @@ class ModelSettings:
             raise SettingsError(f"model.name must be 1 to 64 letters, digits, '.', '_' or '-', not {self.name!r}")
         if self.dtype not in DTYPES:
             raise SettingsError(f"model.dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        for name, value in (("processes", self.processes), ("batch", self.batch)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SettingsError(f"model.{name} must be a whole number of at least 1, not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -191,21 +191,28 @@ def prune_domain(settings: Settings, step: Step, data: str, progress: Progress =
     if step.parent:
         parent = Parent(version=step.head, model=step.parent / "model", state=step.parent / "state", states=step.states)
     discard(step)
+    base = Base(folder=step.base, fingerprint=step.base_fingerprint)
+    domain = NewDomain(
+        name=step.version.domain,
+        md5=step.version.md5,
+        weight=settings.weight(step.version.domain),
+        windows=windows.calibration,
+    )
+    if settings.model.processes > 1:
+        from flows.worker import prune_in_processes
+
+        return prune_in_processes(step.run / "prune", settings, base, parent, domain, step.out, progress)
     device, dtype = _device(settings)
     return prune_step(
-        Base(folder=step.base, fingerprint=step.base_fingerprint),
+        base,
         parent,
-        NewDomain(
-            name=step.version.domain,
-            md5=step.version.md5,
-            weight=settings.weight(step.version.domain),
-            windows=windows.calibration,
-        ),
+        domain,
         step.out,
         calibration=settings.calibration,
         prune=settings.prune,
         device=device,
         dtype=dtype,
+        batch=settings.model.batch,
         progress=progress,
     )
 
@@ -223,26 +230,21 @@ def evaluate_step(
     The dense base's figures on earlier domains are taken from the head's record where the evaluation windows are the
     same.
     """
-    from copal.evaluate import evaluate
-
     began = time.perf_counter()
-    device, dtype = _device(settings)
     new = step.version.domain
     windows = {name: _windows(step, name, Path(folder), settings) for name, folder in sorted(data.items())}
     tokens = {name: found.evaluation for name, found in windows.items()}
-
-    def perplexities(folder: Path, domains: Mapping[str, Tensor]) -> dict[str, float]:
-        scores = evaluate(folder, domains, device=device, dtype=dtype, progress=progress)
-        return {name: score.perplexity for name, score in scores.items()}
 
     recorded = registry.record(registry.version(step.head))["dense_perplexity"]
     unchanged = {
         entry.name for entry in step.earlier if entry.evaluation_digest == windows[entry.name].evaluation_digest
     }
     dense = {name: recorded[name] for name in unchanged}
-    dense |= perplexities(step.base, {name: tokens[name] for name in tokens if name not in unchanged})
-    before = perplexities(step.parent / "model", {new: tokens[new]})[new] if step.parent else dense[new]
-    after = perplexities(step.out / "model", tokens)
+    jobs = [(step.base, [name for name in tokens if name not in unchanged]), (step.out / "model", list(tokens))]
+    jobs += [(step.parent / "model", [new])] if step.parent else []
+    of_base, after, *of_parent = _perplexities(settings, step, jobs, tokens, progress)
+    dense |= of_base
+    before = of_parent[0][new] if of_parent else dense[new]
     own = next(entry for entry in report.manifest.domains if entry.name == new)
     domains = [
         DomainRecord(
@@ -411,6 +413,36 @@ def _windows(step: Step, domain: str, data: Path, settings: Settings) -> DomainW
         return domain_windows(data, tokenizer, settings.calibration)
     except DataError as error:
         raise DataError(str(error).replace(str(data), f"data/{domain}")) from error
+
+
+def _perplexities(
+    settings: Settings,
+    step: Step,
+    jobs: Sequence[tuple[Path, Sequence[str]]],
+    tokens: Mapping[str, Tensor],
+    progress: Progress,
+) -> list[dict[str, float]]:
+    """For each checkpoint its perplexity on the domains named with it."""
+    if settings.model.processes > 1:
+        from flows.worker import evaluate_in_processes
+
+        scores = evaluate_in_processes(step.run / "evaluate", settings, jobs, tokens, progress)
+    else:
+        from copal.evaluate import evaluate
+
+        device, dtype = _device(settings)
+        scores = [
+            evaluate(
+                folder,
+                {name: tokens[name] for name in domains},
+                device=device,
+                dtype=dtype,
+                batch=settings.model.batch,
+                progress=progress,
+            )
+            for folder, domains in jobs
+        ]
+    return [{name: score.perplexity for name, score in found.items()} for found in scores]
 
 
 def _predicted(windows: DomainWindows) -> int:

@@ -42,7 +42,7 @@ def test_a_checkpoint_with_nan_is_named(make_model, make_windows, cpu, tmp_path)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path)
-    with pytest.raises(NumericsError, match=f"{tmp_path} on code"):
+    with pytest.raises(NumericsError, match=rf"on code: {tmp_path}: .* model\.layers\.0\.mlp\.down_proj"):
         evaluate(tmp_path, {"code": make_windows(0)}, device=cpu, dtype=torch.float32)
 
 

@@ -68,20 +68,19 @@ def dialects(make_windows):
 
 
 def test_all_six_orders_end_with_the_same_model_which_is_that_of_all_data_at_once(make_model, dialects, tmp_path, cpu):
-    base = make_model(hidden=64)
+    base = make_model()
     at_once = Lineage(base, tmp_path / "at-once")
     at_once.add("all", torch.cat(list(dialects.values())))
-    expected = evaluate(at_once.model, dialects, device=cpu, dtype=torch.float32)
-    first = None
+    first, expected = None, None
     for order in permutations(dialects):
         lineage = Lineage(base, tmp_path / "-".join(order))
         for name in order:
             lineage.add(name, dialects[name])
-        first = first or lineage.weights()
+        found = evaluate(lineage.model, dialects, device=cpu, dtype=torch.float32)
+        first, expected = first or lineage.weights(), expected or found
         assert share_of_other_masks(lineage.weights(), first) <= 1e-5
         # Each contribution is rounded to 16 bits by itself: scores that are all but equal may change places.
         assert share_of_other_masks(lineage.weights(), at_once.weights()) <= 3e-4
-        found = evaluate(lineage.model, dialects, device=cpu, dtype=torch.float32)
         for name in dialects:
             assert found[name].perplexity == pytest.approx(expected[name].perplexity, rel=1e-3)
 

@@ -52,7 +52,7 @@ def test_every_setting_is_read(params: Path) -> None:
     settings = _load(
         params,
         """
-        model: {name: house-7b.v1, dtype: float32}
+        model: {name: house-7b.v1, dtype: float32, processes: 4, batch: 2}
         calibration: {window_length: 64, windows: 4, evaluation_windows: 8, evaluation_share: 0.5, seed: 3}
         prune: {sparsity: 0.25, criterion: gradient, rounds: [0.5, 1.0], iterations: 2, damping: 0.1}
         domains: {legal: {weight: 2}, code: {weight: 0.5}, medical: null}
@@ -61,7 +61,7 @@ def test_every_setting_is_read(params: Path) -> None:
         """,
     )
     assert settings == Settings(
-        model=ModelSettings(name="house-7b.v1", dtype="float32"),
+        model=ModelSettings(name="house-7b.v1", dtype="float32", processes=4, batch=2),
         calibration=CalibrationConfig(window_length=64, windows=4, evaluation_windows=8, evaluation_share=0.5, seed=3),
         prune=PruneConfig(sparsity=0.25, criterion="gradient", rounds=(0.5, 1.0), iterations=2, damping=0.1),
         weights={"legal": 2.0, "code": 0.5, "medical": 1.0},
@@ -91,6 +91,10 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("calibration: {windows: 0}", "calibration.windows"),
         ("calibration: {windows: true}", "calibration.windows"),
         ("model: {dtype: float16}", "model.dtype"),
+        ("model: {processes: 0}", "model.processes"),
+        ("model: {processes: two}", "model.processes"),
+        ("model: {batch: 1.5}", "model.batch"),
+        ("model: {batch: true}", "model.batch"),
         ("model: {name: a/b}", "model.name"),
         ("model: {name: 7}", "model.name"),
         ("model: {name: ''}", "model.name"),
@@ -141,7 +145,7 @@ def test_the_environment_goes_before_the_file(params: Path, monkeypatch: pytest.
 def test_the_fingerprint_is_of_what_alters_a_version_and_of_nothing_else(params: Path) -> None:
     base = _load(params, "").fingerprint()
     for same in (
-        "model: {name: another}",
+        "model: {name: another, processes: 2, batch: 1}",
         "calibration: {evaluation_windows: 32}",
         "domains: {legal: {weight: 1.0}}",
         "watch: {branch: main, interval: 1}",

@@ -1,0 +1,94 @@
+"""Several processes that walk through the same step, each with its share of the windows: `accelerate launch` starts
+them, one on each GPU, or several on a CPU. A program that was started in another way is one process, and all is here.
+
+Every process calls the same functions in the same order with the same arguments but for the device; what is summed here
+is the same in all of them afterwards. The others would wait for a process that failed: `accelerate launch` ends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, distributed
+
+from copal.errors import SettingsError
+
+__all__ = ["device", "from_main", "gather", "is_main", "share", "share_of_windows", "sum_by_name"]
+
+_T = TypeVar("_T")
+_Items = TypeVar("_Items", Tensor, list[Any])
+
+# A process may wait long, for one that flushes a checkpoint to a slow disk say; one that died ends the others.
+_PATIENCE = timedelta(days=1)
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU where there is one, else the CPU."""
+    kind = _state().device
+    return torch.device("cpu") if kind.type == "cpu" else kind
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes."""
+    return bool(_state().is_main_process)
+
+
+def share(items: _Items) -> _Items:
+    """This process's part of `items`: every n-th, as even as can be; it may be empty."""
+    state = _state()
+    return items[state.process_index :: state.num_processes]
+
+
+def share_of_windows(windows: Tensor) -> Tensor:
+    """This process's part of `windows` (N, L).
+
+    Raises:
+        SettingsError: there are fewer windows than processes.
+    """
+    processes = _state().num_processes
+    if len(windows) < processes:
+        raise SettingsError(f"model.processes is {processes}, but there are {len(windows)} windows: lower it to that")
+    return share(windows)
+
+
+def gather(value: _T) -> list[_T]:
+    """The `value` of every process, in the order of the processes; for small things."""
+    processes = _state().num_processes
+    if processes == 1:
+        return [value]
+    values: list[Any] = [None] * processes
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def sum_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of float32 tensors over the processes, in place; one that a process has not is zero there."""
+    if _state().num_processes == 1:
+        return dict(tensors)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for known in gather({name: tuple(tensor.shape) for name, tensor in tensors.items()}):
+        shapes |= known
+    sums = {}
+    for name, shape in shapes.items():
+        sums[name] = tensors[name] if name in tensors else torch.zeros(shape, device=device())
+        distributed.all_reduce(sums[name])
+    return sums
+
+
+def from_main(value: _T) -> _T:
+    """The main process's `value`; the others wait for it."""
+    if _state().num_processes == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _state() -> PartialState:
+    """What accelerate knows about this process; the first call joins the others."""
+    on_cpu = distributed.is_torchelastic_launched() and not torch.cuda.is_available()  # else it sees one process
+    return PartialState(cpu=on_cpu, timeout=_PATIENCE)

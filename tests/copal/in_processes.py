@@ -1,0 +1,71 @@
+"""Statistics, two steps and an evaluation, in however many processes: python in_processes.py BASE WINDOWS OUT"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from copal.config import CalibrationConfig, PruneConfig
+from copal.errors import SettingsError
+from copal.evaluate import evaluate
+from copal.processes import device, gather, is_main, share_of_windows
+from copal.sensitivity import record_moments
+from copal.step import Base, NewDomain, Parent, prune_step
+from copal.streaming import StreamedModel
+
+
+def statistics(base: Path, windows: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    """G of every group and the gradient statistic of every linear, before anything is rounded for the disk."""
+    model, found = StreamedModel(base, device=device, dtype=torch.float32), {}
+    stream = model.start(share_of_windows(windows), batch=8)
+    for index, name in enumerate(model.architecture.blocks):
+        with model.block(index) as block, record_moments(block, gradient=True) as recorder:
+            stream.advance(block)
+        for group, moment in recorder.moments(1.0, name).items():
+            root = moment.second.diagonal().sqrt()
+            found[f"{name}.{group}"] = moment.second / torch.outer(root, root)
+            found[f"{name}.{group}:root"] = root
+            found |= {f"{name}.{linear}:gradient": values for linear, values in moment.gradient.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+
+def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.device) -> None:
+    """Writes OUT/statistics-of-code.safetensors, OUT/<domain>/ of each step and OUT/found.json."""
+    of_code = statistics(base, windows["code"], device)
+    if is_main():
+        save_file(of_code, out / "statistics-of-code.safetensors")
+    parent, reports = None, []
+    for version, (name, tokens) in enumerate(windows.items(), start=2):
+        report = prune_step(
+            Base(folder=base, fingerprint="base"),
+            parent,
+            NewDomain(name=name, md5="1", weight=float(version), windows=tokens),
+            out / name,
+            calibration=CalibrationConfig(),
+            prune=PruneConfig(criterion="gradient", iterations=30),
+            device=device,
+            dtype=torch.float32,
+        )
+        parent = Parent(version=version, model=out / name / "model", state=out / name / "state", states={})
+        reports.append(report)
+    scores = evaluate(parent.model, windows, device=device, dtype=torch.float32)
+    processes = len(gather(None))
+    assert gather((reports, scores)) == [(reports, scores)] * processes
+    refused = ""
+    try:
+        evaluate(parent.model, {"short": windows["code"][:1]}, device=device, dtype=torch.float32)
+    except SettingsError as error:
+        refused = str(error)
+    if is_main():
+        figures = {name: [score.nats, score.tokens] for name, score in scores.items()}
+        back = [report.weights_back for report in reports]
+        found = {"processes": processes, "scores": figures, "refused": refused, "back": back}
+        (out / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), load_file(sys.argv[2]), Path(sys.argv[3]), device())
