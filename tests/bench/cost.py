@@ -26,6 +26,7 @@ from inputs import FOLDER, Inputs, fetch_inputs, load_inputs
 from matrix import as_parent
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from copal.baselines import sparsegpt
 from copal.config import PruneConfig
@@ -93,9 +94,9 @@ def solve(inputs: Inputs, repeats: int, every: int = 3, progress: Progress = sil
     """`prune_group` / SparseGPT, on every group of linears of every `every`-th block, with the default settings."""
     groups = list(_groups(inputs, every))
     sides: tuple[PruneGroup, PruneGroup] = (prune_group, sparsegpt)
-    totals = [0.0, 0.0]
     for side in sides:  # warms up
         side(*groups[0], PruneConfig())
+    totals = [0.0, 0.0]
     for number, group in enumerate(groups):
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(repeats):
@@ -111,33 +112,33 @@ def solve(inputs: Inputs, repeats: int, every: int = 3, progress: Progress = sil
 def tenth_step(inputs: Inputs, repeats: int, domains: int = 10, each: int = 2, progress: Progress = silent) -> Ratio:
     """The last of `domains` steps / the second, each on `each` windows of its own, evaluation left out.
 
-    The steps of the chain up to the last but one warm up. Then the second and the last step are taken again and again
-    from the versions before them.
+    A chain of steps that prune nothing comes first: it leaves the states of the first and the last but one domain, and
+    warms up. From these two the second and the last step are then taken in turn, `repeats` times.
     """
     windows = torch.split(torch.cat(list(inputs.calibration.values())), each)[:domains]
     seconds: tuple[list[float], list[float]] = ([], [])
     with tempfile.TemporaryDirectory(dir=inputs.base.folder.parent) as scratch:
 
-        def step(number: int, parent: Parent | None, out: Path) -> None:
+        def step(number: int, parent: Parent | None, out: Path, method: PruneGroup) -> None:
             domain = NewDomain(name=f"domain-{number}", md5="-", weight=1.0, windows=windows[number - 1])
-            _step(inputs, parent, domain, out, QUICK, prune_group)
+            _step(inputs, parent, domain, out, QUICK, method)
 
         folders = [Path(scratch) / f"{number}" for number in range(domains + 1)]
         parents: list[Parent | None] = [None]
         for number in range(1, domains):
-            step(number, parents[-1], folders[number])
+            step(number, parents[-1], folders[number], _keep)
             parents.append(as_parent(number, folders[number]))
             if number > 2:
                 shutil.rmtree(folders[number - 1])
-            progress("chain", number, domains - 1)
+            progress("tenth step", number, domains - 1 + repeats)
         for turn in range(repeats):
             for number, times in zip((2, domains), seconds, strict=True):
                 out = Path(scratch) / "again"
                 with _timed(inputs) as taken:
-                    step(number, parents[number - 1], out)
+                    step(number, parents[number - 1], out, prune_group)
                 times.append(taken[0])
                 shutil.rmtree(out)
-            progress("steps", turn + 1, repeats)
+            progress("tenth step", domains + turn, domains - 1 + repeats)
     second, last = map(min, seconds)
     return Ratio("tenth step", last, second, 1.1)
 
@@ -188,14 +189,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, default=FOLDER, help="base, windows and scratch (default: %(default)s)")
     asked = parser.parse_args()
+    disable_progress_bar()  # of transformers: it would run through ours
     with progress_bar() as progress:
         if not (asked.inputs / "windows.safetensors").is_file():
             fetch_inputs(asked.inputs, None, None, progress)
         inputs = load_inputs(asked.inputs)
         ratios = [
-            statistics(inputs, 3, progress),
-            solve(inputs, 3, progress=progress),
-            tenth_step(inputs, 4, progress=progress),
+            statistics(inputs, repeats=3, progress=progress),
+            solve(inputs, repeats=2, progress=progress),
+            tenth_step(inputs, repeats=3, progress=progress),
         ]
     windows, length = next(iter(inputs.calibration.values())).shape
     print(f"{windows} windows of {length} tokens, {inputs.dtype}, {inputs.device}, {torch.get_num_threads()} threads")

@@ -1,9 +1,10 @@
 """Perplexity of every method at every sparsity on the demo domains. `dvc repro` runs what dvc.yaml says of it.
 
-python tests/bench/matrix.py prepare              base, windows, and a version that knows all domains but the newest
-python tests/bench/matrix.py cell METHOD SPARSITY      the newest domain's step -> metrics/, layers/
-python tests/bench/matrix.py chain METHOD              a step for each domain, half pruned -> metrics/, layers/
-python tests/bench/matrix.py table                     the tables of the README, from metrics/
+python tests/bench/matrix.py prepare                 base, windows, and a version that knows all domains but the newest
+python tests/bench/matrix.py cell METHOD SPARSITY    the newest domain's step -> metrics/, layers/
+python tests/bench/matrix.py chain METHOD            a step for each domain, half pruned -> metrics/, layers/
+
+report.py makes tables and plots of it.
 """
 
 from __future__ import annotations
@@ -40,15 +41,6 @@ METHODS: dict[str, tuple[PruneGroup, bool]] = {  # and whether the statistics ar
 }
 CHAINS = ("wanda-newest", "sparsegpt-newest", "sparsegpt-all", "copal")
 SPARSITIES: dict[str, float | str] = {"50": 0.5, "60": 0.6, "70": 0.7, "2-4": "2:4"}  # keys: as file names spell them
-LABELS = {
-    "dense": "dense",
-    "magnitude": "magnitude",
-    "wanda-newest": "Wanda, newest domain",
-    "wanda-all": "Wanda, all domains",
-    "sparsegpt-newest": "SparseGPT, newest domain",
-    "sparsegpt-all": "SparseGPT, all domains",
-    "copal": "copal",
-}
 
 
 def prepare_parent(inputs: Inputs, out: Path, progress: Progress = silent) -> Parent:
@@ -142,24 +134,8 @@ def as_parent(version: int, folder: Path) -> Parent:
     return Parent(version=version, model=folder / "model", state=folder / "state", states={})
 
 
-def table(out: Path) -> str:
-    """The tables of the README in markdown: geometric means by sparsity, and domains where half is pruned."""
-    read = {path.stem: json.loads(path.read_text()) for path in (out / "metrics").glob("*.json")}
-    lines = [f"| | {' | '.join(_spelt(key) for key in SPARSITIES)} |", "|---|" + "---|" * len(SPARSITIES)]
-    for method, label in LABELS.items():
-        cells = [read["dense-0" if method == "dense" else f"{method}-{key}"] for key in SPARSITIES]
-        figures = (f"{cell['geometric_mean']:.2f} ({cell['against_dense']:.2f})" for cell in cells)
-        lines.append(f"| {label} | {' | '.join(figures)} |")
-    lines += ["", f"| {_spelt('50')} | {' | '.join(DOMAINS)} |", "|---|" + "---|" * len(DOMAINS)]
-    for method, label in LABELS.items():
-        cell = read["dense-0" if method == "dense" else f"{method}-50"]
-        figures = (f"{cell['perplexity'][name]:.2f}" for name in DOMAINS)
-        lines.append(f"| {label} | {' | '.join(figures)} |")
-    return "\n".join(lines)
-
-
 def write(out: Path, name: str, metrics: dict[str, Any], layers: dict[str, Any]) -> None:
-    """Metrics are for people to read, layers for plots."""
+    """Write `out`/metrics/`name`.json, for people to read, and `out`/layers/`name`.json, for plots."""
     for part in ("metrics", "layers"):
         (out / part).mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics" / f"{name}.json", metrics)
@@ -198,10 +174,6 @@ def _short(number: float) -> float:
     return float(f"{number:.4g}")
 
 
-def _spelt(key: str) -> str:
-    return key.replace("-", ":") if "-" in key else f"{key}%"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, default=FOLDER, help="base, windows and scratch (default: %(default)s)")
@@ -214,11 +186,7 @@ def main() -> None:
     cell.add_argument("method", choices=["dense", *METHODS])
     cell.add_argument("sparsity", choices=["0", *SPARSITIES])
     commands.add_parser("chain").add_argument("method", choices=CHAINS)
-    commands.add_parser("table")
     asked = parser.parse_args()
-    if asked.command == "table":
-        print(table(asked.out))
-        return
     parent = asked.inputs / "parent"
     with progress_bar() as progress:
         if asked.command == "prepare":

@@ -1,6 +1,6 @@
-"""PNG plots of what matrix.py measured: python tests/bench/plots.py
+"""The README's tables and PNG plots of what matrix.py measured: python tests/bench/report.py
 
-They lie in bench/plots/: perplexity-matrix, forgetting, layer-error and new-domain.
+Reads bench/metrics/ and bench/layers/; writes bench/tables.md and bench/plots/.
 """
 
 from __future__ import annotations
@@ -17,8 +17,19 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from matrix import LABELS, METHODS, OUT
+from matrix import METHODS, OUT, SPARSITIES
 
+from copal.files import write_atomic
+
+LABELS = {
+    "dense": "dense",
+    "magnitude": "magnitude",
+    "wanda-newest": "Wanda, newest domain",
+    "wanda-all": "Wanda, all domains",
+    "sparsegpt-newest": "SparseGPT, newest domain",
+    "sparsegpt-all": "SparseGPT, all domains",
+    "copal": "copal",
+}
 COLOURS = {
     "magnitude": "#999999",
     "wanda-newest": "#e69f00",
@@ -32,10 +43,25 @@ LINEARS = matplotlib.color_sequences["tab10"]
 Layers = Mapping[str, list[float]]
 
 
+def tables(out: Path) -> str:
+    """The tables of the README in markdown: geometric means by sparsity, and domains where half is pruned."""
+    read = _read(out / "metrics")
+    lines = [f"| | {' | '.join(_percent(key) for key in SPARSITIES)} |", "|---|" + "---|" * len(SPARSITIES)]
+    for method, label in LABELS.items():
+        cells = [read["dense-0" if method == "dense" else f"{method}-{key}"] for key in SPARSITIES]
+        figures = (f"{cell['geometric_mean']:.2f} ({cell['against_dense']:.2f})" for cell in cells)
+        lines.append(f"| {label} | {' | '.join(figures)} |")
+    lines += ["", f"| {_percent('50')} | {' | '.join(DOMAINS)} |", "|---|" + "---|" * len(DOMAINS)]
+    for method, label in LABELS.items():
+        cell = read["dense-0" if method == "dense" else f"{method}-50"]
+        figures = (f"{cell['perplexity'][name]:.2f}" for name in DOMAINS)
+        lines.append(f"| {label} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def draw(out: Path) -> list[Path]:
     """Draw everything from `out`/metrics and `out`/layers into `out`/plots; returns the files."""
-    metrics = {path.stem: json.loads(path.read_text()) for path in (out / "metrics").glob("*.json")}
-    layers = {path.stem: json.loads(path.read_text()) for path in (out / "layers").glob("*.json")}
+    metrics, layers = _read(out / "metrics"), _read(out / "layers")
     chains = {name.removeprefix("chain-"): found for name, found in metrics.items() if name.startswith("chain-")}
     figures = {
         "perplexity-matrix": perplexity_matrix(chains["copal"]["perplexity"], metrics["dense-0"]["perplexity"]),
@@ -131,6 +157,14 @@ def new_domain(chain: Mapping[str, Mapping[str, Layers]]) -> Figure:
     return figure
 
 
+def _percent(key: str) -> str:
+    return key.replace("-", ":") if "-" in key else f"{key}%"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, ...]:
     """A figure that no window shows, and its panels row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -157,10 +191,12 @@ def _mean(lines: Iterable[list[float]]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="where metrics and layers lie (default: %(default)s)")
-    for file in draw(parser.parse_args().out):
-        print(file)
+    out = parser.parse_args().out
+    write_atomic(out / "tables.md", tables(out) + "\n")
+    draw(out)
+    print(tables(out))
 
 
 if __name__ == "__main__":
