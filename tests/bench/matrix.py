@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from inputs import DOMAINS, FOLDER, Inputs, fetch_inputs, load_inputs
+from inputs import FOLDER, Inputs, fetch_inputs, load_inputs
 
 from copal.baselines import magnitude, sparsegpt, wanda
 from copal.config import PruneConfig
@@ -28,6 +28,7 @@ from copal.files import write_json
 from copal.progress import Progress, silent
 from copal.solve import prune_group
 from copal.step import LayerReport, Parent, PruneGroup, StepReport, prune_step
+from flows.domains import DOMAINS
 from flows.terminal import progress_bar
 
 OUT = Path("bench")
@@ -181,7 +182,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare")
     prepare.add_argument("--data", type=Path, help=f"folder of {', '.join(DOMAINS)} (default: they are built)")
-    prepare.add_argument("--windows", type=int, help="of a domain, on either side, for a quick try (default: all)")
+    prepare.add_argument("--windows", type=int, help="of a domain, for a quick try in another --inputs (default: all)")
     cell = commands.add_parser("cell")
     cell.add_argument("method", choices=["dense", *METHODS])
     cell.add_argument("sparsity", choices=["0", *SPARSITIES])

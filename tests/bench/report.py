@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from inputs import DOMAINS
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -20,6 +19,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from matrix import METHODS, OUT, SPARSITIES
 
 from copal.files import write_atomic
+from flows.domains import DOMAINS
 
 LABELS = {
     "dense": "dense",

@@ -10,10 +10,11 @@ import pytest
 import report
 import torch
 import yaml
-from inputs import DOMAINS, Inputs
+from inputs import Inputs
 
 from copal.config import PruneConfig
 from copal.step import Base
+from flows.domains import DOMAINS
 
 ROOT = Path(__file__).resolve().parents[2]
 
