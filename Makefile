@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check soak constraints clean distclean
+.PHONY: help demo test check bench soak constraints clean distclean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ check: $(STAMP) ## lint, format, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(STAMP) ## what a step costs, as ratios; fails where one is past its limit
+	$(BIN)/python tests/bench/cost.py
+
 soak: $(STAMP) ## the long tests
 	$(BIN)/python -m pytest -m soak
 
@@ -40,8 +43,8 @@ constraints: $(STAMP) ## write constraints.txt anew from what is installed
 	  | grep -ivE '^(torch|triton|cuda-[a-z-]+|nvidia-[a-z0-9-]+)=='; } > constraints.txt.new
 	mv constraints.txt.new constraints.txt
 
-clean: ## remove the demo, caches and build outputs
-	rm -rf .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
+clean: ## remove the demo, what benchmarks run on, caches and build outputs
+	rm -rf .bench .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
 	find copal flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environment too

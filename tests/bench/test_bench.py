@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import cost
+import matrix
+import pytest
+import report
+import torch
+import yaml
+from inputs import Inputs
+
+from copal.config import PruneConfig
+from copal.step import Base
+from flows.domains import DOMAINS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def inputs(make_model, make_windows, tmp_path, cpu) -> Inputs:
+    return Inputs(
+        base=Base(folder=make_model().rename(tmp_path / "base"), fingerprint="base"),
+        calibration={name: make_windows(seed) for seed, name in enumerate(DOMAINS)},
+        evaluation={name: make_windows(seed + 3) for seed, name in enumerate(DOMAINS)},
+        device=cpu,
+        dtype=torch.float32,
+    )
+
+
+@pytest.fixture
+def measure(inputs: Inputs, tmp_path: Path) -> Callable[..., tuple[dict, dict]]:
+    """measure(method, sparsity) -> metrics and layer errors, on the tiny model."""
+    parent = matrix.prepare_parent(inputs, tmp_path / "parent")
+    return lambda method, sparsity, dense=10.0: matrix.measure_cell(inputs, method, sparsity, parent, dense)
+
+
+@pytest.mark.parametrize(("sparsity", "share"), [("60", 0.6), ("2-4", 0.5)])
+def test_every_method_gives_the_same_figures(measure, sparsity, share):
+    for method in matrix.METHODS:
+        metrics, layers = measure(method, sparsity)
+        assert metrics.keys() == {
+            "sparsity", "perplexity", "geometric_mean", "against_dense", "layer_error", "seconds",
+        }  # fmt: skip
+        assert metrics["sparsity"] == pytest.approx(share, abs=0.02)
+        assert tuple(metrics["perplexity"]) == DOMAINS
+        assert metrics["against_dense"] == pytest.approx(metrics["geometric_mean"] / 10, abs=1e-4)
+        assert metrics["seconds"].keys() == {"statistics", "solve", "evaluate"}
+        assert len(layers) == 7
+        assert all(len(errors) == 2 and all(0 < error < 2 for error in errors) for errors in layers.values())
+
+
+def test_dense_is_sparsity_0(measure, monkeypatch, capsys):
+    metrics, layers = measure("dense", "0", None)
+    assert (metrics["sparsity"], metrics["layer_error"], metrics["against_dense"], layers) == (0, 0, 1, {})
+    monkeypatch.setattr("sys.argv", ["matrix.py", "cell", "dense", "50"])
+    with pytest.raises(SystemExit):
+        matrix.main()
+    assert "dense is sparsity 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_statistics_of_the_newest_domain_alone_fit_that_domain_best(measure, method):
+    newest, everything = (measure(f"{method}-{domains}", "50")[0]["layer_error"] for domains in ("newest", "all"))
+    assert newest < everything
+
+
+def test_a_chain_tells_what_is_forgotten_and_how_each_domain_met_the_model(inputs):
+    metrics, layers = matrix.measure_chain(inputs, "copal", PruneConfig())
+    perplexity = metrics["perplexity"]
+    for name, times in metrics["forgetting"].items():
+        assert times == pytest.approx(perplexity["medical"][name] / perplexity[name][name], rel=1e-3)
+    assert metrics["backward_transfer"] == pytest.approx(
+        -sum(map(math.log, metrics["forgetting"].values())) / 2, abs=1e-3
+    )
+    assert layers["code"]["before"] == layers["code"]["shift"] == {}
+    for name in ("legal", "medical"):
+        before, after = layers[name]["before"], layers[name]["after"]
+        assert all(new < old for linear in after for new, old in zip(after[linear], before[linear], strict=True))
+        assert len(layers[name]["shift"]) == 7
+
+
+def test_the_report_has_a_row_for_each_method_and_plots(measure, inputs, tmp_path):
+    out = tmp_path / "bench"
+    matrix.write(out, "dense-0", *measure("dense", "0", None))
+    for method in matrix.METHODS:
+        measured = measure(method, "50")
+        for sparsity in matrix.SPARSITIES:
+            matrix.write(out, f"{method}-{sparsity}", *measured)
+    for method in ("wanda-newest", "copal"):
+        matrix.write(out, f"chain-{method}", *matrix.measure_chain(inputs, method, PruneConfig()))
+    sparsities, domains = report.tables(out).split("\n\n")
+    for table, columns in ((sparsities, 5), (domains, 4)):
+        _, _, *rows = table.splitlines()
+        assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(report.LABELS.values())
+        assert {row.count("|") for row in rows} == {columns + 1}
+    files = report.draw(out)
+    assert {file.name for file in files} == {
+        "perplexity-matrix.png", "forgetting.png", "layer-error.png", "new-domain.png",
+    }  # fmt: skip
+    assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000 for file in files)
+    again = {file: file.read_bytes() for file in files}
+    assert {file: file.read_bytes() for file in report.draw(out)} == again
+
+
+def test_dvc_runs_every_method_at_every_sparsity():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert stages["bench"]["matrix"]["method"] == list(matrix.METHODS)
+    assert [str(key) for key in stages["bench"]["matrix"]["sparsity"]] == list(matrix.SPARSITIES)
+    assert stages["bench-chain"]["matrix"]["method"] == list(matrix.CHAINS)
+
+
+def test_a_cost_past_its_limit_fails(capsys):
+    fine, most, over = (cost.Ratio(name, seconds, 2.0, 1.5) for name, seconds in (("a", 1), ("b", 3), ("c", 3.1)))
+    assert cost.judge([fine, most]) == 0
+    assert "TOO MUCH" not in capsys.readouterr().out
+    assert cost.judge([fine, over, most]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("TOO MUCH")] == ["c"]
+    assert "1.55" in lines[2]
+
+
+def test_what_a_step_costs_is_measured_and_nothing_is_left_behind(inputs: Inputs, tmp_path: Path):
+    ratios = [
+        cost.statistics(inputs, repeats=1),
+        cost.solve(inputs, repeats=1, every=2),
+        cost.tenth_step(inputs, repeats=1, domains=4),
+    ]
+    assert [(ratio.name, ratio.most) for ratio in ratios] == [("statistics", 2), ("solve", 2), ("tenth step", 1.1)]
+    assert all(ratio.cost > 0 and ratio.reference > 0 for ratio in ratios)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_the_chain_of_the_tenth_step_knows_every_domain_before_it(inputs: Inputs, monkeypatch):
+    known = []
+    step = cost.prune_step
+
+    def spy(*arguments, **settings):
+        report = step(*arguments, **settings)
+        known.append(len(report.manifest.domains))
+        return report
+
+    monkeypatch.setattr(cost, "prune_step", spy)
+    cost.tenth_step(inputs, repeats=2, domains=5)
+    assert known == [1, 2, 3, 4, 2, 5, 2, 5]
