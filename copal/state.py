@@ -110,6 +110,10 @@ class StateReader:
         self.folder = folder
         self.manifest = _read_manifest(folder)
 
+    def has_sum(self, index: int) -> bool:
+        """Whether the sum of block `index` is there; it may have been dropped, for contributions give it again."""
+        return (self.folder / f"sum/{_shard_name(index)}").is_file()
+
     def sum(self, index: int, device: torch.device) -> dict[str, Moment]:
         """Moments of block `index` over every domain, by group."""
         file = f"sum/{_shard_name(index)}"

@@ -60,7 +60,7 @@ class Parent:
         model: its Hugging Face folder.
         state: its state folder.
         states: version -> state folder, of every version that its manifest names; read only when a domain's data is
-            replaced.
+            replaced or the parent's sum was dropped.
     """
 
     version: int
@@ -210,20 +210,24 @@ class _OldState:
             if entry.name != domain
         )
         self._replaces = len(self.others) < len(self.manifest.domains)
-        self._readers = {}
-        if self._replaces:
-            states = {**parent.states, parent.version: parent.state}
-            versions = {entry.version for entry in self.others}
-            self._readers = {version: StateReader(states[version]) for version in versions if version is not None}
+        self._states = {**parent.states, parent.version: parent.state}
+        self._readers: dict[int, StateReader] = {}
 
     def moments(self, index: int, device: torch.device) -> dict[str, Moment] | None:
-        """Of block `index`: the stored sum, or one made anew from contributions where a domain is replaced."""
-        if not self._replaces:
+        """Of block `index`: the stored sum, or one made anew where a domain is replaced or the sum was dropped."""
+        if not self._replaces and self._reader.has_sum(index):
             return self._reader.sum(index, device)
         parts = [
-            self._readers[entry.version].contribution(index, entry, device) for entry in self.others if entry.version
+            self._contributions(entry.version).contribution(index, entry, device)
+            for entry in self.others
+            if entry.version is not None
         ]
         return merge_blocks(parts) if parts else None
+
+    def _contributions(self, version: int) -> StateReader:
+        if version not in self._readers:
+            self._readers[version] = StateReader(self._states[version])
+        return self._readers[version]
 
 
 class _Clock:

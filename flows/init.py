@@ -64,8 +64,10 @@ def init_with_base(
     Raises:
         CopalError: as `init_workspace`, `flows.base.fetch_base`, `load_settings` and `flows.stages.register_root`.
     """
+    from flows.stages import exclusive, register_root
+
     folder = folder.expanduser().resolve()
-    with _as_before_on_error(folder):
+    with _as_before_on_error(folder), exclusive(Workspace(folder)):
         from flows.base import fetch_base
 
         fetched = Workspace(folder).runs / f"fetched-base-{os.getpid()}"
@@ -74,7 +76,6 @@ def init_with_base(
             workspace = _lay_out(folder, model_name)
             settings = load_settings(workspace.params)
             from flows.registry import open_registry
-            from flows.stages import register_root
 
             root = register_root(workspace, settings, open_registry(workspace, settings), base, progress)
         finally:

@@ -44,7 +44,8 @@ def main(folder: Path) -> None:
     device = PartialState().device
     dtype = compute_dtype(settings.model.dtype, device)
     earlier = registry.folder(registry.version(head.parent))
-    before = Parent(version=head.parent, model=earlier / "model", state=earlier / "state", states={})
+    states = {version.number: registry.folder(version) / "state" for version in registry.versions()}
+    before = Parent(version=head.parent, model=earlier / "model", state=earlier / "state", states=states)
     rows = {"dense": record["dense_perplexity"]}
     for name, method, parent in (
         ("magnitude", magnitude, None),

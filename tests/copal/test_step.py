@@ -206,6 +206,18 @@ def test_the_state_of_a_later_version_needs_the_sum_only(make_model, dialects, t
     assert [entry.version for entry in lineage.manifest.domains] == [2, None]
 
 
+def test_a_sum_that_was_dropped_is_made_again_from_contributions(make_model, dialects, tmp_path):
+    base = make_model()
+    whole, dropped = Lineage(base, tmp_path / "whole"), Lineage(base, tmp_path / "dropped")
+    for lineage in (whole, dropped):
+        lineage.add("code", dialects["code"])
+        lineage.add("legal", dialects["legal"], weight=2.0)
+    (tmp_path / "dropped" / "v3" / "state" / "sum" / "block-00000.safetensors").unlink()  # one block's is enough
+    for lineage in (whole, dropped):
+        lineage.add("medical", dialects["medical"])
+    assert share_of_other_masks(whole.weights(), dropped.weights()) <= 1e-4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_what_the_cpu_gives(make_model, dialects, tmp_path):
