@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from copal.architecture import find_linears
+from copal.architecture import as_rows, find_linears
 from copal.errors import NumericsError
 
 __all__ = [
@@ -90,6 +90,14 @@ class MomentRecorder:
         for linear, group in self._group_of.items():
             groups.setdefault(group, []).append(linear)
         return groups
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Group -> (O, I), O of all its linears together."""
+        weights = {name: as_rows(linear, linear.get_parameter("weight")) for name, linear in self._linears.items()}
+        return {
+            group: (sum(len(weights[linear]) for linear in linears), weights[group].shape[1])
+            for group, linears in self.groups().items()
+        }
 
     def moments(self, weight: float, where: str) -> dict[str, Moment]:
         """The moments of all tokens so far, by group.

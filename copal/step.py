@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from copal.checkpoint import Checkpoint, CheckpointWriter
+from copal.compact import block_bytes
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError
 from copal.files import atomic_folder
@@ -149,14 +150,15 @@ def prune_step(
     with atomic_folder(out) as folder:
         checkpoint = CheckpointWriter(model.checkpoint, folder / "model", shards=len(model) + 1)
         checkpoint.write(model.stored_outside(), {})
-        state = StateWriter(folder / "state")
+        compact = block_bytes(model.parameters, len(model)) if calibration.storage == "compact" else None
+        state = StateWriter(folder / "state", compact)
         with clock.measure("statistics"):
             stream = model.start(domain.windows, batch)
         for index, name in enumerate(model.architecture.blocks):
             with clock.measure("statistics"), model.block(index) as block:
                 with record_moments(block, gradient=prune.criterion == "gradient") as recorder:
                     stream.advance(block)
-                new = state.contribution(index, recorder.moments(domain.weight, name))
+                new = state.contribution(index, recorder.moments(domain.weight, name), recorder.shapes())
                 before = old.moments(index, device) if old else None
                 total = merge_blocks([before, new]) if before else new
                 state.sum(index, total)

@@ -108,6 +108,7 @@ calibration:              # how the text of a domain becomes windows of tokens
   evaluation_windows: 16  # evaluation windows of a domain, at most; at least 8
   evaluation_share: 0.2   # share of a domain's documents kept for evaluation, never calibrated on
   seed: 0
+  storage: full           # of a domain's statistics; or compact: an eighth of the size, somewhat worse models
 
 prune:
   sparsity: 0.5           # share of zeros in every pruned linear, between 0 and 1
