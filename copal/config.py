@@ -16,9 +16,19 @@ from typing import Any, TypeVar
 
 from copal.errors import SettingsError
 
-__all__ = ["CRITERIA", "CalibrationConfig", "Pattern", "PruneConfig", "canonical_json", "fingerprint", "from_mapping"]
+__all__ = [
+    "CRITERIA",
+    "STORAGES",
+    "CalibrationConfig",
+    "Pattern",
+    "PruneConfig",
+    "canonical_json",
+    "fingerprint",
+    "from_mapping",
+]
 
 CRITERIA = ("output", "gradient")
+STORAGES = ("full", "compact")
 
 _T = TypeVar("_T")
 
@@ -33,6 +43,7 @@ class CalibrationConfig:
         evaluation_windows: evaluation windows of a domain, at most. Alters no statistic.
         evaluation_share: share of the documents that is kept for evaluation, in (0, 1).
         seed: orders the documents and picks the part of each that is read.
+        storage: what a state keeps of a domain: `full`, or `compact` (what they hold and lose: `copal.state`).
     """
 
     window_length: int = 512
@@ -40,6 +51,7 @@ class CalibrationConfig:
     evaluation_windows: int = 16
     evaluation_share: float = 0.2
     seed: int = 0
+    storage: str = "full"
 
     def __post_init__(self) -> None:
         _check_whole("calibration.window_length", self.window_length, at_least=8)
@@ -47,6 +59,8 @@ class CalibrationConfig:
         _check_whole("calibration.evaluation_windows", self.evaluation_windows, at_least=8)
         _check_open_interval("calibration.evaluation_share", self.evaluation_share)
         _check_whole("calibration.seed", self.seed, at_least=0)
+        if self.storage not in STORAGES:
+            raise SettingsError(f"calibration.storage must be one of {', '.join(STORAGES)}, not {self.storage!r}")
 
     def fingerprint(self) -> str:
         """SHA-256 of what alters the statistics: two states with the same value may be summed."""

@@ -125,6 +125,14 @@ class MomentRecorder:
         for kept in (self._group_of, self._sums, self._gradient_sums, self._tokens, self._routed):
             kept.clear()
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Group -> (O, I), O of all its linears together."""
+        weights = {name: as_rows(linear, linear.get_parameter("weight")) for name, linear in self._linears.items()}
+        return {
+            group: (sum(len(weights[linear]) for linear in linears), weights[group].shape[1])
+            for group, linears in self.groups().items()
+        }
+
     def moments(self, weight: float, where: str) -> dict[str, Moment]:
         """The moments of all tokens, by group; can be asked for once, since the sums become the moments.
 

@@ -2,11 +2,18 @@
 
     state/
         manifest.json                       what follows is whole and belongs together
-        contribution/block-00000.safetensors ...   the version's own domain: correlations float16, diagonal float32
+        contribution/block-00000.safetensors ...   the version's own domain: full (float16) or compact, see below
         sum/block-00000.safetensors ...            the sum over every domain, float32: all that the next step loads
 
 A contribution is never changed; the sum is what contributions give when they are merged in the order of their domains'
-names. The manifest says for every domain which version's state holds its contribution. Nothing is pickled.
+names. So every version keeps its contribution, and it is what grows with the domains; a sum can be made again, and only
+the newest version's is needed. The manifest says for every domain which version's state holds its contribution. Nothing
+is pickled.
+
+Full: the diagonal float32, the correlations float16 (`copal.sensitivity.pack`). Compact: the diagonal float32, a low
+rank of the correlations (`copal.compact`). What they take of a model: `copal.sizes`. A step's own domain counts in it
+as it is stored, so that the order of the domains does not matter. The accumulators of the criterion `gradient` come on
+top of both, in bfloat16: as much as the linears themselves.
 """
 
 from __future__ import annotations
@@ -24,15 +31,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from copal.compact import pack_low_rank, ranks, unpack_low_rank
 from copal.errors import StateError
 from copal.files import sha256_file, write_json
 from copal.sensitivity import Moment, fold, merge, pack, unfold, unpack
 
-__all__ = ["DomainEntry", "Manifest", "StateReader", "StateWriter", "merge_blocks"]
+__all__ = ["DomainEntry", "Manifest", "StateReader", "StateWriter", "contribution_tensors", "merge_blocks"]
 
 SCHEMA = "copal.state/1"
 
 Moments = Mapping[str, Moment]
+Shapes = Mapping[str, tuple[int, int]]
+"""Group -> (O, I): out features of all its linears together, in features."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +120,10 @@ class StateReader:
         self.folder = folder
         self.manifest = _read_manifest(folder)
 
+    def has_sum(self, index: int) -> bool:
+        """Whether the sum of block `index` is there; it may have been dropped, for contributions give it again."""
+        return (self.folder / f"sum/{_shard_name(index)}").is_file()
+
     def sum(self, index: int, device: torch.device) -> dict[str, Moment]:
         """Moments of block `index` over every domain, by group."""
         file = f"sum/{_shard_name(index)}"
@@ -135,19 +149,20 @@ class StateReader:
 class StateWriter:
     """Writes a state folder block by block; without its manifest, written last, a folder is no state."""
 
-    def __init__(self, folder: Path, *, writes: bool = True) -> None:
-        """`writes`: False only tells how a later step will read what is not written (see `copal.processes`)."""
-        self._folder, self._writes = folder, writes
+    def __init__(self, folder: Path, compact: int | None = None, *, writes: bool = True) -> None:
+        """
+        Args:
+            compact: bytes that a block's contribution may take in compact storage; None: full storage.
+            writes: False only tells how a later step will read what is not written (see `copal.processes`).
+        """
+        self._folder, self._compact, self._writes = folder, compact, writes
         self._digests: dict[str, dict[str, str]] = {"contribution": {}, "sum": {}}
         for part in self._digests if writes else ():
             (folder / part).mkdir(parents=True)
 
-    def contribution(self, index: int, moments: Moments) -> dict[str, Moment]:
+    def contribution(self, index: int, moments: Moments, shapes: Shapes) -> dict[str, Moment]:
         """Write the new domain's moments of block `index`; returns them as a later step will read them."""
-        tensors = {}
-        for group, moment in moments.items():
-            tensors[f"{group}:diagonal"], tensors[f"{group}:correlations"] = pack(moment.total)
-            tensors |= _shared_tensors(group, moment, torch.bfloat16)
+        tensors = contribution_tensors(moments, shapes, self._compact)
         self._write("contribution", index, tensors)
         return _to_moments(tensors)
 
@@ -187,6 +202,20 @@ def merge_blocks(parts: Iterable[Moments]) -> dict[str, Moment]:
     return reduce(lambda one, other: {group: merge(one[group], other[group]) for group in one}, map(dict, parts))
 
 
+def contribution_tensors(moments: Moments, shapes: Shapes, compact: int | None) -> dict[str, Tensor]:
+    """What a contribution stores of a block; `compact`: in so many bytes, None for full storage."""
+    rank = None if compact is None else ranks(shapes, compact)
+    tensors = {}
+    for group, moment in moments.items():
+        if rank is None:
+            tensors[f"{group}:diagonal"], tensors[f"{group}:correlations"] = pack(moment.total)
+        else:
+            packed = pack_low_rank(moment.total, rank[group])
+            tensors |= zip((f"{group}:diagonal", f"{group}:codes", f"{group}:step"), packed, strict=True)
+        tensors |= _shared_tensors(group, moment, torch.bfloat16)
+    return tensors
+
+
 def _shard_name(index: int) -> str:
     return f"block-{index:05d}.safetensors"
 
@@ -203,6 +232,8 @@ def _to_moments(tensors: Mapping[str, Tensor]) -> dict[str, Moment]:
         diagonal, prefix = tensors[f"{group}:diagonal"], f"{group}:gradient:"
         if f"{group}:folded" in tensors:
             total = unfold(tensors[f"{group}:folded"], diagonal)
+        elif f"{group}:codes" in tensors:
+            total = unpack_low_rank(diagonal, tensors[f"{group}:codes"], tensors[f"{group}:step"])
         else:
             total = unpack(diagonal, tensors[f"{group}:correlations"])
         gradient = {name.removeprefix(prefix): tensors[name].float() for name in tensors if name.startswith(prefix)}

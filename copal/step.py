@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from copal.checkpoint import Checkpoint, CheckpointWriter
+from copal.compact import block_bytes
 from copal.config import CalibrationConfig, Pattern, PruneConfig
 from copal.errors import ModelError
 from copal.files import atomic_folder
@@ -65,7 +66,7 @@ class Parent:
         model: its Hugging Face folder.
         state: its state folder.
         states: version -> state folder, of every version that its manifest names; read only when a domain's data is
-            replaced.
+            replaced or the parent's sum was dropped.
     """
 
     version: int
@@ -175,7 +176,8 @@ def prune_step(
     with atomic_folder(out) if writes else nullcontext(out) as folder:
         checkpoint = CheckpointWriter(model.checkpoint, folder / "model", shards=len(model) + 1, writes=writes)
         checkpoint.write(model.stored_outside(), {})
-        state = StateWriter(folder / "state", writes=writes)
+        compact = block_bytes(model.parameters, len(model)) if calibration.storage == "compact" else None
+        state = StateWriter(folder / "state", compact, writes=writes)
         with clock.measure("statistics"):
             stream = model.start(share_of_windows(domain.windows), batch)
 
@@ -184,7 +186,7 @@ def prune_step(
             with clock.measure("statistics"), model.block(index) as block:
                 with record_moments(block, gradient=prune.criterion == "gradient") as recorder:
                     stream.advance(block, again=recorder.clear)
-                new = state.contribution(index, recorder.moments(domain.weight, name))
+                new = state.contribution(index, recorder.moments(domain.weight, name), recorder.shapes())
                 before = old.moments(index, device) if old else None
                 total = merge_blocks([before, new]) if before else new
                 state.sum(index, total)
@@ -253,20 +255,24 @@ class _OldState:
             if entry.name != domain
         )
         self._replaces = len(self.others) < len(self.manifest.domains)
-        self._readers = {}
-        if self._replaces:
-            states = {**parent.states, parent.version: parent.state}
-            versions = {entry.version for entry in self.others}
-            self._readers = {version: StateReader(states[version]) for version in versions if version is not None}
+        self._states = {**parent.states, parent.version: parent.state}
+        self._readers: dict[int, StateReader] = {}
 
     def moments(self, index: int, device: torch.device) -> dict[str, Moment] | None:
-        """Of block `index`: the stored sum, or one made anew from contributions where a domain is replaced."""
-        if not self._replaces:
+        """Of block `index`: the stored sum, or one made anew where a domain is replaced or the sum was dropped."""
+        if not self._replaces and self._reader.has_sum(index):
             return self._reader.sum(index, device)
         parts = [
-            self._readers[entry.version].contribution(index, entry, device) for entry in self.others if entry.version
+            self._contributions(entry.version).contribution(index, entry, device)
+            for entry in self.others
+            if entry.version is not None
         ]
         return merge_blocks(parts) if parts else None
+
+    def _contributions(self, version: int) -> StateReader:
+        if version not in self._readers:
+            self._readers[version] = StateReader(self._states[version])
+        return self._readers[version]
 
 
 def _check_groups(model: StreamedModel, pattern: Pattern) -> None:

@@ -82,6 +82,11 @@ class StreamedModel:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of parameter `name`: `name` itself where it holds none."""
         return self._stored.get(name, name)

@@ -183,6 +183,18 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _gc(arguments: argparse.Namespace) -> int:
+    from flows.gc import collect
+
+    workspace, _, registry = _open(arguments)
+    found = collect(workspace, registry, dry_run=arguments.dry_run)
+    for freed in found:
+        print(f"{freed.what}: {freed.size / 1e6:.1f} MB")
+    total = sum(freed.size for freed in found)
+    print(f"{'would free' if arguments.dry_run else 'freed'} {total / 1e6:.1f} MB" if found else "nothing to free")
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from flows.doctor import doctor, render
 
@@ -410,6 +422,8 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "copy a version's model to a new folder, plain Hugging Face format")
     export.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
     export.add_argument("folder", type=Path, metavar="DIR")
+    gc = command("gc", _gc, "delete what can be made again: running sums of old versions, and what killed runs left")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would go")
     command("doctor", _doctor, "check Python, libraries, git, stores and disk, and say how to mend what is wrong")
     command("demo", _demo, "the main job on a real language model and three domains", here=".demo")
     return parser

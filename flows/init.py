@@ -64,8 +64,10 @@ def init_with_base(
     Raises:
         CopalError: as `init_workspace`, `flows.base.fetch_base`, `load_settings` and `flows.stages.register_root`.
     """
+    from flows.stages import exclusive, register_root
+
     folder = folder.expanduser().resolve()
-    with _as_before_on_error(folder):
+    with _as_before_on_error(folder), exclusive(Workspace(folder)):
         from flows.base import fetch_base
 
         fetched = Workspace(folder).runs / f"fetched-base-{os.getpid()}"
@@ -74,7 +76,6 @@ def init_with_base(
             workspace = _lay_out(folder, model_name)
             settings = load_settings(workspace.params)
             from flows.registry import open_registry
-            from flows.stages import register_root
 
             root = register_root(workspace, settings, open_registry(workspace, settings), base, progress)
         finally:
@@ -109,6 +110,7 @@ calibration:              # how the text of a domain becomes windows of tokens
   evaluation_windows: 16  # evaluation windows of a domain, at most; at least 8
   evaluation_share: 0.2   # share of a domain's documents kept for evaluation, never calibrated on
   seed: 0
+  storage: full           # of a domain's statistics; or compact: an eighth of the size, somewhat worse models
 
 prune:
   sparsity: 0.5           # share of zeros in every pruned linear, between 0 and 1; or N:M in quotes, as "2:4"

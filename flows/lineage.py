@@ -22,6 +22,7 @@ from copal.files import sha256_file, write_atomic
 __all__ = [
     "RECORD_FILE",
     "SCHEMA",
+    "SUM_FOLDER",
     "DomainRecord",
     "LineageError",
     "build_record",
@@ -37,6 +38,7 @@ __all__ = [
 
 SCHEMA = "copal.lineage/1"
 RECORD_FILE = "lineage.json"
+SUM_FOLDER = "state/sum"  # the part of a version that can be made again, see copal.state
 _HASHED_FOLDERS = ("model", "state")
 
 
@@ -230,10 +232,11 @@ def file_digests(folder: Path, relative_to: Path) -> dict[str, str]:
     return {path.relative_to(relative_to).as_posix(): sha256_file(path) for path in paths}
 
 
-def verify_files(record: Mapping[str, Any], folder: Path) -> list[str]:
+def verify_files(record: Mapping[str, Any], folder: Path, *, sum_dropped: bool = False) -> list[str]:
     """What differs between a version's folder and its record: `missing: F`, `changed: F`, `extra: F`; [] if nothing.
 
     Extra are files in model/ and state/ that the record does not name; other files beside them are not looked at.
+    `sum_dropped`: the version's running sum was dropped, so that a file of it may be missing, though not changed.
     """
     found: dict[str, str] = {}
     for name in _HASHED_FOLDERS:
@@ -244,7 +247,8 @@ def verify_files(record: Mapping[str, Any], folder: Path) -> list[str]:
     differences = []
     for name in sorted(set(record["files"]) | set(found)):
         if name not in found:
-            differences.append(f"missing: {name}")
+            if not (sum_dropped and name.startswith(f"{SUM_FOLDER}/")):
+                differences.append(f"missing: {name}")
         elif name not in record["files"]:
             differences.append(f"extra: {name}")
         elif found[name] != record["files"][name]:

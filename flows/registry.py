@@ -27,7 +27,16 @@ from urllib.parse import unquote, urlsplit
 
 from copal.errors import CopalError
 from copal.files import flush
-from flows.lineage import RECORD_FILE, LineageError, read_record, record_digest, validate, verify_files, write_record
+from flows.lineage import (
+    RECORD_FILE,
+    SUM_FOLDER,
+    LineageError,
+    read_record,
+    record_digest,
+    validate,
+    verify_files,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,6 +58,7 @@ _log = logging.getLogger(__name__)
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 _LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
+_SUM_DROPPED = "copal.sum_dropped"
 
 
 class RegistryError(CopalError):
@@ -72,7 +82,8 @@ class ModelVersion:
         aliases: `latest` at the head of the lineage, and what else was set.
         tags: `copal.domain`, `copal.dvc_md5`, `copal.git_rev`, `copal.parent_version`, `copal.key` (these five not at
             the root), `copal.settings_fingerprint`, `copal.sparsity` (as counted), `copal.base_fingerprint`,
-            `copal.lineage_digest`, `copal.logged_model` (MLflow's id of the artifacts).
+            `copal.lineage_digest`, `copal.logged_model` (MLflow's id of the artifacts), and `copal.sum_dropped` from
+            `Registry.drop_sum` on.
         run_id: of the MLflow run that made it.
         location: URI of the folder with `model/`, `state/` and `lineage.json`; see `Registry.folder`.
     """
@@ -88,6 +99,11 @@ class ModelVersion:
         """Number of the parent version; None at the root."""
         number = self.tags.get("copal.parent_version")
         return None if number is None else int(number)
+
+    @property
+    def sum_dropped(self) -> bool:
+        """Whether its running sum was dropped: missing files of it are no damage."""
+        return _SUM_DROPPED in self.tags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,7 +214,8 @@ class Registry:
         target = self._cached(version)
         if not target.is_dir():
             with self._fetched(version, None) as folder:
-                differences = verify_files(self._checked(version, folder / RECORD_FILE), folder)
+                record = self._checked(version, folder / RECORD_FILE)
+                differences = verify_files(record, folder, sum_dropped=version.sum_dropped)
                 if differences:
                     raise RegistryError(
                         f"version {version.number} of {self.model_name}: fetched from {version.location}, "
@@ -223,6 +240,41 @@ class Registry:
             with self._fetched(version, RECORD_FILE) as folder:
                 write_record(path, self._checked(version, folder / RECORD_FILE))
         return self._checked(version, path)
+
+    def drop_sum(self, version: ModelVersion, *, dry_run: bool = False) -> int:
+        """Delete the running sum in the state of `version`; a step that needs it makes it again from contributions.
+
+        Returns:
+            The bytes it takes, in the store or in a copy of it in the cache; 0 where there is none.
+
+        Raises:
+            RegistryError: the store does not let it be deleted.
+        """
+        folders = [self._cached(version) / SUM_FOLDER]
+        local = _local_path(version.location)
+        if local is not None:
+            folders.append(local / SUM_FOLDER)
+        size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+        with self._store() as client:
+            remote: Any = None if local is not None else self._artifacts(version.location)
+            listed = remote.list_artifacts(SUM_FOLDER) if remote else []
+            size += sum(file.file_size or 0 for file in listed)
+            if dry_run or not size:
+                return size
+            # First, so that no moment is seen in which files are missing and the tag is too.
+            client.set_model_version_tag(self.model_name, str(version.number), _SUM_DROPPED, "true")
+            for folder in folders:
+                if folder.exists():
+                    shutil.rmtree(folder)
+            if listed:
+                with contextlib.suppress(NotImplementedError):
+                    remote.delete_artifacts(SUM_FOLDER)
+                if remote.list_artifacts(SUM_FOLDER):  # some stores say nothing
+                    raise RegistryError(
+                        f"the artifact store does not let copal delete {version.location}/{SUM_FOLDER}: "
+                        "delete it with the store's own tools, or leave it there"
+                    )
+        return size
 
     def check_sparsity(self, head: ModelVersion, target: float | str) -> None:
         """Check that a step with this sparsity (a share, or a pattern such as "2:4") may follow `head`.
@@ -393,11 +445,9 @@ class Registry:
                     _end_run(client, leftover.source_run_id, "FAILED")
 
     def _discard(self, client: MlflowClient, model: Any) -> None:
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
         local = _local_path(model.artifact_location)
         if local is None:
-            get_artifact_repository(model.artifact_location, tracking_uri=self.tracking_uri).delete_artifacts()
+            self._artifacts(model.artifact_location).delete_artifacts()
         elif local.parent.is_dir():
             shutil.rmtree(local.parent)  # MLflow's folder of this logged model: models/<id>/artifacts
         client.delete_logged_model(model.model_id)
@@ -473,6 +523,12 @@ class Registry:
         return sorted(found, key=lambda version: version.number)
 
     # -- artifacts --
+
+    def _artifacts(self, location: str) -> Any:
+        """MLflow's access to the artifacts at a URI."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(location, tracking_uri=self.tracking_uri)
 
     def _cached(self, version: ModelVersion) -> Path:
         digest = version.tags["copal.lineage_digest"]  # two stores may share a cache, and both have a version 1

@@ -16,6 +16,7 @@ from copal.state import Manifest, StateReader
 from copal.step import Base, NewDomain, Parent, StepReport, prune_step
 
 CALIBRATION = CalibrationConfig(window_length=32, windows=8)
+COMPACT = CalibrationConfig(window_length=32, windows=8, storage="compact")
 PRUNE = PruneConfig(iterations=30)
 
 
@@ -166,6 +167,7 @@ def test_the_pruned_folder_loads_with_from_pretrained_and_differs_in_the_linears
     [
         ({"base": Base(folder=Path(), fingerprint="other")}, "another base model"),
         ({"calibration": CalibrationConfig(window_length=32, windows=9)}, "other calibration settings"),
+        ({"calibration": COMPACT}, "other calibration settings"),
         ({"prune": PruneConfig(criterion="gradient")}, r"made with prune\.criterion output"),
     ],
 )
@@ -207,6 +209,33 @@ def test_the_state_of_a_later_version_needs_the_sum_only(make_model, dialects, t
     shutil.rmtree(tmp_path / "v2" / "state" / "contribution")
     lineage.add("legal", dialects["legal"])
     assert [entry.version for entry in lineage.manifest.domains] == [2, None]
+
+
+def test_the_order_does_not_matter_with_compact_storage_either(make_model, dialects, tmp_path):
+    base, ends = make_model(hidden=128), []
+    for order in permutations(dialects):
+        lineage = Lineage(base, tmp_path / "-".join(order))
+        lineage.calibration = COMPACT
+        for name in order:
+            lineage.add(name, dialects[name])
+        ends.append(lineage.weights())
+    assert all(share_of_other_masks(ends[0], end) <= 1e-4 for end in ends)
+    full = Lineage(base, tmp_path / "full")
+    for name in dialects:
+        full.add(name, dialects[name])
+    assert 0 < share_of_other_masks(ends[0], full.weights()) < 0.2
+
+
+def test_a_sum_that_was_dropped_is_made_again_from_contributions(make_model, dialects, tmp_path):
+    base = make_model()
+    whole, dropped = Lineage(base, tmp_path / "whole"), Lineage(base, tmp_path / "dropped")
+    for lineage in (whole, dropped):
+        lineage.add("code", dialects["code"])
+        lineage.add("legal", dialects["legal"], weight=2.0)
+    (tmp_path / "dropped" / "v3" / "state" / "sum" / "block-00000.safetensors").unlink()  # one block's is enough
+    for lineage in (whole, dropped):
+        lineage.add("medical", dialects["medical"])
+    assert share_of_other_masks(whole.weights(), dropped.weights()) <= 1e-4
 
 
 @pytest.mark.gpu

@@ -208,6 +208,20 @@ def test_verify_files_tells_what_differs(tmp_path: Path) -> None:
     ]
 
 
+def test_a_sum_that_was_dropped_may_be_missing_but_not_changed(tmp_path: Path) -> None:
+    for name in ("state/manifest.json", "state/sum/block-00000.safetensors", "state/sum/block-00001.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    record = {"files": file_digests(tmp_path / "state", tmp_path)}
+    (tmp_path / "state/sum/block-00000.safetensors").unlink()
+    (tmp_path / "state/sum/block-00001.safetensors").write_text("damaged")
+    changed = "changed: state/sum/block-00001.safetensors"
+    assert verify_files(record, tmp_path) == ["missing: state/sum/block-00000.safetensors", changed]
+    assert verify_files(record, tmp_path, sum_dropped=True) == [changed]
+    (tmp_path / "state/manifest.json").unlink()
+    assert verify_files(record, tmp_path, sum_dropped=True) == ["missing: state/manifest.json", changed]
+
+
 def test_a_folder_that_is_not_there_has_no_files(tmp_path: Path) -> None:
     assert file_digests(tmp_path / "state", tmp_path) == {}
 

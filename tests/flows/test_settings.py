@@ -53,7 +53,8 @@ def test_every_setting_is_read(params: Path) -> None:
         params,
         """
         model: {name: house-7b.v1, dtype: float32, processes: 4, batch: 2}
-        calibration: {window_length: 64, windows: 4, evaluation_windows: 8, evaluation_share: 0.5, seed: 3}
+        calibration: {window_length: 64, windows: 4, evaluation_windows: 8, evaluation_share: 0.5, seed: 3,
+                      storage: compact}
         prune: {sparsity: 0.25, criterion: gradient, rounds: [0.5, 1.0], iterations: 2, damping: 0.1}
         domains: {legal: {weight: 2}, code: {weight: 0.5}, medical: null}
         watch: {branch: release/1, interval: 5}
@@ -62,7 +63,9 @@ def test_every_setting_is_read(params: Path) -> None:
     )
     assert settings == Settings(
         model=ModelSettings(name="house-7b.v1", dtype="float32", processes=4, batch=2),
-        calibration=CalibrationConfig(window_length=64, windows=4, evaluation_windows=8, evaluation_share=0.5, seed=3),
+        calibration=CalibrationConfig(
+            window_length=64, windows=4, evaluation_windows=8, evaluation_share=0.5, seed=3, storage="compact"
+        ),
         prune=PruneConfig(sparsity=0.25, criterion="gradient", rounds=(0.5, 1.0), iterations=2, damping=0.1),
         weights={"legal": 2.0, "code": 0.5, "medical": 1.0},
         watch=WatchSettings(branch="release/1", interval=5),
@@ -90,6 +93,7 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("prune: {sparsity: half}", "prune.sparsity"),
         ("calibration: {windows: 0}", "calibration.windows"),
         ("calibration: {windows: true}", "calibration.windows"),
+        ("calibration: {storage: tiny}", "calibration.storage"),
         ("model: {dtype: float16}", "model.dtype"),
         ("model: {processes: 0}", "model.processes"),
         ("model: {processes: two}", "model.processes"),
@@ -157,6 +161,7 @@ def test_the_fingerprint_is_of_what_alters_a_version_and_of_nothing_else(params:
         "model: {dtype: float32}",
         "calibration: {windows: 23}",
         "calibration: {evaluation_share: 0.3}",
+        "calibration: {storage: compact}",
         "prune: {sparsity: 0.6}",
         "domains: {legal: {weight: 2}}",
         "domains: {code: {weight: 2}}",
