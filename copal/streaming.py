@@ -235,8 +235,8 @@ class Stream:
         `again` is called before it runs anew: what was recorded of it is to be forgotten.
         """
         while (hidden := self._run(block)) is None:
-            self._halve()
             again()
+            self._halve()
         self._hidden = hidden
         self._next += 1
 
@@ -250,7 +250,7 @@ class Stream:
                     yield window, self._model._logits(window, hidden[row : row + 1])
 
     def _run(self, block: nn.Module) -> list[Tensor] | None:
-        """What `block` makes of every batch; None where memory ran out."""
+        """What `block` makes of every batch; None where memory ran out, and then nothing here has changed."""
         outputs = []
         try:
             with torch.no_grad():

@@ -36,6 +36,14 @@ from flows.settings import Settings
 
 __all__ = ["evaluate_in_processes", "prune_in_processes"]
 
+# In place of the user's own, which may be for another machine or purpose. MULTI_GPU: several, on a CPU as well.
+_ACCELERATE = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "MULTI_GPU",
+    "mixed_precision": "no",
+    "use_cpu": False,
+    "debug": False,
+}
 _KILLED = re.compile(r"exitcode\s*: -9\b")
 
 
@@ -86,12 +94,12 @@ def _in_processes(
     save_file({name: tokens.contiguous() for name, tokens in windows.items()}, folder / "windows.safetensors")
     request |= {"dtype": settings.model.dtype, "batch": settings.model.batch}
     write_atomic(folder / "request.json", json.dumps(request, default=str))
+    write_atomic(folder / "accelerate.json", json.dumps(_ACCELERATE))
     threads = max(1, torch.get_num_threads() // processes)
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)),
-        *("--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"),  # multi_gpu: several, on a CPU as well
-        *("--main_process_port", "0", "--num_cpu_threads_per_process", str(threads)),
-        *("-m", "flows.worker", str(folder)),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.json")),
+        *("--num_machines", "1", "--num_processes", str(processes), "--main_process_port", "0"),
+        *("--num_cpu_threads_per_process", str(threads), "-m", "flows.worker", str(folder)),
     ]
     here = Path(__file__).parents[1]  # `-m` looks where it runs first: not among what lies in the user's folder
     log = folder / "log"
