@@ -16,8 +16,12 @@ for name in ("MLFLOW_TRACKING_URI", "COPAL_REGISTRY_URI", "PREFECT_API_URL"):
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from flows.base import BaseModel, fetch_base  # noqa: E402
+
+settings.register_profile("any machine", deadline=None)  # a busy one is no failure
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,7 +94,7 @@ def statistics(inputs: Inputs, repeats: int, progress: Progress = silent) -> Rat
 def solve(inputs: Inputs, repeats: int, every: int = 3, progress: Progress = silent) -> Ratio:
     """`prune_group` / SparseGPT, on every group of linears of every `every`-th block, with the default settings."""
     groups = list(_groups(inputs, every))
-    sides: tuple[PruneGroup, PruneGroup] = (prune_group, sparsegpt)
+    sides: tuple[PruneGroup, PruneGroup] = (partial(prune_group, products=inputs.dtype), sparsegpt)
     for side in sides:  # warms up
         side(*groups[0], PruneConfig())
     totals = [0.0, 0.0]
@@ -119,7 +120,7 @@ def tenth_step(inputs: Inputs, repeats: int, domains: int = 10, each: int = 2, p
     seconds: tuple[list[float], list[float]] = ([], [])
     with tempfile.TemporaryDirectory(dir=inputs.base.folder.parent) as scratch:
 
-        def step(number: int, parent: Parent | None, out: Path, method: PruneGroup) -> None:
+        def step(number: int, parent: Parent | None, out: Path, method: PruneGroup | None) -> None:
             domain = NewDomain(name=f"domain-{number}", md5="-", weight=1.0, windows=windows[number - 1])
             _step(inputs, parent, domain, out, QUICK, method)
 
@@ -135,7 +136,7 @@ def tenth_step(inputs: Inputs, repeats: int, domains: int = 10, each: int = 2, p
             for number, times in zip((2, domains), seconds, strict=True):
                 out = Path(scratch) / "again"
                 with _timed(inputs) as taken:
-                    step(number, parents[number - 1], out, prune_group)
+                    step(number, parents[number - 1], out, None)
                 times.append(taken[0])
                 shutil.rmtree(out)
             progress("tenth step", domains + turn, domains - 1 + repeats)
@@ -165,7 +166,7 @@ def _keep(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) ->
 
 
 def _step(
-    inputs: Inputs, parent: Parent | None, domain: NewDomain, out: Path, prune: PruneConfig, method: PruneGroup
+    inputs: Inputs, parent: Parent | None, domain: NewDomain, out: Path, prune: PruneConfig, method: PruneGroup | None
 ) -> StepReport:
     return prune_step(
         inputs.base, parent, domain, out, calibration=inputs.settings, prune=prune,
@@ -195,9 +196,9 @@ def main() -> int:
             fetch_inputs(asked.inputs, None, None, progress)
         inputs = load_inputs(asked.inputs)
         ratios = [
-            statistics(inputs, repeats=3, progress=progress),
+            statistics(inputs, repeats=2, progress=progress),
             solve(inputs, repeats=2, progress=progress),
-            tenth_step(inputs, repeats=3, progress=progress),
+            tenth_step(inputs, repeats=2, progress=progress),
         ]
     windows, length = next(iter(inputs.calibration.values())).shape
     print(f"{windows} windows of {length} tokens, {inputs.dtype}, {inputs.device}, {torch.get_num_threads()} threads")

@@ -26,19 +26,18 @@ from copal.config import PruneConfig
 from copal.evaluate import backward_transfer, evaluate, geometric_mean
 from copal.files import write_json
 from copal.progress import Progress, silent
-from copal.solve import prune_group
 from copal.step import LayerReport, Parent, PruneGroup, StepReport, prune_step
 from flows.domains import DOMAINS
 from flows.terminal import progress_bar
 
 OUT = Path("bench")
-METHODS: dict[str, tuple[PruneGroup, bool]] = {  # and whether the statistics are of every domain or of the newest
+METHODS: dict[str, tuple[PruneGroup | None, bool]] = {  # whether statistics are of every domain, or of the newest
     "magnitude": (magnitude, False),
     "wanda-newest": (wanda, False),
     "wanda-all": (wanda, True),
     "sparsegpt-newest": (sparsegpt, False),
     "sparsegpt-all": (sparsegpt, True),
-    "copal": (prune_group, True),
+    "copal": (None, True),
 }
 CHAINS = ("wanda-newest", "sparsegpt-newest", "sparsegpt-all", "copal")
 SPARSITIES: dict[str, float | str] = {"50": 0.5, "60": 0.6, "70": 0.7, "2-4": "2:4"}  # keys: as file names spell them

@@ -33,7 +33,7 @@ def test_conjugate_gradient_finds_the_least_squares_solution_of_each_row() -> No
     assert not solved[~mask].any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 6), st.integers(4, 24), st.floats(0.1, 0.9), st.integers(0, 9))
 def test_solving_is_never_worse_on_its_own_loss_than_masking_alone(
     rows: int, features: int, sparsity: float, seed: int
@@ -54,7 +54,7 @@ def test_linears_of_a_group_are_pruned_as_if_each_were_alone() -> None:
 
 @pytest.mark.parametrize("method", [prune_group, magnitude, wanda, sparsegpt])
 @given(sparsity=st.floats(0.05, 0.95), features=st.integers(4, 33))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_sparsity_as_counted_is_the_target_to_the_nearest_weight(method, sparsity: float, features: int) -> None:
     weight, moment = problem(3, features, seed=1)
     pruned = method({"a": weight}, moment, PruneConfig(sparsity=sparsity)).weights["a"]
