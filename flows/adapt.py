@@ -111,6 +111,7 @@ def perplexity_table(number: int, report: StepReport, evaluation: Evaluation) ->
             f"## Version {number}",
             f"Sparsity as counted {report.sparsity:.4f}; {report.weights_back:,} weights came back; "
             f"the new domain before the step: perplexity {evaluation.before:.2f}.",
+            *([f"Few tokens of the new domain reach {len(report.short)} linears of experts."] if report.short else []),
             "",
             "| domain | dense | this version | ratio | data |",
             "|---|---|---|---|---|",

@@ -112,7 +112,7 @@ def build_record(
         perplexity_before: of the new domain on the parent, before the step.
         seconds: {statistics, solve, evaluate}.
         layers: a dict per pruned linear: name, sparsity, layer_error_before, layer_error_after, response_shift,
-            damping.
+            damping, tokens (of the new domain that it read).
         code: {version, git_commit, dirty}; libraries: {name: version}.
         created: UTC time in ISO 8601.
         files: {path relative to the version's folder: SHA-256}, see `file_digests`.
@@ -279,6 +279,7 @@ def _record_check() -> _Check:
         layer_error_after=_or_null(_number),
         response_shift=_or_null(_number),
         damping=_or_null(_number),
+        tokens=_whole,
     )
     return _object(
         schema=_text,

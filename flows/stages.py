@@ -319,6 +319,7 @@ def register_step(
         layers=[
             {
                 "name": layer.name,
+                "tokens": layer.tokens,
                 "sparsity": layer.zeros / layer.weights,
                 "layer_error_before": layer.error_before,
                 "layer_error_after": layer.error_after,

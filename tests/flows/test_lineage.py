@@ -66,7 +66,8 @@ def arguments(**changes: Any) -> dict[str, Any]:
                 "layer_error_before": 0.2,
                 "layer_error_after": 0.1,
                 "response_shift": None,
-                "damping": 0.01,
+                "damping": 0.1,
+                "tokens": 512,
             }
         ],
         "code": {"version": "0.1.0", "git_commit": None, "dirty": None},
