@@ -98,7 +98,7 @@ class PruneConfig:
     sparsity: float | str = 0.5
     criterion: str = "output"
     rounds: tuple[float, ...] = (0.6, 0.8, 0.9, 1.0)
-    iterations: int = 6
+    iterations: int = 8
     exponent: float = 0.35
     damping: float = 0.1
 

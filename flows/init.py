@@ -116,7 +116,7 @@ prune:
   sparsity: 0.5           # share of zeros in every pruned linear, between 0 and 1; or N:M in quotes, as "2:4"
   criterion: output       # or gradient: needs an accumulator as big as the model
   rounds: [0.6, 0.8, 0.9, 1.0]  # sparsity after each round, as shares of the above; rising, the last one 1
-  iterations: 6           # conjugate-gradient iterations of a round, at most
+  iterations: 8           # conjugate-gradient iterations of a round, at most
   exponent: 0.35          # of a channel's second moment in the score of a weight; 0.5 is Wanda's
   damping: 0.1            # added to every entry of the diagonal of the second moment, as a share of it
 

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ METHODS: dict[str, tuple[PruneGroup | None, bool]] = {  # whether statistics are
     "sparsegpt-all": (sparsegpt, True),
     "copal": (None, True),
 }
-CHAINS = ("wanda-newest", "sparsegpt-newest", "sparsegpt-all", "copal")
+CHAINS = ("wanda-newest", "sparsegpt-newest", "sparsegpt-all", "copal", "copal-compact")
+COMPACT = "-compact"  # after a method's name: its contributions are stored so
 SPARSITIES: dict[str, float | str] = {"50": 0.5, "60": 0.6, "70": 0.7, "2-4": "2:4"}  # keys: as file names spell them
 
 
@@ -116,7 +118,7 @@ def measure_chain(
                 "after": _by_linear(report.layers, lambda layer: layer.error_after),
                 "shift": _by_linear(report.layers, lambda layer: layer.response_shift),
             }
-            parent = as_parent(version, out) if METHODS[method][1] else None
+            parent = as_parent(version, out) if METHODS[method.removesuffix(COMPACT)][1] else None
     when_newest = {name: perplexity[name][name] for name in names[:-1]}
     now = {name: perplexity[names[-1]][name] for name in when_newest}
     transfer = backward_transfer(when_newest, now)
@@ -146,9 +148,11 @@ def write(out: Path, name: str, metrics: dict[str, Any], layers: dict[str, Any])
 def _step(
     inputs: Inputs, name: str, parent: Parent | None, out: Path, method: str, prune: PruneConfig, progress: Progress
 ) -> StepReport:
+    storage = "compact" if method.endswith(COMPACT) else "full"
     return prune_step(
-        inputs.base, parent, inputs.domain(name), out, calibration=inputs.settings, prune=prune,
-        device=inputs.device, dtype=inputs.dtype, method=METHODS[method][0], progress=progress,
+        inputs.base, parent, inputs.domain(name), out, calibration=replace(inputs.settings, storage=storage),
+        prune=prune, device=inputs.device, dtype=inputs.dtype, method=METHODS[method.removesuffix(COMPACT)][0],
+        progress=progress,
     )  # fmt: skip
 
 
