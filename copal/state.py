@@ -38,7 +38,7 @@ from copal.sensitivity import Moment, fold, merge, pack, unfold, unpack
 
 __all__ = ["DomainEntry", "Manifest", "StateReader", "StateWriter", "contribution_tensors", "merge_blocks"]
 
-SCHEMA = "copal.state/1"
+SCHEMA = "copal.state/2"  # 2: tokens count by the residual stream; not to be added to statistics of 1
 
 Moments = Mapping[str, Moment]
 Shapes = Mapping[str, tuple[int, int]]
