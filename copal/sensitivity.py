@@ -212,7 +212,7 @@ class MomentRecorder:
         self._forget()
 
     def _forget(self) -> None:
-        self._inputs, self._outputs = [], {}
+        self._inputs, self._outputs, self._rows = [], {}, None
 
     def _others(self, experts: Experts, hidden_states: Tensor, top_k_index: Tensor) -> None:
         """Run every expert on the tokens that are routed elsewhere; what it makes of them is dropped."""

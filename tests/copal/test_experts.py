@@ -122,6 +122,26 @@ def test_the_moment_of_an_expert_counts_its_own_tokens_fully_and_a_share_of_the_
     torch.testing.assert_close(block(x), expected_output)
 
 
+def test_a_forward_that_fails_inside_an_expert_leaves_no_trace(base):
+    layer = load_skeleton(base).model.layers[0].mlp.to_empty(device="cpu")
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    before = torch.nn.Linear(SIZES["hidden_size"], SIZES["hidden_size"], bias=False)
+    block, x = torch.nn.Sequential(before, layer), torch.randn(1, 50, SIZES["hidden_size"])
+    found = []
+    for fails in (False, True):
+        with torch.no_grad(), record_moments(block, gradient=False) as recorder:
+            if fails:
+                layer.experts[0].down_proj.forward = None  # type: ignore[assignment]
+                with pytest.raises(TypeError):
+                    block(x)
+                del layer.experts[0].down_proj.forward
+            block(x)
+        found.append(recorder.moments(1.0, "block"))
+    for group, moment in found[0].items():
+        torch.testing.assert_close(found[1][group].second, moment.second)
+
+
 def test_experts_in_another_layout_get_an_error_that_says_what_was_looked_for(tmp_path):
     AutoConfig.for_model("gpt_oss", num_hidden_layers=1, num_local_experts=4).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts .* looked for experts with gate_up_proj"):
