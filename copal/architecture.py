@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from copal.errors import ModelError
 from copal.experts import find_routers, split_experts
 
-__all__ = ["Architecture", "as_rows", "find_blocks", "find_linears", "load_skeleton", "names_in_model"]
+__all__ = ["Architecture", "as_rows", "find_blocks", "find_linears", "load_skeleton", "names_in_model", "shape_of"]
 
 _EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's checkpoints -> copal.experts
 
@@ -123,6 +123,12 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
 def as_rows(linear: nn.Module, weight: Tensor) -> Tensor:
     """A view of `weight` as (out features, in features): Conv1D keeps its transpose. Its own inverse."""
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(O, I): out and in features of a linear."""
+    rows, columns = as_rows(linear, linear.get_parameter("weight")).shape
+    return rows, columns
 
 
 def _is_stack(modules: nn.ModuleList) -> bool:

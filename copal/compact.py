@@ -16,6 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from copal.sensitivity import correlations
+
 __all__ = ["SHARE", "block_bytes", "pack_low_rank", "ranks", "unpack_low_rank"]
 
 SHARE = 0.049  # of the 16-bit model; with the headers of its files a contribution stays within 0.05
@@ -55,14 +57,12 @@ def pack_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         The diagonal (I,) float32; U (I, r) as codes of 4 bits, two to a byte, (I, r / 2) uint8; the step of the codes
         of each column, (r,) float32.
     """
-    diagonal = matrix.diagonal().clamp_min(0)
-    inverse_root = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    correlations = matrix * torch.outer(inverse_root, inverse_root)
+    diagonal, unit = correlations(matrix)
     start = torch.randn(len(matrix), rank, generator=torch.Generator().manual_seed(0))
     basis = start.to(matrix.device)
     for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(correlations @ basis).Q
-    values, vectors = torch.linalg.eigh(basis.T @ correlations @ basis)
+        basis = torch.linalg.qr(unit @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.T @ unit @ basis)
     factor = basis @ vectors * values.clamp_min(0).sqrt()
     step = factor.abs().amax(0) / _LEVELS
     codes = (factor * torch.where(step > 0, step.reciprocal(), 0.0)).round() + (_LEVELS + 1)

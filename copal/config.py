@@ -23,6 +23,7 @@ __all__ = [
     "Pattern",
     "PruneConfig",
     "canonical_json",
+    "check_whole",
     "fingerprint",
     "from_mapping",
 ]
@@ -54,11 +55,11 @@ class CalibrationConfig:
     storage: str = "full"
 
     def __post_init__(self) -> None:
-        _check_whole("calibration.window_length", self.window_length, at_least=8)
-        _check_whole("calibration.windows", self.windows, at_least=1)
-        _check_whole("calibration.evaluation_windows", self.evaluation_windows, at_least=8)
+        check_whole("calibration.window_length", self.window_length, at_least=8)
+        check_whole("calibration.windows", self.windows, at_least=1)
+        check_whole("calibration.evaluation_windows", self.evaluation_windows, at_least=8)
         _check_open_interval("calibration.evaluation_share", self.evaluation_share)
-        _check_whole("calibration.seed", self.seed, at_least=0)
+        check_whole("calibration.seed", self.seed, at_least=0)
         if self.storage not in STORAGES:
             raise SettingsError(f"calibration.storage must be one of {', '.join(STORAGES)}, not {self.storage!r}")
 
@@ -112,7 +113,7 @@ class PruneConfig:
             raise SettingsError(f"prune.rounds must be rising shares in (0, 1], not {self.rounds!r}")
         if self.rounds[-1] != 1:
             raise SettingsError(f"prune.rounds must end with 1 (the whole of prune.sparsity), not {self.rounds[-1]!r}")
-        _check_whole("prune.iterations", self.iterations, at_least=1)
+        check_whole("prune.iterations", self.iterations, at_least=1)
         for name in ("exponent", "damping"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value <= 1:
@@ -189,6 +190,11 @@ def _check_sparsity(value: object) -> None:
         )
 
 
-def _check_whole(name: str, value: object, *, at_least: int) -> None:
+def check_whole(name: str, value: object, *, at_least: int) -> None:
+    """Check the setting `name`.
+
+    Raises:
+        SettingsError: `value` is no whole number, or too small.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise SettingsError(f"{name} must be a whole number of at least {at_least}, not {value!r}")

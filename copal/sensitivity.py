@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from copal.architecture import as_rows, find_linears
+from copal.architecture import find_linears, shape_of
 from copal.errors import NumericsError
 from copal.experts import Experts
 from copal.processes import gather, sum_by_name
@@ -25,6 +25,7 @@ from copal.processes import gather, sum_by_name
 __all__ = [
     "Moment",
     "MomentRecorder",
+    "correlations",
     "fold",
     "merge",
     "output_energy",
@@ -127,9 +128,9 @@ class MomentRecorder:
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Group -> (O, I), O of all its linears together."""
-        weights = {name: as_rows(linear, linear.get_parameter("weight")) for name, linear in self._linears.items()}
+        shapes = {name: shape_of(linear) for name, linear in self._linears.items()}
         return {
-            group: (sum(len(weights[linear]) for linear in linears), weights[group].shape[1])
+            group: (sum(shapes[linear][0] for linear in linears), shapes[group][1])
             for group, linears in self.groups().items()
         }
 
@@ -161,11 +162,9 @@ class MomentRecorder:
         """Make counts and sums those of all processes; a linear that ran in any of them is known to all."""
         known = gather((self._group_of, self._tokens, self._routed))
         self._group_of = {linear: group for group_of, _, _ in known for linear, group in group_of.items()}
-        for counts, everywhere in (
-            (self._tokens, [one[1] for one in known]),
-            (self._routed, [one[2] for one in known]),
-        ):
-            counts |= {group: sum(one.get(group, 0) for one in everywhere) for group in self._group_of.values()}
+        groups = self.groups()
+        self._tokens = {group: sum(tokens.get(group, 0) for _, tokens, _ in known) for group in groups}
+        self._routed = {group: sum(routed.get(group, 0) for _, _, routed in known) for group in groups}
         self._sums = sum_by_name(self._sums)
         self._gradient_sums = sum_by_name(self._gradient_sums)
 
@@ -186,7 +185,7 @@ class MomentRecorder:
         size = hidden.reshape(-1, features).float().square().mean(1, keepdim=True)
         rho = torch.where(size > 0, size.reciprocal(), 0.0)
         alone = {group: linears for group, linears in self.groups().items() if len(linears) == 1}
-        writers = {group for group, (linear,) in alone.items() if _outputs_of(self._linears[linear]) == features}
+        writers = {group for group, (linear,) in alone.items() if shape_of(self._linears[linear])[0] == features}
 
         def weights(seen: _Input) -> Tensor | float:
             counted = rho if seen.rows is None else rho[seen.rows]
@@ -232,10 +231,6 @@ class _Input:
     group: str
     rows: Tensor | None
     share: float
-
-
-def _outputs_of(linear: nn.Module) -> int:
-    return len(as_rows(linear, linear.weight))  # type: ignore[arg-type]
 
 
 def _add_upper(total: Tensor, tokens: Tensor, weights: Tensor | float, at_a_time: int, panels: int = 4) -> None:
@@ -328,15 +323,21 @@ def unfold(folded: Tensor, diagonal: Tensor) -> Tensor:
     return matrix
 
 
+def correlations(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal (I,) of a second moment (I, I), and its entries by the roots of that; zero for a dead channel."""
+    diagonal = matrix.diagonal().clamp_min(0)
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    return diagonal, matrix * torch.outer(scale, scale)
+
+
 def pack(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """A symmetric (I, I) matrix as its diagonal, float32, and its correlations (2, J, J), float16, folded.
 
     |G_kl| <= sqrt(G_kk G_ll) for a second moment, so float16 keeps 11 bits of each correlation whatever the scale of
     its channels (ours).
     """
-    diagonal = matrix.diagonal().clamp_min(0)
-    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    return diagonal, fold(matrix * torch.outer(scale, scale)).to(torch.float16)
+    diagonal, unit = correlations(matrix)
+    return diagonal, fold(unit).to(torch.float16)
 
 
 def unpack(diagonal: Tensor, correlations: Tensor) -> Tensor:

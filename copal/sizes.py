@@ -23,7 +23,7 @@ __all__ = ["contribution_bytes", "model_bytes"]
 
 def model_bytes(model: PreTrainedModel) -> int:
     """Bytes of the model in a 16-bit dtype; tied parameters count once."""
-    return sum(2 * int(parameter.numel()) for parameter in model.parameters())
+    return 2 * int(model.num_parameters())
 
 
 def contribution_bytes(model: PreTrainedModel, storage: str) -> int:
@@ -38,7 +38,7 @@ def contribution_bytes(model: PreTrainedModel, storage: str) -> int:
     """
     model.to("meta")
     blocks = [model.get_submodule(name) for name in Architecture.of(model).blocks]
-    compact = block_bytes(model_bytes(model) // 2, len(blocks)) if storage == "compact" else None
+    compact = block_bytes(int(model.num_parameters()), len(blocks)) if storage == "compact" else None
     total = 0
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         with ExitStack() as stack:

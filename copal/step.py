@@ -87,7 +87,7 @@ class LayerReport:
         error_before, error_after: tr((W - W') G (W - W')^T) / tr(W G W^T) on the new domain, with the parent's weights
             and with the new ones; before is None where the parent is dense.
         response_shift: tr(W G_new W^T) / tr(W G_old W^T); None for the first domain.
-        damping: what the solve added to the diagonal of G, as a share of its mean; None where it solved nothing.
+        damping: what the solve added to the diagonal of G (`copal.solve.Damped`); None where it solved nothing.
     """
 
     name: str
@@ -99,7 +99,7 @@ class LayerReport:
     error_before: float | None
     error_after: float
     response_shift: float | None
-    damping: float | None = None
+    damping: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +176,7 @@ def prune_step(
     with atomic_folder(out) if writes else nullcontext(out) as folder:
         checkpoint = CheckpointWriter(model.checkpoint, folder / "model", shards=len(model) + 1, writes=writes)
         checkpoint.write(model.stored_outside(), {})
-        compact = block_bytes(model.parameters, len(model)) if calibration.storage == "compact" else None
+        compact = block_bytes(model.model.num_parameters(), len(model)) if calibration.storage == "compact" else None
         state = StateWriter(folder / "state", compact, writes=writes)
         with clock.measure("statistics"):
             stream = model.start(share_of_windows(domain.windows), batch)
@@ -215,9 +215,8 @@ def prune_step(
                 after, earlier = new[group].second, before[group].second if before else None
                 tokens = recorder.routed(group)
                 for linear in linears:
-                    layer = f"{name}.{linear}"
-                    found = _report(layer, tokens, dense[linear], was.get(linear), now[linear], after, earlier)
-                    reports.append(replace(found, damping=damping[group]))
+                    weights = (dense[linear], was.get(linear), now[linear])
+                    reports.append(_report(f"{name}.{linear}", tokens, damping[group], *weights, after, earlier))
             return reports
 
         for index, name in enumerate(model.architecture.blocks):
@@ -301,7 +300,14 @@ class _Clock:
 
 
 def _report(
-    name: str, tokens: int, dense: Tensor, was: Tensor | None, now: Tensor, new: Tensor, old: Tensor | None
+    name: str,
+    tokens: int,
+    damping: float | None,
+    dense: Tensor,
+    was: Tensor | None,
+    now: Tensor,
+    new: Tensor,
+    old: Tensor | None,
 ) -> LayerReport:
     """Compare one linear's weights (O, I) before and after on G_new (I, I) and G_old (I, I)."""
     energy = output_energy(dense, new)
@@ -320,4 +326,5 @@ def _report(
         error_before=error(was) if was is not None else None,
         error_after=error(now),
         response_shift=energy / old_energy if old_energy > 0 else None,
+        damping=damping,
     )

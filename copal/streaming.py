@@ -21,7 +21,7 @@ from accelerate.utils import set_module_tensor_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from copal.architecture import Architecture, as_rows, load_skeleton, names_in_model
+from copal.architecture import Architecture, as_rows, load_skeleton, names_in_model, shape_of
 from copal.checkpoint import Checkpoint
 from copal.errors import ModelError, NumericsError, ResourceError, SmallerBatchWarning
 
@@ -82,11 +82,6 @@ class StreamedModel:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    @property
-    def parameters(self) -> int:
-        """How many parameters the model has; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of parameter `name`: `name` itself where it holds none."""
         return self._stored.get(name, name)
@@ -116,12 +111,7 @@ class StreamedModel:
 
     def shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """(O, I) of each linear of block `index`."""
-        found = {}
-        for linear in self.architecture.linears[index]:
-            module = self._linear(index, linear)
-            rows, columns = as_rows(module, module.weight).shape  # type: ignore[arg-type]
-            found[linear] = (rows, columns)
-        return found
+        return {linear: shape_of(self._linear(index, linear)) for linear in self.architecture.linears[index]}
 
     def stored_weights(self, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `weights`: by the checkpoint's names, as it lays them out, in its dtype, on the CPU."""

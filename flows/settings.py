@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from copal.config import CalibrationConfig, PruneConfig, fingerprint, from_mapping
+from copal.config import CalibrationConfig, PruneConfig, check_whole, fingerprint, from_mapping
 from copal.errors import CopalError, DataError, SettingsError
 
 __all__ = [
@@ -62,9 +62,8 @@ class ModelSettings:
             raise SettingsError(f"model.name must be 1 to 64 letters, digits, '.', '_' or '-', not {self.name!r}")
         if self.dtype not in DTYPES:
             raise SettingsError(f"model.dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        for name, value in (("processes", self.processes), ("batch", self.batch)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise SettingsError(f"model.{name} must be a whole number of at least 1, not {value!r}")
+        check_whole("model.processes", self.processes, at_least=1)
+        check_whole("model.batch", self.batch, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -34,7 +34,6 @@ from flows.settings import Settings, Workspace, check_domain_name
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from copal.calibration import DomainWindows
     from copal.step import StepReport
@@ -230,6 +229,8 @@ def evaluate_step(
     The dense base's figures on earlier domains are taken from the head's record where the evaluation windows are the
     same.
     """
+    from flows.worker import evaluate_in_processes, evaluate_jobs
+
     began = time.perf_counter()
     new = step.version.domain
     windows = {name: _windows(step, name, Path(folder), settings) for name, folder in sorted(data.items())}
@@ -242,7 +243,12 @@ def evaluate_step(
     dense = {name: recorded[name] for name in unchanged}
     jobs = [(step.base, [name for name in tokens if name not in unchanged]), (step.out / "model", list(tokens))]
     jobs += [(step.parent / "model", [new])] if step.parent else []
-    of_base, after, *of_parent = _perplexities(settings, step, jobs, tokens, progress)
+    model = settings.model
+    if model.processes > 1:
+        scores = evaluate_in_processes(step.run / "evaluate", settings, jobs, tokens, progress)
+    else:
+        scores = evaluate_jobs(jobs, tokens, dtype=model.dtype, batch=model.batch, progress=progress)
+    of_base, after, *of_parent = [{name: score.perplexity for name, score in found.items()} for found in scores]
     dense |= of_base
     before = of_parent[0][new] if of_parent else dense[new]
     own = next(entry for entry in report.manifest.domains if entry.name == new)
@@ -416,36 +422,6 @@ def _windows(step: Step, domain: str, data: Path, settings: Settings) -> DomainW
         raise DataError(str(error).replace(str(data), f"data/{domain}")) from error
 
 
-def _perplexities(
-    settings: Settings,
-    step: Step,
-    jobs: Sequence[tuple[Path, Sequence[str]]],
-    tokens: Mapping[str, Tensor],
-    progress: Progress,
-) -> list[dict[str, float]]:
-    """For each checkpoint its perplexity on the domains named with it."""
-    if settings.model.processes > 1:
-        from flows.worker import evaluate_in_processes
-
-        scores = evaluate_in_processes(step.run / "evaluate", settings, jobs, tokens, progress)
-    else:
-        from copal.evaluate import evaluate
-
-        device, dtype = _device(settings)
-        scores = [
-            evaluate(
-                folder,
-                {name: tokens[name] for name in domains},
-                device=device,
-                dtype=dtype,
-                batch=settings.model.batch,
-                progress=progress,
-            )
-            for folder, domains in jobs
-        ]
-    return [{name: score.perplexity for name, score in found.items()} for found in scores]
-
-
 def _predicted(windows: DomainWindows) -> int:
     """Predicted tokens of the evaluation windows: all of a window but its first."""
     return windows.evaluation.shape[0] * (windows.evaluation.shape[1] - 1)
@@ -453,18 +429,17 @@ def _predicted(windows: DomainWindows) -> int:
 
 def has_gpu() -> bool:
     """Whether a step would run on a GPU here."""
-    from accelerate import PartialState
+    from copal.processes import device
 
-    return str(PartialState().device.type) != "cpu"
+    return device().type != "cpu"
 
 
 def _device(settings: Settings) -> tuple[torch.device, torch.dtype]:
-    from accelerate import PartialState
-
+    from copal.processes import device
     from copal.streaming import compute_dtype
 
-    device = PartialState().device
-    return device, compute_dtype(settings.model.dtype, device)
+    here = device()
+    return here, compute_dtype(settings.model.dtype, here)
 
 
 def _perplexity_when_newest(registry: Registry, earlier: tuple[DomainRecord, ...]) -> dict[str, float]:

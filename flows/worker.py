@@ -34,7 +34,7 @@ from copal.step import Base, LayerReport, NewDomain, Parent, StepReport, prune_s
 from copal.streaming import compute_dtype
 from flows.settings import Settings
 
-__all__ = ["evaluate_in_processes", "prune_in_processes"]
+__all__ = ["evaluate_in_processes", "evaluate_jobs", "prune_in_processes"]
 
 # In place of the user's own, which may be for another machine or purpose. MULTI_GPU: several, on a CPU as well.
 _ACCELERATE = {
@@ -82,6 +82,29 @@ def evaluate_in_processes(
     request = {"task": "evaluate", "jobs": [[checkpoint, list(domains)] for checkpoint, domains in jobs]}
     result = _in_processes(folder, settings, request, windows, progress)
     return [{domain: Score(*score) for domain, score in scores.items()} for scores in result]
+
+
+def evaluate_jobs(
+    jobs: Sequence[tuple[Path, Sequence[str]]],
+    windows: Mapping[str, Tensor],
+    *,
+    dtype: str,
+    batch: int,
+    progress: Progress,
+) -> list[dict[str, Score]]:
+    """`copal.evaluate.evaluate` of each job's checkpoint on each job's domains, in this process."""
+    here = device()
+    return [
+        evaluate(
+            checkpoint,
+            {domain: windows[domain] for domain in domains},
+            device=here,
+            dtype=compute_dtype(dtype, here),
+            batch=batch,
+            progress=progress,
+        )
+        for checkpoint, domains in jobs
+    ]
 
 
 def _in_processes(
@@ -186,18 +209,9 @@ def _parent(values: dict[str, Any]) -> Parent:
 
 
 def _evaluate(request: dict[str, Any], windows: Mapping[str, Tensor], progress: Progress) -> list[dict[str, Any]]:
-    found = []
-    for checkpoint, domains in request["jobs"]:
-        scores = evaluate(
-            Path(checkpoint),
-            {domain: windows[domain] for domain in domains},
-            device=device(),
-            dtype=compute_dtype(request["dtype"], device()),
-            batch=request["batch"],
-            progress=progress,
-        )
-        found.append({domain: (score.nats, score.tokens) for domain, score in scores.items()})
-    return found
+    jobs = [(Path(checkpoint), domains) for checkpoint, domains in request["jobs"]]
+    found = evaluate_jobs(jobs, windows, dtype=request["dtype"], batch=request["batch"], progress=progress)
+    return [{domain: (score.nats, score.tokens) for domain, score in scores.items()} for scores in found]
 
 
 def _tell(kind: str, value: Any) -> None:

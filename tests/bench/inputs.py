@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from copal.calibration import domain_windows
 from copal.config import CalibrationConfig
+from copal.processes import device
 from copal.progress import Progress
 from copal.step import Base, NewDomain
 from copal.streaming import compute_dtype
@@ -80,11 +80,11 @@ def fetch_inputs(folder: Path, data: Path | None, windows: int | None, progress:
 def load_inputs(folder: Path) -> Inputs:
     """What `fetch_inputs` put into `folder`, with the device and dtype that suit this machine."""
     tensors = load_file(folder / "windows.safetensors")
-    device = PartialState().device
+    here = device()
     return Inputs(
         base=Base(folder=folder / "base", fingerprint=base_fingerprint(folder / "base")),
         calibration={name: tensors[f"{name}.calibration"] for name in DOMAINS},
         evaluation={name: tensors[f"{name}.evaluation"] for name in DOMAINS},
-        device=device,
-        dtype=compute_dtype("auto", device),
+        device=here,
+        dtype=compute_dtype("auto", here),
     )
