@@ -10,10 +10,11 @@ share of the linears; the main one writes.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from torch import Tensor
 from copal.checkpoint import Checkpoint, CheckpointWriter
 from copal.compact import block_bytes
 from copal.config import CalibrationConfig, Pattern, PruneConfig
-from copal.errors import ModelError
-from copal.files import atomic_folder
+from copal.errors import ModelError, StateError
+from copal.files import atomic_folder, write_json
 from copal.masks import follows, zeros
 from copal.processes import from_main, gather, is_main, share, share_of_windows, sum_by_name
 from copal.progress import Progress, silent
@@ -33,7 +34,9 @@ from copal.solve import Pruned, prune_group
 from copal.state import DomainEntry, Manifest, StateReader, StateWriter, merge_blocks
 from copal.streaming import StreamedModel
 
-__all__ = ["Base", "LayerReport", "NewDomain", "Parent", "PruneGroup", "StepReport", "prune_step"]
+__all__ = ["Base", "LayerReport", "NewDomain", "Parent", "PruneGroup", "StepReport", "prune_step", "read_report"]
+
+_REPORT = "report.json"
 
 PruneGroup = Callable[[Mapping[str, Tensor], Moment, PruneConfig], Pruned]
 """(linear -> W (O, I), the statistics of their common input, settings) -> linear -> W' (O, I), and the damping."""
@@ -144,9 +147,9 @@ def prune_step(
     method: PruneGroup | None = None,
     progress: Progress = silent,
 ) -> StepReport:
-    """Add `domain` to what `parent` knows and prune the base again: writes `out`/model and `out`/state.
+    """Add `domain` to what `parent` knows and prune the base again: writes `out`/model, `out`/state and the report.
 
-    A domain that the parent's state already holds is replaced. `out` appears whole or not at all.
+    A domain that the parent's state already holds is replaced. `out` appears whole or not at all (`read_report`).
 
     Args:
         parent: None for the first domain.
@@ -239,7 +242,26 @@ def prune_step(
             own=own,
             others=old.others if old else (),
         )
-    return from_main(StepReport(layers=tuple(layers), manifest=manifest, seconds=clock.seconds))
+        report = StepReport(layers=tuple(layers), manifest=manifest, seconds=clock.seconds)
+        if writes:
+            told = {"layers": [asdict(layer) for layer in layers], "seconds": clock.seconds}
+            write_json(folder / _REPORT, told)
+    return from_main(report)
+
+
+def read_report(out: Path) -> StepReport:
+    """The report of the step that wrote the folder `out`.
+
+    Raises:
+        StateError: `out` is not what a step wrote, or is damaged.
+    """
+    manifest = StateReader(out / "state").manifest
+    try:
+        told = json.loads((out / _REPORT).read_text(encoding="utf-8"))
+        layers = tuple(LayerReport(**layer) for layer in told["layers"])
+        return StepReport(layers=layers, manifest=manifest, seconds=told["seconds"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{out / _REPORT} cannot be read: {error}") from error
 
 
 class _OldState:

@@ -6,6 +6,8 @@ again can help (fetching over a network, a registry that is busy) and none where
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,27 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
+from prefect.utilities.timeout import timeout
 
 from copal.errors import CopalError
 from copal.step import StepReport
 from flows import stages
-from flows.registry import Registry, open_registry
+from flows.claims import Claim
+from flows.registry import ModelVersion, Registry, open_registry
+from flows.run import Stages, run_step
 from flows.settings import Settings, load_settings, open_workspace
 from flows.stages import Evaluation, Step
 from flows.terminal import progress_bar
 
-__all__ = ["adapt", "perplexity_table"]
+__all__ = ["TimeLimitError", "adapt", "perplexity_table", "time_limit"]
+
+
+class TimeLimitError(CopalError):
+    """A step took longer than the settings allow."""
+
+
+class _OutOfTimeError(TimeoutError):
+    """Tells our limit from another library's."""
 
 
 def _may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -38,26 +51,28 @@ def fetch(workspace: str, step: Step) -> dict[str, str]:
 
 
 @task(cache_policy=NO_CACHE)
-def prune(settings: Settings, step: Step, data: str) -> StepReport:
+def prune(settings: Settings, step: Step, data: str, claim: Claim) -> StepReport:
     """One COPAL step; on the GPU where there is one."""
     with progress_bar() as progress:
-        return stages.prune_domain(settings, step, data, progress)
+        return stages.prune_domain(settings, step, data, claim.guard(progress))
 
 
 @task(cache_policy=NO_CACHE)
 def evaluate(
-    settings: Settings, registry: Registry, step: Step, report: StepReport, data: dict[str, str]
+    settings: Settings, registry: Registry, step: Step, report: StepReport, data: Mapping[str, str], claim: Claim
 ) -> Evaluation:
     """Perplexity on the new domain before the step and on every domain after it."""
     with progress_bar() as progress:
-        return stages.evaluate_step(settings, registry, step, report, data, progress)
+        return stages.evaluate_step(settings, registry, step, report, data, claim.guard(progress))
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=_may_pass)
-def register(settings: Settings, registry: Registry, step: Step, report: StepReport, evaluation: Evaluation) -> int:
+def register(
+    settings: Settings, registry: Registry, step: Step, report: StepReport, evaluation: Evaluation, claim: Claim
+) -> ModelVersion:
     """Register the version: the last thing that happens, it makes it `latest`."""
     with progress_bar() as progress:
-        return stages.register_step(settings, registry, step, report, evaluation, progress).number
+        return stages.register_step(settings, registry, step, report, evaluation, claim.seal, progress)
 
 
 @flow(name="adapt", flow_run_name="adapt to {domain}", validate_parameters=False)
@@ -73,30 +88,46 @@ def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
         The number of the new version; None where the newest version knows this data already.
 
     Raises:
-        CopalError: what a user has to mend; nothing was registered and nothing is left behind.
+        CopalError: what a user has to mend; nothing was registered. A version that is pruned waits for the next run.
+        TimeLimitError: the step took longer than run.time_limit.
     """
     work = open_workspace(Path(workspace))
     settings = load_settings(work.params)
-    registry = open_registry(work, settings)
-    with stages.exclusive(work):
-        step = stages.resolve(work, settings, registry, domain, rev)
-        if step is None:
-            return None
-        try:
-            data = fetch(workspace, step)
-            device = "gpu" if stages.has_gpu() else "cpu"
-            report = prune.with_options(tags=[device], task_run_name=f"prune on {device}")(settings, step, data[domain])
-            evaluation = evaluate(settings, registry, step, report, data)
-            number = register(settings, registry, step, report, evaluation)
-        except BaseException:
-            stages.discard(step)
-            raise
+    device = "gpu" if stages.has_gpu() else "cpu"
+    on_device = prune.with_options(tags=[device], task_run_name=f"prune on {device}")
+    do = Stages(
+        fetch=lambda workspace, step: fetch(str(workspace.root), step),
+        prune=on_device,
+        evaluate=evaluate,
+        register=register,
+    )
+    with time_limit(settings.run.time_limit):
+        made = run_step(work, settings, open_registry(work, settings), domain, rev, do, tell=print)
+    if made is None:
+        return None
     create_markdown_artifact(
         key="perplexity",
-        markdown=perplexity_table(number, report, evaluation),
-        description=f"{settings.model.name} version {number}: perplexity by domain",
+        markdown=perplexity_table(made.number, made.report, made.evaluation),
+        description=f"{settings.model.name} version {made.number}: perplexity by domain",
     )
-    return number
+    return made.number
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """End the `with` after so many seconds; None is never.
+
+    Raises:
+        TimeLimitError: it took longer.
+    """
+    try:
+        with timeout(seconds=seconds, timeout_exc_type=_OutOfTimeError):
+            yield
+    except _OutOfTimeError as error:
+        raise TimeLimitError(
+            f"the step took longer than run.time_limit, {seconds:g} s, and was stopped; what it has finished stays "
+            "for the next run: raise the limit, or give it a faster machine"
+        ) from error
 
 
 def perplexity_table(number: int, report: StepReport, evaluation: Evaluation) -> str:

@@ -186,8 +186,8 @@ def _export(arguments: argparse.Namespace) -> int:
 def _gc(arguments: argparse.Namespace) -> int:
     from flows.gc import collect
 
-    workspace, _, registry = _open(arguments)
-    found = collect(workspace, registry, dry_run=arguments.dry_run)
+    workspace, settings, registry = _open(arguments)
+    found = collect(workspace, settings, registry, dry_run=arguments.dry_run)
     for freed in found:
         print(f"{freed.what}: {freed.size / 1e6:.1f} MB")
     total = sum(freed.size for freed in found)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.settings import Workspace
-from flows.stages import exclusive
+from flows.claims import claimed
+from flows.settings import Settings, Workspace
+from flows.stages import exclusive, run_folders
 
 if TYPE_CHECKING:
     from flows.registry import Registry
@@ -24,11 +25,12 @@ class Freed:
     size: int
 
 
-def collect(workspace: Workspace, registry: Registry, *, dry_run: bool = False) -> list[Freed]:
-    """Delete the running sum of every version but the head, and the run folders; waits for a step that runs.
+def collect(workspace: Workspace, settings: Settings, registry: Registry, *, dry_run: bool = False) -> list[Freed]:
+    """Delete the running sum of every version but the head, run folders that no run will go on with, and what killed
+    registrations left in the registry; waits for a step that runs. What a version refers to is never deleted.
 
     A step needs the head's sum only. After a version was withdrawn the new head's may be gone: the next step makes it
-    again from the contributions, which are never deleted here.
+    again from the contributions.
 
     Args:
         dry_run: only say what would go.
@@ -36,16 +38,23 @@ def collect(workspace: Workspace, registry: Registry, *, dry_run: bool = False) 
     Raises:
         RegistryError: the registry cannot be read, or its artifact store does not let sums be deleted.
     """
-    found = []
-    with exclusive(workspace):  # whoever uses a run folder holds the lock
+    found: list[Freed] = []
+    head = registry.head()
+    if head is None:
+        return found
+    with exclusive(workspace), claimed(registry, "collect garbage", lease=settings.run.lease):
         for version in registry.versions()[:-1]:
             size = registry.drop_sum(version, dry_run=dry_run)
             if size:
                 found.append(Freed(what=f"running sum of version {version.number}", size=size))
-        for folder in sorted(path for path in workspace.runs.glob("*") if path.is_dir()):
+        for folder, built_on in run_folders(workspace).items():
+            if built_on == head.number:  # a finished version may wait there
+                continue
             found.append(Freed(what=str(folder.relative_to(workspace.root)), size=_size(folder)))
             if not dry_run:
                 shutil.rmtree(folder)
+        if not dry_run:
+            registry.sweep()
     return found
 
 

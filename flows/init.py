@@ -126,6 +126,10 @@ watch:
   branch: null            # whose pointers are wanted; null: whatever HEAD is
   interval: 60.0          # seconds between two checks
 
+run:
+  lease: 60.0             # seconds after which a worker that gives no sign of life may be taken over
+  time_limit: null        # seconds after which a step is stopped; null: never
+
 registry:
   uri: null               # an MLflow tracking URI; null: SQLite in .copal/
                           # (COPAL_REGISTRY_URI, else MLFLOW_TRACKING_URI, goes first)

@@ -4,8 +4,9 @@ A registered model name is one lineage. MLflow reserves the alias `latest`: it c
 newest version. So a version is published by creating it, and it is created last: artifacts, metrics and links are there
 before, and MLflow writes the version and its tags in one transaction. What fails earlier leaves `latest` where it was.
 
-MLflow has no compare-and-set, so two hosts can still create a version each on the same parent. Version numbers decide:
-a version whose parent is older than the version before it lost the race. It is never shown, and its host withdraws it.
+MLflow has no compare-and-set. Names are unique, though, and that is what claims are made of (`flows.claims`): only who
+holds the lineage publishes. Should two versions still be created on the same parent (by another copal, or by hand),
+numbers decide: a version whose parent is older than the version before it lost. It is never shown, and is withdrawn.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 _LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
 _SUM_DROPPED = "copal.sum_dropped"
+_CLAIM = ".claim-"
+_CLAIM_DESCRIPTION = "Not a model: who works on the lineage of that name now, or did last (kept by copal)."
 
 
 class RegistryError(CopalError):
@@ -298,6 +301,7 @@ class Registry:
         metrics: Sequence[DomainMetrics],
         parent: ModelVersion | None,
         expected_head: int | None,
+        seal: Callable[[str], None] | None = None,
     ) -> ModelVersion:
         """Publish a version whole, or not at all.
 
@@ -309,6 +313,9 @@ class Registry:
             parent: None for the root of a lineage. Where the lineage has a root of the same base, nothing is made and
                 that root is the answer.
             expected_head: number of the head that the step began with.
+            seal: called with the id of the stored artifacts at the last moment before the version is created; raises
+                where the lineage was taken over. What is sealed is not withdrawn if creating the version fails: the
+                next holder of the lineage adopts it.
 
         Raises:
             HeadMovedError: the head is not `expected_head` any more.
@@ -346,12 +353,117 @@ class Registry:
                 _log_links(client, run_id, model.model_id, parent)
                 _log_results(client, run_id, model.model_id, record, metrics)
                 _end_run(client, run_id, "FINISHED")
-                version = self._publish(client, run_id, model, record, expected_head)
+                self._make_name(client)
+                self._check_head(_published(self._all_versions(client)), expected_head)
+                if seal:
+                    seal(model.model_id)
             except BaseException:
                 self._undo(client, run_id, model)
                 raise
-            self._tidy(client, experiment_id, version, model)
+            try:
+                version = self._publish(client, model)
+            except BaseException as error:
+                if seal is None or isinstance(error, HeadMovedError):
+                    self._undo(client, run_id, model)
+                raise
+            with _never_fails("tidying up after a registration"):
+                self._link(client, version, model)
+                self._sweep(client, experiment_id, version)
             return version
+
+    def adopt(self, logged_model: str) -> None:
+        """Publish the artifacts that a process had sealed before it died; nothing where they are published or void.
+
+        Raises:
+            RegistryError: the store fails.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with self._store() as client:
+            versions = self._all_versions(client)
+            if any(version.tags["copal.logged_model"] == logged_model for version in versions):
+                return
+            try:
+                model = client.get_logged_model(logged_model)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # withdrawn
+                    return
+                raise
+            shown = _published(versions)
+            if int(model.tags.get("copal.parent_version", 0)) == (shown[-1].number if shown else 0):
+                self._link(client, self._publish(client, model), model)
+
+    def sweep(self) -> None:
+        """Discard what killed registrations left. Only for who holds the lineage.
+
+        Raises:
+            RegistryError: the store fails.
+        """
+        head = self.head()
+        if head is not None:
+            with self._store() as client:
+                self._sweep(client, self._experiment(client), head)
+
+    # -- who works on the lineage: the log that `flows.claims` keeps --
+
+    def claims(self) -> dict[int, dict[str, str]]:
+        """The entries that are there, by number; values as `add_claim` got them.
+
+        Raises:
+            RegistryError: the store cannot be read.
+        """
+        prefix = f"{self.model_name}{_CLAIM}"
+        with self._store() as client:
+            query = f"name LIKE '{prefix}%'"  # an underscore matches anything, hence the look at the name
+            found = _pages(lambda token: client.search_registered_models(query, page_token=token))
+            return {
+                int(entry.name.removeprefix(prefix)): dict(entry.tags)
+                for entry in found
+                if entry.name.startswith(prefix)
+            }
+
+    def add_claim(self, number: int, values: Mapping[str, str]) -> None:
+        """Append an entry, unless another has that number; the caller looks whose it is.
+
+        Raises:
+            RegistryError: the store fails.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with self._store() as client:
+            try:
+                client.create_registered_model(self._claim(number), dict(values), _CLAIM_DESCRIPTION)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+
+    def extend_claim(self, number: int, values: Mapping[str, str]) -> None:
+        """Change values of an entry.
+
+        Raises:
+            RegistryError: there is none, or the store fails.
+        """
+        with self._store() as client:
+            for name, value in values.items():
+                client.set_registered_model_tag(self._claim(number), name, value)
+
+    def drop_claim(self, number: int) -> None:
+        """Delete an entry that others have passed, if it is there.
+
+        Raises:
+            RegistryError: the store fails.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with self._store() as client:
+            try:
+                client.delete_registered_model(self._claim(number))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another was faster
+                    raise
+
+    def _claim(self, number: int) -> str:
+        return f"{self.model_name}{_CLAIM}{number:08d}"
 
     # -- the steps of register --
 
@@ -380,9 +492,7 @@ class Registry:
         self._check_base(record, parent)
         self.check_sparsity(parent, record["sparsity"]["target"])
 
-    def _publish(
-        self, client: MlflowClient, run_id: str, model: Any, record: Mapping[str, Any], expected_head: int | None
-    ) -> ModelVersion:
+    def _make_name(self, client: MlflowClient) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -390,13 +500,16 @@ class Registry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        self._check_head(_published(self._all_versions(client)), expected_head)
+
+    def _publish(self, client: MlflowClient, model: Any) -> ModelVersion:
+        """Create the version of a logged model, which carries the version's tags."""
+        tags = {name: value for name, value in model.tags.items() if name.startswith("copal.")}
         # The location, not models:/<id>: MLflow would look the id up in the process-wide store, not in this client's.
         made = client.create_model_version(
             self.model_name,
             source=model.artifact_location,
-            run_id=run_id,
-            tags=_tags(record) | {"copal.logged_model": model.model_id},
+            run_id=model.source_run_id,
+            tags=tags | {"copal.logged_model": model.model_id},
             model_id=model.model_id,
         )
         versions = _published(self._all_versions(client))
@@ -420,29 +533,34 @@ class Registry:
                 self._discard(client, model)
             _end_run(client, run_id, "FAILED")
 
-    def _tidy(self, client: MlflowClient, experiment_id: str, head: ModelVersion, model: Any) -> None:
-        """Link the new head's artifacts to it for MLflow's UI; discard what killed registrations left.
+    def _link(self, client: MlflowClient, version: ModelVersion, model: Any) -> None:
+        """Link artifacts to their version for MLflow's UI."""
+        if _LINKED not in client.get_logged_model(model.model_id).tags:  # a server has done it
+            link = json.dumps([{"name": self.model_name, "version": version.number}])
+            client.set_logged_model_tags(model.model_id, {_LINKED: link})
+
+    def _sweep(self, client: MlflowClient, experiment_id: str, head: ModelVersion) -> None:
+        """Discard what killed registrations left: runs, artifacts, versions that lost.
 
         A leftover is never in the way: it is no version, or one that lost (see `_published`). One with an older parent
-        than the head's can never be published any more, so nobody is at work on it.
+        than the head can never be published any more.
         """
-        with _never_fails("tidying up after a registration"):
-            if _LINKED not in client.get_logged_model(model.model_id).tags:  # a server has done it
-                link = json.dumps([{"name": self.model_name, "version": head.number}])
-                client.set_logged_model_tags(model.model_id, {_LINKED: link})
-            every = self._all_versions(client)
-            shown = {version.number: version.tags["copal.logged_model"] for version in _published(every)}
-            for version in every:
-                if version.number not in shown and version.number < head.number:
-                    client.delete_model_version(self.model_name, str(version.number))
-            for leftover in _pages(lambda token: client.search_logged_models([experiment_id], page_token=token)):
-                tags = leftover.tags
-                # The link alone would not do: a process may have been killed between publishing and linking.
-                published = leftover.model_id in shown.values() or _LINKED in tags
-                ours = "copal.lineage_digest" in tags
-                if ours and not published and int(tags.get("copal.parent_version", 0)) < (head.parent or 0):
-                    self._discard(client, leftover)
-                    _end_run(client, leftover.source_run_id, "FAILED")
+        every = self._all_versions(client)
+        shown = {version.number: version.tags["copal.logged_model"] for version in _published(every)}
+        for version in every:
+            if version.number not in shown and version.number < head.number:
+                client.delete_model_version(self.model_name, str(version.number))
+        for leftover in _pages(lambda token: client.search_logged_models([experiment_id], page_token=token)):
+            tags = leftover.tags
+            # The link alone would not do: a process may have been killed between publishing and linking.
+            published = leftover.model_id in shown.values() or _LINKED in tags
+            ours = "copal.lineage_digest" in tags
+            if ours and not published and int(tags.get("copal.parent_version", 0)) < head.number:
+                self._discard(client, leftover)
+                _end_run(client, leftover.source_run_id, "FAILED")
+        running = "attributes.status = 'RUNNING' and tags.`mlflow.source.name` = 'copal'"
+        for run in _pages(lambda token: client.search_runs([experiment_id], running, page_token=token)):
+            _end_run(client, run.info.run_id, "KILLED")
 
     def _discard(self, client: MlflowClient, model: Any) -> None:
         local = _local_path(model.artifact_location)

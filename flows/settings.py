@@ -19,6 +19,7 @@ from copal.errors import CopalError, DataError, SettingsError
 __all__ = [
     "ModelSettings",
     "RegistrySettings",
+    "RunSettings",
     "Settings",
     "WatchSettings",
     "Workspace",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 DTYPES = ("auto", "bfloat16", "float32")
-SECTIONS = ("model", "calibration", "prune", "domains", "watch", "registry")
+SECTIONS = ("model", "calibration", "prune", "domains", "watch", "run", "registry")
 IGNORED_SECTIONS = ("benchmark",)  # read by a stage of dvc.yaml, not by copal
 
 _T = TypeVar("_T")
@@ -86,6 +87,25 @@ class WatchSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """How long a step may take.
+
+    Attributes:
+        lease: seconds after which a worker that gives no sign of life may be taken over, at least 1.
+        time_limit: seconds after which a step is stopped; None is never.
+    """
+
+    lease: float = 60.0
+    time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_positive(self.lease) or self.lease < 1:
+            raise SettingsError(f"run.lease must be a number of seconds of at least 1, not {self.lease!r}")
+        if self.time_limit is not None and not _is_positive(self.time_limit):
+            raise SettingsError(f"run.time_limit must be a number of seconds above 0 or null, not {self.time_limit!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RegistrySettings:
     """Where versions are registered.
 
@@ -117,6 +137,7 @@ class Settings:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     watch: WatchSettings = field(default_factory=WatchSettings)
+    run: RunSettings = field(default_factory=RunSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -158,6 +179,7 @@ class Settings:
             "prune": prune,
             "domains": {domain: {"weight": weight} for domain, weight in self.weights.items()},
             "watch": asdict(self.watch),
+            "run": asdict(self.run),
             "registry": asdict(self.registry),
         }
 
@@ -286,6 +308,7 @@ def _settings(content: dict[Any, Any]) -> Settings:
         calibration=_section(CalibrationConfig, "calibration", content.get("calibration")),
         prune=_section(PruneConfig, "prune", content.get("prune")),
         watch=_section(WatchSettings, "watch", content.get("watch")),
+        run=_section(RunSettings, "run", content.get("run")),
         registry=replace(registry, uri=uri) if uri else registry,
         weights={name: _section(_DomainSettings, f"domains.{name}", domains[name]).weight for name in domains},
     )

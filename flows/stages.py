@@ -2,25 +2,34 @@
 
 A stage takes and gives paths, ids and small values, never tensors. Everything is staged in a run folder under the
 workspace and becomes visible only when the registry has the version, which is what moves `latest`.
+
+    runs/<key>/step.json          what the folder is for, and the code that works on it
+               version/           model/, state/ and the report, once pruning is whole
+               evaluation.json    once evaluation is
+
+Each appears by a rename. A run that finds them goes on from there: `staged_report`, `staged_evaluation`.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from copal.errors import CopalError, DataError
-from copal.files import locked
+from copal.errors import CopalError, DataError, StateError
+from copal.files import locked, write_atomic
 from copal.progress import Progress, silent
+from flows.claims import claimed
 from flows.git import run_git
 from flows.lineage import (
     DomainRecord,
@@ -54,8 +63,13 @@ __all__ = [
     "register_root",
     "register_step",
     "resolve",
+    "run_folders",
+    "stage",
+    "staged_evaluation",
+    "staged_report",
 ]
 
+_STEP, _EVALUATION = "step.json", "evaluation.json"
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "prefect", "mlflow", "dvc")
 
 
@@ -107,7 +121,11 @@ class Evaluation:
 
 @contextmanager
 def exclusive(workspace: Workspace) -> Iterator[None]:
-    """Hold the workspace's lock: steps of one workspace are serial. The system frees it when the process dies."""
+    """Hold the workspace's lock: what sets a workspace up and what clears it run alone.
+
+    Steps do not need it: who works on a lineage is a matter of `flows.claims`. The system frees it when the process
+    dies.
+    """
     workspace.lock.parent.mkdir(parents=True, exist_ok=True)
     with locked(workspace.lock):
         yield
@@ -177,6 +195,56 @@ def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
     }
 
 
+def stage(step: Step) -> None:
+    """Make the step's run folder ready: what an earlier run finished stays, what it left half done goes.
+
+    What another version of copal made goes too: it might not be what this one would make.
+    """
+    meant = {"key": step.key, "head": step.head, "code": _code()}
+    if _meant(step.run) != meant:
+        discard(step)
+        step.run.mkdir(parents=True)
+        write_atomic(step.run / _STEP, json.dumps(meant))
+    for path in step.run.iterdir():
+        if path.name not in (_STEP, _EVALUATION, step.out.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def staged_report(step: Step) -> StepReport | None:
+    """The report of the version that an earlier run staged; None where there is none, or it is damaged."""
+    from copal.step import read_report
+
+    try:
+        return read_report(step.out) if step.out.is_dir() else None
+    except StateError:
+        discard(step)
+        stage(step)
+        return None
+
+
+def staged_evaluation(step: Step) -> Evaluation | None:
+    """The evaluation of the staged version by an earlier run; None where there is none."""
+    path = step.run / _EVALUATION
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Evaluation(**values | {"domains": tuple(DomainRecord(**domain) for domain in values["domains"])})
+
+
+def run_folders(workspace: Workspace) -> dict[Path, int | None]:
+    """Every run folder, with the version that its step builds on; None: nobody will go on with it."""
+    found = sorted(path for path in workspace.runs.glob("*") if path.is_dir())
+    return {path: (_meant(path) or {}).get("head") for path in found}
+
+
+def _meant(run: Path) -> dict[str, Any] | None:
+    try:
+        meant = json.loads((run / _STEP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return meant if isinstance(meant, dict) else None
+
+
 def prune_domain(settings: Settings, step: Step, data: str, progress: Progress = silent) -> StepReport:
     """Prune the base for every domain so far and the one in the folder `data`; stages model/ and state/.
 
@@ -189,7 +257,6 @@ def prune_domain(settings: Settings, step: Step, data: str, progress: Progress =
     parent = None
     if step.parent:
         parent = Parent(version=step.head, model=step.parent / "model", state=step.parent / "state", states=step.states)
-    discard(step)
     base = Base(folder=step.base, fingerprint=step.base_fingerprint)
     domain = NewDomain(
         name=step.version.domain,
@@ -275,13 +342,15 @@ def evaluate_step(
             for entry in step.earlier
         ),
     ]
-    return Evaluation(
+    evaluation = Evaluation(
         perplexity=after,
         dense=dict(sorted(dense.items())),
         before=before,
         domains=tuple(sorted(domains, key=lambda domain: domain.name)),
         seconds=time.perf_counter() - began,
     )
+    write_atomic(step.run / _EVALUATION, json.dumps(asdict(evaluation)))
+    return evaluation
 
 
 def register_step(
@@ -290,12 +359,17 @@ def register_step(
     step: Step,
     report: StepReport,
     evaluation: Evaluation,
+    seal: Callable[[str], None] | None = None,
     progress: Progress = silent,
 ) -> ModelVersion:
     """Register the staged version with its record; it becomes `latest` last of all.
 
+    Args:
+        seal: see `flows.registry.Registry.register`.
+
     Raises:
         HeadMovedError: another version was registered since `resolve`.
+        ClaimLostError: the lineage was taken over.
         RegistryError: the registry cannot be written.
     """
     from copal.evaluate import backward_transfer
@@ -350,8 +424,7 @@ def register_step(
         )
         for domain in evaluation.domains
     ]
-    registered = registry.register(step.out, record, metrics=metrics, parent=head, expected_head=step.head)
-    discard(step)
+    registered = registry.register(step.out, record, metrics=metrics, parent=head, expected_head=step.head, seal=seal)
     progress("register", 1, 1)
     return registered
 
@@ -365,9 +438,10 @@ def register_root(
         LineageConflictError: the name's lineage has another base.
     """
     progress("register base", 0, 1)
-    staged = workspace.runs / f"base-{base.fingerprint[:16]}"
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
+    workspace.runs.mkdir(parents=True, exist_ok=True)
+    scratch = TemporaryDirectory(prefix="base-", dir=workspace.runs)
+    with claimed(registry, "register the base", lease=settings.run.lease) as claim, scratch as folder:
+        staged = Path(folder)
         shutil.copytree(base.folder, staged / "model", copy_function=_link_or_copy)
         record = build_record(
             model=settings.model.name,
@@ -389,9 +463,8 @@ def register_root(
             **_surroundings(settings),
             files=file_digests(staged / "model", staged),
         )
-        registered = registry.register(staged, record, metrics=[], parent=None, expected_head=None)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        registered = registry.register(staged, record, metrics=[], parent=None, expected_head=None, seal=claim.seal)
+        claim.unseal()
     progress("register base", 1, 1)
     return registered
 

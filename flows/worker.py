@@ -29,8 +29,7 @@ from copal.evaluate import Score, evaluate
 from copal.files import write_atomic
 from copal.processes import device, is_main
 from copal.progress import Progress, silent
-from copal.state import StateReader
-from copal.step import Base, LayerReport, NewDomain, Parent, StepReport, prune_step
+from copal.step import Base, NewDomain, Parent, StepReport, prune_step, read_report
 from copal.streaming import compute_dtype
 from flows.settings import Settings
 
@@ -66,9 +65,8 @@ def prune_in_processes(
         "calibration": asdict(settings.calibration),
         "prune": asdict(settings.prune),
     }
-    result = _in_processes(folder, settings, request, {domain.name: domain.windows}, progress)
-    layers = tuple(LayerReport(**layer) for layer in result["layers"])
-    return StepReport(layers=layers, manifest=StateReader(out / "state").manifest, seconds=result["seconds"])
+    _in_processes(folder, settings, request, {domain.name: domain.windows}, progress)
+    return read_report(out)
 
 
 def evaluate_in_processes(
@@ -186,9 +184,9 @@ def _main(folder: Path) -> int:
     return 0
 
 
-def _prune(request: dict[str, Any], windows: Mapping[str, Tensor], progress: Progress) -> dict[str, Any]:
+def _prune(request: dict[str, Any], windows: Mapping[str, Tensor], progress: Progress) -> None:
     base, parent, domain = request["base"], request["parent"], request["domain"]
-    report = prune_step(
+    prune_step(
         Base(folder=Path(base["folder"]), fingerprint=base["fingerprint"]),
         _parent(parent) if parent else None,
         NewDomain(**domain, windows=windows[domain["name"]]),
@@ -200,7 +198,6 @@ def _prune(request: dict[str, Any], windows: Mapping[str, Tensor], progress: Pro
         batch=request["batch"],
         progress=progress,
     )
-    return {"layers": [asdict(layer) for layer in report.layers], "seconds": dict(report.seconds)}
 
 
 def _parent(values: dict[str, Any]) -> Parent:

@@ -11,20 +11,16 @@ from mlflow import MlflowClient
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from copal.checkpoint import Checkpoint
-from flows import stages
 from flows.cli import main
 from flows.gc import collect
 from flows.lineage import verify_files
 from flows.registry import RegistryError
+from flows.run import plain_stages, run_step
 
 
 def step(bench, domain: str) -> None:
     """One step without Prefect."""
-    resolved = stages.resolve(bench.workspace, bench.settings, bench.registry, domain, None)
-    data = stages.fetch_data(bench.workspace, resolved)
-    report = stages.prune_domain(bench.settings, resolved, data[domain])
-    evaluation = stages.evaluate_step(bench.settings, bench.registry, resolved, report, data)
-    stages.register_step(bench.settings, bench.registry, resolved, report, evaluation)
+    assert run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
 
 
 @pytest.fixture
@@ -59,19 +55,19 @@ def test_old_sums_go_and_the_next_step_gives_the_same_weights(lineage):
     before, contribution = sums(lineage, 3), list((folder(lineage, 2) / "state" / "contribution").iterdir())
     size = sum(path.stat().st_size for path in sums(lineage, 2))
 
-    freed = collect(lineage.workspace, lineage.registry)
+    freed = collect(lineage.workspace, lineage.settings, lineage.registry)
 
     assert [(one.what, one.size) for one in freed] == [("running sum of version 2", size)]
     assert sums(lineage, 2) == []
     assert sums(lineage, 3) == before
     assert all(path.is_file() for path in contribution)
-    assert collect(lineage.workspace, lineage.registry) == []
+    assert collect(lineage.workspace, lineage.settings, lineage.registry) == []
     for version in lineage.registry.versions():
         record, found = lineage.registry.record(version), lineage.registry.folder(version)
         assert verify_files(record, found, sum_dropped=version.sum_dropped) == []
     step(lineage, "medical")
     with_gc = weights(lineage, 4)
-    collect(lineage.workspace, lineage.registry)  # the sum of 3, which the step read
+    collect(lineage.workspace, lineage.settings, lineage.registry)  # the sum of 3, which the step read
     assert sums(lineage, 3) == []
 
     lineage.set("name: tiny", "name: without")
@@ -86,7 +82,7 @@ def test_a_step_on_a_version_whose_sum_went_gives_what_it_gave_with_it(lineage):
     uri = lineage.registry.tracking_uri
     step(lineage, "medical")
     with_sum = weights(lineage, 4)
-    collect(lineage.workspace, lineage.registry)
+    collect(lineage.workspace, lineage.settings, lineage.registry)
     MlflowClient(tracking_uri=uri, registry_uri=uri).delete_model_version("tiny", "4")
     assert lineage.registry.head().number == 3
     assert sums(lineage, 3) == []
@@ -122,7 +118,7 @@ def test_sums_in_a_remote_store_go_with_their_copies(lineage, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(LocalArtifactRepository, "delete_artifacts", lambda *args: None)  # as some stores do
         with pytest.raises(RegistryError, match=r"does not let copal delete .*/state/sum"):
-            collect(lineage.workspace, lineage.registry)
+            collect(lineage.workspace, lineage.settings, lineage.registry)
     shutil.rmtree(copy)
     copy = folder(lineage, 2)
     assert (copy / "state" / "sum").is_dir()

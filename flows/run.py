@@ -1,0 +1,112 @@
+"""One step from taking the lineage to the version: what runs, what an earlier run has finished, what is left behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from copal.progress import Progress, silent
+from flows import stages
+from flows.claims import Claim, claimed
+from flows.registry import HeadMovedError
+from flows.stages import Evaluation, Step
+
+if TYPE_CHECKING:
+    from copal.step import StepReport
+    from flows.registry import ModelVersion, Registry
+    from flows.settings import Settings, Workspace
+
+__all__ = ["Made", "Stages", "plain_stages", "run_step", "sweep"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stages:
+    """The stages of a step; the flow `adapt` makes Prefect tasks of them. See the functions of these names."""
+
+    fetch: Callable[[Workspace, Step], Mapping[str, str]]
+    prune: Callable[[Settings, Step, str, Claim], StepReport]
+    evaluate: Callable[[Settings, Registry, Step, StepReport, Mapping[str, str], Claim], Evaluation]
+    register: Callable[[Settings, Registry, Step, StepReport, Evaluation, Claim], ModelVersion]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """What a step made."""
+
+    number: int
+    report: StepReport
+    evaluation: Evaluation
+
+
+def plain_stages(progress: Progress = silent) -> Stages:
+    """The stages as they are, without Prefect."""
+    return Stages(
+        fetch=stages.fetch_data,
+        prune=lambda settings, step, data, claim: stages.prune_domain(settings, step, data, claim.guard(progress)),
+        evaluate=lambda settings, registry, step, report, data, claim: stages.evaluate_step(
+            settings, registry, step, report, data, claim.guard(progress)
+        ),
+        register=lambda settings, registry, step, report, evaluation, claim: stages.register_step(
+            settings, registry, step, report, evaluation, claim.seal, progress
+        ),
+    )
+
+
+def run_step(
+    workspace: Workspace,
+    settings: Settings,
+    registry: Registry,
+    domain: str,
+    rev: str | None,
+    do: Stages,
+    tell: Callable[[str], None] | None = None,
+) -> Made | None:
+    """Adapt the head of the lineage to a dataset version, alone on the lineage; None where the head knows it already.
+
+    What an earlier run of the same step has finished is not done again. Whatever stops this one, a version that is
+    pruned stays staged for the next run, and what is half done goes.
+
+    Args:
+        tell: called with a line where another process has the lineage.
+
+    Raises:
+        CopalError: see the stages; nothing was registered.
+    """
+    if stages.resolve(workspace, settings, registry, domain, rev) is None:  # takes no claim for nothing
+        return None
+    with claimed(registry, f"adapt to {domain}", lease=settings.run.lease, tell=tell) as claim:
+        step = stages.resolve(workspace, settings, registry, domain, rev)
+        sweep(workspace, registry)
+        if step is None:
+            return None
+        stages.stage(step)
+        try:
+            made = _stages(settings, registry, workspace, step, claim, do)
+        except BaseException as error:
+            if not step.out.is_dir() or isinstance(error, HeadMovedError):
+                stages.discard(step)
+            raise
+        claim.unseal()
+        stages.discard(step)
+        return made
+
+
+def _stages(settings: Settings, registry: Registry, workspace: Workspace, step: Step, claim: Claim, do: Stages) -> Made:
+    report = stages.staged_report(step)
+    evaluation = stages.staged_evaluation(step)
+    if report is None or evaluation is None:
+        data = do.fetch(workspace, step)
+        report = report or do.prune(settings, step, data[step.version.domain], claim)
+        evaluation = do.evaluate(settings, registry, step, report, data, claim)
+    version = do.register(settings, registry, step, report, evaluation, claim)
+    return Made(number=version.number, report=report, evaluation=evaluation)
+
+
+def sweep(workspace: Workspace, registry: Registry) -> None:
+    """Remove the run folders of steps on versions that are not the head any more: nobody can publish them."""
+    head = registry.head()
+    for folder, built_on in stages.run_folders(workspace).items():
+        if built_on is not None and head is not None and built_on < head.number:
+            shutil.rmtree(folder)
