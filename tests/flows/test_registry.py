@@ -337,7 +337,8 @@ def test_a_version_whose_process_was_killed_after_publishing_it_stays(
 ) -> None:
     root = publish(registry, tmp_path / "0", None, [])
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "_tidy", lambda *args: None)
+        patch.setattr(Registry, "_link", lambda *args: None)
+        patch.setattr(Registry, "_sweep", lambda *args: None)
         code = publish(registry, tmp_path / "1", root, ["code"])
     legal = publish(registry, tmp_path / "2", code, ["code", "legal"])
     publish(registry, tmp_path / "3", legal, ["code", "legal", "medical"])
