@@ -821,7 +821,7 @@ def _flush_all(folder: Path | None) -> None:
 
 def _check_sqlite(path: Path) -> None:
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as connection:
             connection.execute("PRAGMA schema_version").fetchone()
     except sqlite3.Error as error:
         raise RegistryError(f"MLflow store {path}: {error}; bring back a copy, or name another store") from error

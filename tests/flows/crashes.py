@@ -1,0 +1,125 @@
+"""Kills a step at a named point, or at any time: what `test_crash.py` and the soak test run in processes of their own.
+
+A point is a call of the code that does the work, wrapped so that the process kills itself before or after it: no
+handler runs, nothing is flushed. Processes are forked from one that has the libraries imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flows.registry import open_registry
+from flows.run import plain_stages, run_step
+from flows.settings import load_settings, open_workspace
+
+_PRELOADED = [
+    "torch", "transformers", "datasets", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store", "dvc.repo", "dvc.api", "flows.worker", "flows.run", "crashes",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place to die: `when` ("before" or "after") the `nth` call of `target` ("module:Name.attribute")."""
+
+    target: str
+    when: str
+    nth: int = 1
+    of: str = ""  # only calls with this in their arguments count
+
+    def __str__(self) -> str:
+        place = self.target.split(":")[1] + (f"({self.of})" if self.of else "")
+        return f"{self.when} {place}" + (f" #{self.nth}" if self.nth > 1 else "")
+
+
+def _both(target: str, nth: int = 1, of: str = "") -> list[Point]:
+    return [Point(target, when, nth, of) for when in ("before", "after")]
+
+
+# In the order in which a step comes by.
+POINTS = [
+    *_both("flows.registry:Registry.add_claim"),
+    *_both("flows.stages:write_atomic", of="step.json"),
+    Point("flows.datasets:_download", "before"),
+    Point("flows.datasets:_verify", "after"),
+    Point("flows.datasets:_fetch_once", "after"),
+    Point("copal.checkpoint:CheckpointWriter.write", "after"),
+    Point("copal.state:StateWriter.contribution", "after"),
+    Point("copal.state:StateWriter.sum", "after", 2),
+    Point("copal.checkpoint:CheckpointWriter.write", "after", 3),
+    Point("copal.checkpoint:CheckpointWriter.finish", "after"),
+    Point("copal.state:StateWriter.finish", "after"),
+    *_both("pathlib:Path.rename", of="version.partial"),
+    *_both("flows.stages:write_atomic", of="evaluation.json"),
+    Point("flows.registry:write_record", "after"),
+    Point("mlflow:MlflowClient.create_run", "after"),
+    *_both("mlflow:MlflowClient.create_logged_model"),
+    *_both("mlflow:MlflowClient.log_model_artifacts"),
+    Point("mlflow:MlflowClient.finalize_logged_model", "after"),
+    Point("mlflow:MlflowClient.log_outputs", "after"),
+    Point("mlflow:MlflowClient.log_batch", "after"),
+    Point("mlflow:MlflowClient.set_terminated", "after"),
+    *_both("flows.registry:Registry.add_claim", 2),
+    Point("flows.registry:Registry.drop_claim", "after", 2),
+    *_both("mlflow:MlflowClient.create_model_version"),
+    Point("mlflow:MlflowClient.set_logged_model_tags", "after"),
+    *_both("flows.stages:discard", 2),
+    *_both("flows.registry:Registry.add_claim", 3),
+]  # fmt: skip
+
+
+def start(root: Path, domain: str, rev: str, point: Point | None = None) -> Any:
+    """A process that takes one step; dies at `point`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    process = context.Process(target=_step, args=(str(root), domain, rev, point))
+    process.start()
+    return process
+
+
+def _step(root: str, domain: str, rev: str, point: Point | None) -> None:
+    torch.set_num_threads(1)
+    if point:
+        _arm(point)
+    workspace = open_workspace(Path(root))
+    settings = load_settings(workspace.params)
+    run_step(workspace, settings, open_registry(workspace, settings), domain, rev, plain_stages())
+
+
+def _arm(point: Point) -> None:
+    module, _, path = point.target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *owners, name = path.split(".")
+    for part in owners:
+        owner = getattr(owner, part)
+    setattr(owner, name, _deadly(getattr(owner, name), point))
+
+
+def _deadly(call: Callable[..., Any], point: Point) -> Callable[..., Any]:
+    calls = 0
+
+    @functools.wraps(call)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        if point.of in " ".join(map(str, args)):
+            calls += 1
+        else:
+            return call(*args, **kwargs)
+        if calls == point.nth and point.when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = call(*args, **kwargs)
+        if calls == point.nth and point.when == "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return called

@@ -1,0 +1,136 @@
+"""kill -9 at every durable boundary of a step, and at any time: what is visible is the state before or the state after.
+
+Below Prefect, on a toy model. Each trial takes the next step of one lineage; the domain's data goes to and fro between
+two versions, so that every trial has a step to take and what it must end in is known.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from copal.checkpoint import Checkpoint
+from crashes import POINTS, Point, start
+from flows.gc import collect
+from flows.lineage import verify_files
+from flows.reconcile import plan
+
+Weights = dict[str, torch.Tensor]
+
+
+class Trials:
+    """A lineage, the two data versions that its domain `code` goes between, and the weights that each ends in."""
+
+    def __init__(self, bench) -> None:
+        self.bench = bench
+        bench.commit("legal", 1)
+        self.revs = (bench.commit("code", 2), bench.commit("code", 3))
+        self.turn = 0
+        self.step("legal", "HEAD")
+        self.seconds = 0.0
+        self.ends: list[Weights] = []
+        for rev in self.revs:
+            began = time.monotonic()
+            self.step("code", rev)
+            self.seconds = time.monotonic() - began
+            self.ends.append(self.weights())
+
+    def step(self, domain: str, rev: str, point: Point | None = None) -> int:
+        process = start(self.bench.root, domain, rev, point)
+        process.join()
+        return process.exitcode
+
+    def weights(self) -> Weights:
+        checkpoint = Checkpoint(self.bench.registry.folder(self.bench.registry.head()) / "model")
+        return checkpoint.read(checkpoint.names())
+
+    def visible(self) -> list[int]:
+        """The versions; every one is whole, MLflow's `latest` is the head, and what is pending is the head's affair."""
+        registry = self.bench.registry
+        versions = registry.versions()
+        for version in versions[-2:]:  # the others were looked at when they were new
+            record, folder = registry.record(version), registry.folder(version)
+            assert verify_files(record, folder, sum_dropped=version.sum_dropped) == []
+        client = MlflowClient(tracking_uri=registry.tracking_uri, registry_uri=registry.tracking_uri)
+        everything = client.search_model_versions("name = 'tiny'", max_results=1000)
+        assert sorted(int(version.version) for version in everything) == [version.number for version in versions]
+        assert plan(self.bench.workspace, self.bench.settings, registry).head == versions[-1]
+        return [version.number for version in versions]
+
+    def trial(self, kill: Point | float) -> bool:
+        """One step that is killed, and what must come of it; whether the kill came in time."""
+        before = self.visible()
+        rev, end = self.revs[self.turn], self.ends[self.turn]
+        if isinstance(kill, Point):
+            killed = self.step("code", rev, kill) == -9
+        else:
+            process = start(self.bench.root, "code", rev)
+            process.join(kill)
+            process.kill()
+            process.join()
+            killed = process.exitcode == -9
+
+        after = self.visible()
+        assert after[:-1] == before or after == before
+
+        assert self.step("code", rev) == 0
+        ended = self.visible()
+        assert ended[:-1] == before
+        found = self.weights()
+        assert found.keys() == end.keys()
+        assert all(torch.equal(found[name], end[name]) for name in end)
+        registry = self.bench.registry
+        keys = [version.tags.get("copal.key") for version in registry.versions()]
+        assert len(set(keys)) == len(keys)
+
+        collect(self.bench.workspace, self.bench.settings, registry)
+        assert list(self.bench.workspace.runs.iterdir()) == []
+        assert self.leftovers() == []
+        self.turn = 1 - self.turn
+        return killed
+
+    def leftovers(self) -> list[str]:
+        """What lies in the registry and belongs to no version."""
+        registry = self.bench.registry
+        client = MlflowClient(tracking_uri=registry.tracking_uri, registry_uri=registry.tracking_uri)
+        experiment = client.get_experiment_by_name("tiny").experiment_id
+        known = {version.tags["copal.logged_model"] for version in registry.versions()}
+        stored = {path.name for path in self.bench.workspace.artifacts.glob("tiny/models/*")}
+        models = {model.model_id for model in client.search_logged_models([experiment], max_results=1000)}
+        running = client.search_runs([experiment], "attributes.status = 'RUNNING'")
+        return sorted((stored | models) - known) + [run.info.run_id for run in running]
+
+
+@pytest.fixture(scope="module")
+def trials(make_bench) -> Trials:
+    return Trials(make_bench())
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
+def test_a_step_killed_at_a_durable_boundary_is_finished_by_the_next(trials: Trials, point: Point):
+    if "flows.datasets" in point.target:
+        for path in trials.bench.workspace.cache.glob("*.dir"):
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+    assert trials.trial(point), "the step never came by this point"
+
+
+def test_a_step_killed_at_any_time_is_finished_by_the_next(trials: Trials):
+    at_any_time(trials, kills=30, seed=0)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_a_step_killed_at_any_time_300_times(trials: Trials):
+    at_any_time(trials, kills=300, seed=1)
+
+
+def at_any_time(trials: Trials, kills: int, seed: int) -> None:
+    moments = random.Random(seed)
+    in_time = sum(trials.trial(moments.uniform(0, trials.seconds)) for _ in range(kills))
+    assert in_time >= kills * 2 // 3
