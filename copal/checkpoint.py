@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 from copal.errors import ModelError
 from copal.files import write_json
 
-__all__ = ["Checkpoint", "CheckpointWriter"]
+__all__ = ["Checkpoint", "CheckpointWriter", "save_shard"]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -93,7 +95,7 @@ class CheckpointWriter:
         self._written += 1
         file = f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
         tensors = {**self._source.read([name for name in names if name not in replaced]), **replaced}
-        save_file(tensors, self._folder / file, metadata={"format": "pt"})
+        save_shard(self._folder / file, tensors, {"format": "pt"})
         self._weight_map |= dict.fromkeys(tensors, file)
         self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -108,3 +110,19 @@ class CheckpointWriter:
                 shutil.copyfile(path, self._folder / path.name)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
         write_json(self._folder / _INDEX, index)
+
+
+def save_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as a safetensors file.
+
+    Raises:
+        OSError: the file cannot be written, for instance because the disk is full.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        system = re.search(r"os error (\d+)", str(error))  # safetensors wraps what the system said
+        if system is None:
+            raise
+        number = int(system.group(1))
+        raise OSError(number, os.strerror(number), str(path)) from error

@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from copal.checkpoint import save_shard
 from copal.compact import pack_low_rank, ranks, unpack_low_rank
 from copal.errors import StateError
 from copal.files import sha256_file, write_json
@@ -193,7 +194,7 @@ class StateWriter:
             return
         file = f"{part}/{_shard_name(index)}"
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(on_cpu, self._folder / file)
+        save_shard(self._folder / file, on_cpu)
         self._digests[part][file] = sha256_file(self._folder / file)
 
 

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from copal.errors import CopalError
 from copal.progress import Progress
@@ -80,6 +80,9 @@ class _Entry:
             return not same or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
+
+
+_NAMES = {field.name for field in fields(_Entry)}
 
 
 class Claim:
@@ -207,6 +210,8 @@ def _take(registry: Registry, what: str, lease: float, tell: Callable[[str], Non
     while True:
         claims = registry.claims()
         last = max(claims, default=0)
+        if claims and not _NAMES <= claims[last].keys():
+            continue  # it is being deleted, so there is a later one by now
         before = _Entry(**claims[last]) if claims else None
         if before is None or before.may_be_taken():
             sealed = before.sealed if before else ""
@@ -229,7 +234,7 @@ def _append(registry: Registry, number: int, entry: _Entry) -> bool:
     """
     registry.add_claim(number, asdict(entry))
     claims = registry.claims()
-    if max(claims) != number or claims[number]["nonce"] != entry.nonce:
+    if max(claims, default=0) != number or claims[number].get("nonce") != entry.nonce:
         return False
     for old in claims:
         if old < number:

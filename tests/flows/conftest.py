@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -137,3 +145,50 @@ def make_bench(
 def bench(make_bench: Callable[[], Bench]) -> Bench:
     """A workspace of the test's own."""
     return make_bench()
+
+
+class MlflowServer:
+    """A real MLflow server on a database of its own, that can be killed and started again."""
+
+    def __init__(self, folder: Path, database: Path) -> None:
+        shutil.copyfile(database, folder / "mlflow.db")
+        self.folder = folder
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        command = [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}", "--no-serve-artifacts"),
+        ]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+        pause = threading.Event()
+        for _ in range(1200):
+            assert self._process.poll() is None, (self.folder / "log").read_text()
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                return
+            pause.wait(0.1)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def kill(self) -> None:
+        """kill -9, with its workers."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> Iterator[MlflowServer]:
+    """One MLflow server for the whole run; who kills it starts it again."""
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow-server"), mlflow_template)
+    server.start()
+    yield server
+    server.kill()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from flows.reconcile import plan
 from flows.registry import open_registry
 from flows.run import plain_stages, run_step
 from flows.settings import load_settings, open_workspace
@@ -36,6 +37,7 @@ class Point:
     when: str
     nth: int = 1
     of: str = ""  # only calls with this in their arguments count
+    signal: int = signal.SIGKILL
 
     def __str__(self) -> str:
         place = self.target.split(":")[1] + (f"({self.of})" if self.of else "")
@@ -78,13 +80,31 @@ POINTS = [
 ]  # fmt: skip
 
 
-def start(root: Path, domain: str, rev: str, point: Point | None = None) -> Any:
-    """A process that takes one step; dies at `point`."""
+def process(target: Callable[..., None], *arguments: Any) -> Any:
+    """A process that calls `target`, forked from one that has the libraries imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    process = context.Process(target=_step, args=(str(root), domain, rev, point))
-    process.start()
-    return process
+    made = context.Process(target=target, args=arguments, daemon=True)
+    made.start()
+    return made
+
+
+def start(root: Path, domain: str, rev: str, point: Point | None = None) -> Any:
+    """A process that takes one step; dies at `point`."""
+    return process(_step, str(root), domain, rev, point)
+
+
+def watch_rounds(root: str, barrier: Any, rounds: int) -> None:
+    """A watcher below Prefect: whenever all are at the barrier, it takes what is pending."""
+    torch.set_num_threads(1)
+    workspace = open_workspace(Path(root))
+    settings = load_settings(workspace.params)
+    registry = open_registry(workspace, settings)
+    for _ in range(rounds):
+        barrier.wait()
+        for version in plan(workspace, settings, registry).pending:
+            run_step(workspace, settings, registry, version.domain, version.git_rev, plain_stages())
+        barrier.wait()
 
 
 def _step(root: str, domain: str, rev: str, point: Point | None) -> None:
@@ -116,10 +136,10 @@ def _deadly(call: Callable[..., Any], point: Point) -> Callable[..., Any]:
         else:
             return call(*args, **kwargs)
         if calls == point.nth and point.when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), point.signal)
         result = call(*args, **kwargs)
         if calls == point.nth and point.when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), point.signal)
         return result
 
     return called

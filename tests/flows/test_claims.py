@@ -1,0 +1,152 @@
+"""One holder of a lineage at a time, whoever races for it, and nothing from one that came too late."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+
+import psutil
+import pytest
+
+from crashes import Point, process, start, watch_rounds
+from flows.claims import ClaimLostError, claimed
+from flows.git import git
+from flows.registry import Registry
+
+
+@pytest.fixture
+def registry(bench) -> Registry:
+    return bench.registry
+
+
+def test_one_after_another_of_eight_through_the_server_holds_the_lineage(mlflow_server, tmp_path):
+    """40 times the lineage is taken; tokens rise, and never do two hold it at once."""
+    at_once, tokens, lock = [0, 0], [], threading.Lock()
+    barrier = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        registry = Registry(mlflow_server.uri, tmp_path / "artifacts", "raced", tmp_path / "cache")
+        barrier.wait()
+        for _ in range(5):
+            with claimed(registry, f"worker {number}", lease=30) as claim:
+                with lock:
+                    at_once[0] += 1
+                    at_once[1] = max(at_once)
+                    tokens.append(claim.token)
+                claim.check()
+                with lock:
+                    at_once[0] -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert at_once == [0, 1]
+    assert len(tokens) == 40
+    assert tokens == sorted(set(tokens))
+
+
+def test_of_eight_that_append_the_same_number_through_the_server_one_gets_it(mlflow_server, tmp_path):
+    """The race itself: the name that a number is made of is unique in the database."""
+    barrier = threading.Barrier(8)
+
+    def append(number: int) -> list[str]:
+        registry = Registry(mlflow_server.uri, tmp_path / "artifacts", "appended", tmp_path / "cache")
+        for entry in range(1, 21):
+            barrier.wait()
+            registry.add_claim(entry, {"nonce": str(number)})
+        return [values["nonce"] for _, values in sorted(registry.claims().items())]
+
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(append, range(8)))
+    assert all(len(view) >= 19 for view in seen)
+    assert all(view == max(seen, key=len)[: len(view)] for view in seen)  # nobody's entry was written over
+
+
+def test_a_claim_past_its_expiry_is_taken_over_and_its_late_holder_notices(registry):
+    with pytest.raises(ClaimLostError), claimed(registry, "late", lease=60) as late:
+        registry.extend_claim(late.token, {"expires": "0"})
+        with claimed(registry, "next", lease=60) as following:
+            assert following.token == late.token + 1
+            with pytest.raises(ClaimLostError):
+                late.seal("m-late")
+            following.seal("m-next")
+        late.check()
+
+
+def test_a_holder_whose_process_is_dead_is_not_waited_for(bench, registry):
+    bench.commit("code", 0)
+    child = start(bench.root, "code", "HEAD", Point("flows.registry:Registry.add_claim", "after"))
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    entry = registry.claims()[max(registry.claims())]
+    assert (entry["held"], entry["pid"]) == ("yes", str(child.pid))
+    with claimed(registry, "next", lease=60):
+        pass
+
+
+def test_a_claim_outlives_its_expiry_as_long_as_its_holder_lives(registry):
+    with claimed(registry, "long", lease=1) as claim:
+        first = float(registry.claims()[claim.token]["expires"])
+        renewed = threading.Event()
+        while float(registry.claims()[claim.token]["expires"]) <= first + 1:
+            renewed.wait(0.05)
+        claim.check()
+
+
+def test_the_log_of_claims_does_not_grow(registry):
+    for _ in range(5):
+        with claimed(registry, "work", lease=60):
+            pass
+    assert len(registry.claims()) == 1
+
+
+@pytest.mark.parametrize("watchers", [2, 8])
+def test_watchers_on_the_same_data_make_one_version_a_key(bench, watchers):
+    rounds = 20
+    bench.commit("legal", 0)
+    revs = [bench.commit("code", 1), bench.commit("code", 2)]
+    bench.set("model: {name: tiny", "watch: {branch: watched}\nmodel: {name: tiny")
+    barrier = get_context("forkserver").Barrier(watchers + 1)
+    processes = [process(watch_rounds, str(bench.root), barrier, rounds) for _ in range(watchers)]
+    for number in range(rounds):
+        git(bench.root, "branch", "--force", "watched", revs[number % 2])
+        barrier.wait(timeout=300)
+        barrier.wait(timeout=300)
+    for child in processes:
+        child.join()
+    assert [child.exitcode for child in processes] == [0] * watchers
+    versions = bench.registry.versions()
+    assert [version.tags.get("copal.domain") for version in versions] == [None, "legal", *["code"] * rounds]
+    assert [version.parent for version in versions] == [None, *(version.number for version in versions[:-1])]
+    assert [version.number for version in versions] == list(range(1, rounds + 3))  # nobody's was withdrawn
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        Point("copal.state:StateWriter.sum", "after", signal=signal.SIGSTOP),
+        Point("flows.registry:Registry.add_claim", "before", 2, signal=signal.SIGSTOP),
+        Point("mlflow:MlflowClient.create_model_version", "before", signal=signal.SIGSTOP),
+    ],
+    ids=str,
+)
+def test_a_worker_that_was_paused_past_its_expiry_publishes_nothing(bench, point):
+    bench.commit("code", 0)
+    bench.set("model: {name: tiny", "run: {lease: 1}\nmodel: {name: tiny")
+    late = start(bench.root, "code", "HEAD", point)
+    pause = threading.Event()
+    while psutil.Process(late.pid).status() != psutil.STATUS_STOPPED:
+        pause.wait(0.05)
+
+    following = start(bench.root, "code", "HEAD")
+    following.join()
+    assert following.exitcode == 0
+    published = bench.registry.versions()
+    assert [version.tags.get("copal.domain") for version in published] == [None, "code"]
+
+    os.kill(late.pid, signal.SIGCONT)
+    late.join()
+    assert late.exitcode == 1
+    assert bench.registry.versions() == published
