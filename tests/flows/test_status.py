@@ -27,7 +27,14 @@ def version(number: int, domain: str | None, perplexity: dict[str, float], dense
 
 
 def found(*versions: dict, **more) -> dict:
-    return {"model": "tiny", "versions": list(versions), "pending": [], "waiting": [], "notes": [], "problems": []} | more
+    return {
+        "model": "tiny",
+        "versions": list(versions),
+        "pending": [],
+        "waiting": [],
+        "notes": [],
+        "problems": [],
+    } | more
 
 
 def shown(what: dict) -> list[str]:
@@ -83,8 +90,12 @@ def test_what_is_pending_stands_below():
             pending=[{"domain": "code", "dvc_md5": "0123456789abcdef.dir", "git_rev": "f" * 40}],
             waiting=[
                 {
-                    "domain": "law", "dvc_md5": "abcdef0123456789.dir", "git_rev": "e" * 40, "tries": 2,
-                    "since": "2026-01-01T00:00:00+00:00", "next_try": "2026-01-01T00:02:00+00:00",
+                    "domain": "law",
+                    "dvc_md5": "abcdef0123456789.dir",
+                    "git_rev": "e" * 40,
+                    "tries": 2,
+                    "since": "2026-01-01T00:00:00+00:00",
+                    "next_try": "2026-01-01T00:02:00+00:00",
                 }
             ],
             notes=["data/legal is no longer tracked here"],
