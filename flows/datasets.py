@@ -399,7 +399,7 @@ def _place(workspace: Workspace, repository: str | None) -> Path:
     if repository is None:
         return workspace.root
     if not _is_url(repository):
-        return workspace.root / Path(repository).expanduser()
+        return workspace.root / repository
     digest = hashlib.sha256(_without_secrets(repository).encode()).hexdigest()
     return workspace.cache / "repositories" / digest[:16]
 

@@ -67,10 +67,11 @@ def take_up(
         tried.add((version.domain, version.md5))
         try:
             number = step(workspace, version.domain, version.git_rev)
-        except MissingDataError:
-            note_missing(work, model, version.domain, version.md5, settings.watch.interval, clock())
         except CopalError as error:
-            refused.append(f"{version.path}: {error}" if version.path not in str(error) else str(error))
+            if isinstance(error, MissingDataError) and version.md5 in str(error):  # not that of an earlier domain
+                note_missing(work, model, version.domain, version.md5, settings.watch.interval, clock())
+            else:
+                refused.append(f"{version.path}: {error}" if version.path not in str(error) else str(error))
         else:
             if number is not None:
                 made.append(number)

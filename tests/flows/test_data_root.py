@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,13 @@ def test_a_clone_that_was_killed_is_completed(workspace: Workspace, other: Path,
     assert (workspace.root / ".git" / "config").read_text() == before
 
 
+def test_several_checks_at_once_make_one_clone(workspace: Workspace, other: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        roots = list(pool.map(lambda _: data_root(workspace, url(other)), range(4)))
+    assert len(set(roots)) == 1
+    assert dataset_version(roots[0], "legal").git_rev == git(other, "rev-parse", "HEAD")
+
+
 def test_a_password_is_used_and_never_shown(workspace: Workspace, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = WatchSettings(repository="https://me:s3cret@127.0.0.1:9/data.git")
     with pytest.raises(DatasetError, match=r"^cannot fetch https://127\.0\.0\.1:9/data\.git: ") as caught:
@@ -231,6 +239,7 @@ def test_a_password_is_used_and_never_shown(workspace: Workspace, other: Path, m
 
 def test_old_data_stays_where_its_repository_is_when_the_setting_changes(workspace: Workspace, other: Path) -> None:
     put(workspace.root, "legal", "law of the workspace", push=False)
+    git(workspace.root, "remote", "add", "origin", "https://127.0.0.1:9/never-pushed.git")
     of_workspace = dataset_version(workspace.root, "legal")
     of_other = dataset_version(data_root(workspace, url(other)), "legal")
     assert text(workspace, url(other), of_workspace) == "law of the workspace"

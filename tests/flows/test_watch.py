@@ -193,6 +193,17 @@ def test_what_waits_is_forgotten_with_its_pointer(bench):
     assert waiting(bench.workspace, "tiny") == {}
 
 
+def test_lost_data_of_an_earlier_domain_is_an_error(bench):
+    bench.commit("code", 0)
+    assert take(bench) == [2]
+    bench.lose_data()
+    shutil.rmtree(bench.workspace.cache)
+    bench.commit("legal", 1)
+    with pytest.raises(RefusedError, match=r"data/legal: .*data/code .*dvc push"):
+        take(bench)
+    assert waiting(bench.workspace, "tiny") == {}
+
+
 def test_a_step_by_hand_does_not_wait(bench):
     sha = bench.commit("code", 0)
     bench.lose_data()
@@ -263,6 +274,7 @@ def test_the_main_job_with_the_data_in_another_repository(bench, team, kind, cap
     assert step(str(bench.root), "code", first) is None  # a revision of that repository
     assert take(bench) == [3, 4]
     assert told(bench, capsys, "watch", "--once")[1].startswith("nothing new: version 4 of tiny knows code, legal")
+    assert "domains at HEAD: legal, code" in told(bench, capsys, "doctor")[1]
 
 
 def test_a_history_that_was_rewritten_makes_a_new_version_and_keeps_the_old(bench, team):
