@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from copal.progress import Progress
     from flows.reconcile import Plan
     from flows.registry import ModelVersion, Registry
+    from flows.waiting import Waiting
 
 __all__ = ["CommandError", "export", "main", "watch_forever"]
 
@@ -247,13 +248,16 @@ def _check(root: Path, tell: Callable[[str], None]) -> None:
     """One check of a watcher: run what is pending, in order. Neither Prefect nor torch is loaded where nothing is."""
     from flows.reconcile import plan
     from flows.registry import open_registry
+    from flows.waiting import waiting
 
     workspace = open_workspace(root)
     settings = load_settings(workspace.params)
     registry = open_registry(workspace, settings)
     found = plan(workspace, settings, registry)
     if not found.pending:
-        tell("\n".join([*(f"note: {note}" for note in found.notes), *_nothing_new(settings, registry, found)]))
+        waits = _waits({version.domain: wait for version, wait in found.waiting})
+        lines = waits or _nothing_new(settings, registry, found)
+        tell("\n".join([*(f"note: {note}" for note in found.notes), *lines]))
         if found.problems:
             raise CommandError("; ".join(found.problems))
         return
@@ -270,6 +274,14 @@ def _check(root: Path, tell: Callable[[str], None]) -> None:
         made = [version for version in registry.versions() if version.number > found.head.number]
         if made:
             _show_versions(workspace, settings, made, tell)
+        elif waits := _waits(waiting(workspace, settings.model.name)):
+            tell("\n".join(waits))
+
+
+def _waits(missing: Mapping[str, Waiting]) -> list[str]:
+    from flows.status import waits
+
+    return [waits({"domain": domain} | missing[domain].as_dict()) for domain in sorted(missing)]
 
 
 def _nothing_new(settings: Settings, registry: Registry, found: Plan) -> list[str]:

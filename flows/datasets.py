@@ -5,12 +5,15 @@ A *domain* is a folder directly under `data/` that DVC tracks, with a `.dvc` poi
 output before its first `dvc repro` (it has no md5). Nothing here touches the work tree, but for `init_repository` and
 `add_and_commit`.
 
+The domains may be those of another repository than the workspace: `data_root` tells, and clones where it has to.
+
 Git is asked through the `git` command; DVC, which takes a second to import, inside the functions that need it.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import posixpath
@@ -21,24 +24,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from copal.errors import CopalError
 from copal.files import flush, locked, write_atomic
 from flows.git import commit as git_commit
 from flows.git import git, reason, run_git, start_git
+from flows.settings import WatchSettings, Workspace
 
 __all__ = [
     "DatasetError",
     "DatasetVersion",
     "MissingDataError",
     "add_and_commit",
+    "data_root",
     "dataset_version",
     "dataset_versions",
     "fetch",
+    "fetch_version",
+    "in_history",
     "init_repository",
     "resolve_commit",
 ]
+
+
+_REMOTE_HEAD = "refs/copal/head"  # in a clone; git knows no other place for a HEAD without a branch
 
 
 class DatasetError(CopalError):
@@ -138,6 +147,11 @@ def resolve_commit(repo: Path, rev: str) -> str:
     if commit is None:
         raise _unknown_revision(root, rev)
     return commit
+
+
+def in_history(repo: Path, commit: str, rev: str) -> bool:
+    """Whether `commit` is `rev` or came before it; no where the repository has no such commit."""
+    return run_git(repo, "merge-base", "--is-ancestor", commit, rev).returncode == 0
 
 
 def _pointers(root: Path, commit: str) -> list[_Pointer]:
@@ -332,6 +346,98 @@ def _verify(version: DatasetVersion, files: Path, listed: dict[str, Any]) -> Non
         )
 
 
+def fetch_version(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> Path:
+    """`fetch` from the repository that has the version's commit: the one in use, the workspace, or the one it names.
+
+    The version of a lineage may come from a repository that the settings do not name any more.
+
+    Raises:
+        DatasetError: as `fetch` and `data_root`.
+    """
+    cached = (workspace.cache / version.md5).is_dir()  # then no repository is asked, and none has to answer
+    root = workspace.root if cached else _root_of(workspace, watch, version)
+    return fetch(root, version, workspace.cache)
+
+
+def _root_of(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> Path:
+    in_use, named = _place(workspace, watch.repository), _place(workspace, version.repository)
+    for root in (in_use, workspace.root, named):
+        if _has(root, version.git_rev):
+            return root
+    return in_use if named == in_use else data_root(workspace, WatchSettings(repository=version.repository))
+
+
+# --- the repository of the data
+
+
+def data_root(workspace: Workspace, watch: WatchSettings, commit: str | None = None) -> Path:
+    """The repository whose domains count: the workspace, or the one that `watch.repository` names.
+
+    A path is read where it is. A URL has a clone in the workspace's cache, which has the remote's branches and tags
+    under their own names, HEAD at the watched branch (without one at the remote's HEAD), and of the work tree only
+    DVC's settings: so a revision means in a clone what it means in the other two. The clone is fetched each time,
+    unless it has `commit`, and loses no commit when the remote's history is rewritten.
+
+    Args:
+        commit: full SHA of the only commit that is wanted.
+
+    Raises:
+        DatasetError: the remote does not answer, or has no such branch.
+        GitError: git refuses.
+    """
+    root = _place(workspace, watch.repository)
+    if watch.repository is None or not _is_url(watch.repository) or (commit and _has(root, commit)):
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with locked(root.with_name(f"{root.name}.lock")):
+        _mirror(root, watch.repository, watch.branch)
+    return root
+
+
+def _place(workspace: Workspace, repository: str | None) -> Path:
+    """The folder of a repository, which need not be there. A new password does not make a URL another repository."""
+    if repository is None:
+        return workspace.root
+    if not _is_url(repository):
+        return workspace.root / repository
+    digest = hashlib.sha256(_without_secrets(repository).encode()).hexdigest()
+    return workspace.cache / "repositories" / digest[:16]
+
+
+def _is_url(repository: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|[\w.-]+@[\w.-]+:", repository) is not None
+
+
+def _has(root: Path, commit: str) -> bool:
+    return (root / ".git").exists() and _find_commit(root, commit) == commit
+
+
+def _mirror(root: Path, url: str, branch: str | None) -> None:
+    """Bring the clone `root` up to date, or make it. What was killed in here, the next call completes."""
+    shown = _without_secrets(url)
+    sparse = root / ".git" / "info" / "sparse-checkout"
+    if not sparse.exists():
+        root.mkdir(exist_ok=True)
+        git(root, "init", "--quiet", "--template=")
+        git(root, "config", "gc.pruneExpire", "never")  # a lineage may be made of commits that the remote dropped
+        git(root, "config", "remote.origin.url", shown)
+        git(root, "config", "core.sparseCheckout", "true")
+        sparse.parent.mkdir(exist_ok=True)
+        write_atomic(sparse, "/.dvc/\n")
+    wanted = ["+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"]
+    if branch is None:
+        wanted.append(f"+HEAD:{_REMOTE_HEAD}")
+    patience = ("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60")  # of a remote that says nothing
+    options = ("--quiet", "--prune", "--update-head-ok", "--no-write-fetch-head")
+    done = run_git(root, *patience, "fetch", *options, url, *wanted)
+    if done.returncode != 0:
+        raise DatasetError(f"cannot fetch {shown}: {re.sub('//[^/ ]*@', '//', reason(done))}")
+    tip = _find_commit(root, branch or _REMOTE_HEAD)
+    if tip is None:
+        raise DatasetError(f"{shown} has no branch {branch!r}: mend watch.branch")
+    git(root, "checkout", "--quiet", "--force", "--detach", tip)
+
+
 # --- a repository
 
 
@@ -457,10 +563,14 @@ def _repository(root: Path) -> str:
     found = run_git(root, "remote", "get-url", "origin")
     if found.returncode != 0:
         return str(root)
-    url = found.stdout.strip()
-    parts = urlsplit(url)
-    if parts.scheme and "@" in parts.netloc:  # this goes into public records
-        user, _, host = parts.netloc.rpartition("@")
-        keeps_user = parts.scheme not in ("http", "https")  # ssh://git@...; https://TOKEN@... is a secret
-        url = urlunsplit(parts._replace(netloc=f"{user.split(':')[0]}@{host}" if keeps_user else host))
-    return url
+    return _without_secrets(found.stdout.strip())
+
+
+def _without_secrets(url: str) -> str:
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)@(.*)", url, re.DOTALL)
+    if not found:
+        return url
+    scheme, user, rest = found.groups()  # this goes into public records
+    if scheme.lower() in ("http", "https"):  # https://TOKEN@... is a secret; ssh://git@... is none
+        return f"{scheme}://{rest}"
+    return f"{scheme}://{user.split(':')[0]}@{rest}"

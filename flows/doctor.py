@@ -162,12 +162,12 @@ def _dvc(workspace: Workspace | None, settings: Settings) -> Check:
     check = _package("dvc")
     if not check.ok or workspace is None:
         return check
-    from flows.datasets import dataset_versions
+    from flows.datasets import data_root, dataset_versions
 
-    branch = settings.watch.branch or "HEAD"
-    domains = [version.domain for version in dataset_versions(workspace.root, branch)]
+    root, branch = data_root(workspace, settings.watch), settings.watch.branch or "HEAD"
+    domains = [version.domain for version in dataset_versions(root, branch)]
     found = f"{check.found}, domains at {branch}: {', '.join(domains) or 'none'}"
-    configs = [workspace.root / ".dvc" / name for name in ("config", "config.local")]
+    configs = [root / ".dvc" / name for name in ("config", "config.local")]
     texts = [config.read_text(encoding="utf-8") for config in configs if config.is_file()]
     if any(re.search(r"""^\s*\[\s*['"]?remote\b""", text, re.MULTILINE) for text in texts):
         return Check(name="dvc", ok=True, found=found)

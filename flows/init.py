@@ -123,6 +123,7 @@ prune:
 domains: {{}}               # weights in the loss, where not 1.0:  {{legal: {{weight: 2.0}}}}
 
 watch:
+  repository: null        # the git + DVC repository with the domains, a path or a URL; null: this one
   branch: null            # whose pointers are wanted; null: whatever HEAD is
   interval: 60.0          # seconds between two checks
 

@@ -72,14 +72,19 @@ class WatchSettings:
     """What the watcher looks at.
 
     Attributes:
+        repository: the git repository with the domains, a path (relative ones from the workspace) or a URL; None is
+            the workspace itself.
         branch: the branch whose pointers are wanted; None is whatever HEAD is.
         interval: seconds between two checks, above 0.
     """
 
+    repository: str | None = None
     branch: str | None = None
     interval: float = 60.0
 
     def __post_init__(self) -> None:
+        if self.repository is not None and (not isinstance(self.repository, str) or not self.repository.strip()):
+            raise SettingsError(f"watch.repository must be a path, a URL or null, not {self.repository!r}")
         if self.branch is not None and (not isinstance(self.branch, str) or not self.branch.strip()):
             raise SettingsError(f"watch.branch must be the name of a branch or null, not {self.branch!r}")
         if not _is_positive(self.interval):

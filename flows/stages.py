@@ -39,7 +39,7 @@ from flows.lineage import (
     record_digest,
     step_key,
 )
-from flows.settings import Settings, Workspace, check_domain_name
+from flows.settings import Settings, Workspace, check_domain_name, load_settings
 
 if TYPE_CHECKING:
     import torch
@@ -140,10 +140,10 @@ def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain
         NoBaseError: no base is registered yet.
         LineageConflictError: the lineage has another sparsity.
     """
-    from flows.datasets import dataset_version
+    from flows.datasets import data_root, dataset_version
 
     check_domain_name(domain)
-    version = dataset_version(workspace.root, domain, rev or settings.watch.branch or "HEAD")
+    version = dataset_version(data_root(workspace, settings.watch, rev), domain, rev or settings.watch.branch or "HEAD")
     root, head = registry.root(), registry.head()
     if root is None or head is None:
         raise NoBaseError(
@@ -178,8 +178,9 @@ def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
         MissingDataError: a pointer's data is nowhere.
         DatasetError: what was fetched is not what the pointer says.
     """
-    from flows.datasets import DatasetVersion, fetch
+    from flows.datasets import DatasetVersion, fetch_version
 
+    watch = load_settings(workspace.params).watch
     earlier = [
         DatasetVersion(
             domain=entry.name,
@@ -190,9 +191,7 @@ def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
         )
         for entry in step.earlier
     ]
-    return {
-        version.domain: str(fetch(workspace.root, version, workspace.cache)) for version in (step.version, *earlier)
-    }
+    return {version.domain: str(fetch_version(workspace, watch, version)) for version in (step.version, *earlier)}
 
 
 def stage(step: Step) -> None:
@@ -527,8 +526,8 @@ def _perplexity_when_newest(registry: Registry, earlier: tuple[DomainRecord, ...
 
 
 def _recorded(settings: Settings) -> dict[str, Any]:
-    """The settings without `registry`: its address may hold a password and changes nothing in a version."""
-    return {section: values for section, values in settings.as_dict().items() if section != "registry"}
+    """The settings without `registry` and `watch`: their URLs may hold a password and change nothing in a version."""
+    return {section: values for section, values in settings.as_dict().items() if section not in ("registry", "watch")}
 
 
 def _surroundings(settings: Settings) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from flows.settings import Settings, Workspace
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from flows.datasets import DatasetVersion
     from flows.registry import ModelVersion
 
-__all__ = ["render", "status"]
+__all__ = ["render", "status", "waits"]
 
 
 def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
@@ -22,8 +23,8 @@ def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
     `model`: the name of the lineage. `versions`, oldest first, each with version, parent, domain, dvc_md5, git_rev
     (None at the root), sparsity (zeros as counted, a share), weights_back (None where the parent is dense), perplexity
     and dense_perplexity ({domain: value}), seconds ({statistics, solve, evaluate}) and aliases. `pending`, in the order
-    in which the watcher would take them, each with domain, dvc_md5 and git_rev. `notes` and `problems`: see
-    `flows.reconcile.Plan`.
+    in which the watcher would take them, each with domain, dvc_md5 and git_rev. `waiting` for data that nobody has
+    pushed, the same with tries, since and next_try. `notes` and `problems`: see `flows.reconcile.Plan`.
 
     Raises:
         DatasetError: the repository cannot be read.
@@ -38,12 +39,15 @@ def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
     return {
         "model": settings.model.name,
         "versions": [_version(version, registry.record(version)) for version in registry.versions()],
-        "pending": [
-            {"domain": version.domain, "dvc_md5": version.md5, "git_rev": version.git_rev} for version in found.pending
-        ],
+        "pending": [_dataset(version) for version in found.pending],
+        "waiting": [_dataset(version) | wait.as_dict() for version, wait in found.waiting],
         "notes": list(found.notes),
         "problems": list(found.problems),
     }
+
+
+def _dataset(version: DatasetVersion) -> dict[str, Any]:
+    return {"domain": version.domain, "dvc_md5": version.md5, "git_rev": version.git_rev}
 
 
 def _version(version: ModelVersion, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,12 +77,22 @@ def render(found: Mapping[str, Any]) -> RenderableType:
     from rich.text import Text
 
     below = [f"pending: {entry['domain']} at {entry['dvc_md5'][:10]}" for entry in found["pending"]]
+    below += [waits(entry) for entry in found["waiting"]]
     below += [f"note: {note}" for note in found["notes"]]
     below += [f"problem: {problem}" for problem in found["problems"]]
     if not found["versions"]:
         below.insert(0, f"{found['model']} has no versions yet: register a base with `copal init DIR --base SOURCE`")
         return Group(*map(Text, below))
     return Group(_table(found["model"], found["versions"]), *map(Text, below))
+
+
+def waits(entry: Mapping[str, Any]) -> str:
+    """One line on an entry of `waiting`."""
+    tries = "once" if entry["tries"] == 1 else f"{entry['tries']} times"
+    return (
+        f"waiting for data: {entry['domain']} at {entry['dvc_md5'][:10]}, looked for {tries} since {entry['since']}, "
+        f"again at {entry['next_try']}; run `dvc push` where the data is"
+    )
 
 
 def _table(model: str, versions: list[Mapping[str, Any]]) -> RenderableType:

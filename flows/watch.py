@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import flow
 
 from copal.errors import CopalError
 from flows.adapt import adapt
-from flows.reconcile import plan
+from flows.datasets import MissingDataError
+from flows.reconcile import Plan, plan
 from flows.registry import open_registry
-from flows.settings import load_settings, open_workspace
+from flows.settings import Workspace, load_settings, open_workspace
+from flows.waiting import forget, note_missing, waiting
 
-__all__ = ["RefusedError", "watch"]
+__all__ = ["RefusedError", "take_up", "watch"]
 
 
 class RefusedError(CopalError):
@@ -21,9 +25,26 @@ class RefusedError(CopalError):
 
 @flow(name="watch")
 def watch(workspace: str) -> list[int]:
-    """Run one step for every pending dataset version, oldest change first.
+    """Run one step for every pending dataset version: see `take_up`."""
+    return take_up(workspace, adapt)
 
-    A dataset that is refused does not keep the others waiting: the order of steps does not change where they end.
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def take_up(
+    workspace: str, step: Callable[[str, str, str], int | None], clock: Callable[[], datetime] = _now
+) -> list[int]:
+    """Take the step to the oldest pending dataset version, compare anew, and so on until nothing is pending.
+
+    So what is committed while a step runs is taken up too. A dataset that is refused does not keep the others waiting:
+    the order of steps does not change where they end. One whose data is missing is no error; it is put off.
+
+    Args:
+        workspace: the folder of the workspace.
+        step: (workspace, domain, commit) -> the number of the new version, None where the newest one knows the data.
+        clock: tells the time.
 
     Returns:
         The numbers of the versions that were made.
@@ -33,17 +54,36 @@ def watch(workspace: str) -> list[int]:
     """
     work = open_workspace(Path(workspace))
     settings = load_settings(work.params)
-    found = plan(work, settings, open_registry(work, settings))
+    registry, model = open_registry(work, settings), settings.model.name
     made: list[int] = []
-    refused = list(found.problems)
-    for version in found.pending:
+    refused: list[str] = []
+    tried: set[tuple[str, str]] = set()  # in vain: a step that changes nothing must not come again
+    while True:
+        found = plan(work, settings, registry, clock())
+        _forget_old(work, model, found)
+        version = next((version for version in found.pending if (version.domain, version.md5) not in tried), None)
+        if version is None:
+            break
+        tried.add((version.domain, version.md5))
         try:
-            number = adapt(workspace, version.domain, version.git_rev)
+            number = step(workspace, version.domain, version.git_rev)
         except CopalError as error:
-            refused.append(f"{version.path}: {error}" if version.path not in str(error) else str(error))
-            continue
-        if number is not None:
-            made.append(number)
-    if refused:
-        raise RefusedError("; ".join(refused))
+            if isinstance(error, MissingDataError) and version.md5 in str(error):  # not that of an earlier domain
+                note_missing(work, model, version.domain, version.md5, settings.watch.interval, clock())
+            else:
+                refused.append(f"{version.path}: {error}" if version.path not in str(error) else str(error))
+        else:
+            if number is not None:
+                made.append(number)
+                tried.remove((version.domain, version.md5))  # it may come back after another version
+    if found.problems or refused:
+        raise RefusedError("; ".join((*found.problems, *refused)))
     return made
+
+
+def _forget_old(workspace: Workspace, model: str, found: Plan) -> None:
+    """Drop what does not wait any more: it was adapted to, or its pointer names other data or is gone."""
+    wanted = {(version.domain, version.md5) for version in (*found.pending, *(version for version, _ in found.waiting))}
+    for domain, entry in waiting(workspace, model).items():
+        if (domain, entry.dvc_md5) not in wanted:
+            forget(workspace, model, domain)

@@ -312,7 +312,7 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
     assert (code, out) == (0, "nothing to do: version 3 of tiny knows legal at this data version\n")
 
     found = json.loads(run("status", "--json", *here)[1])
-    assert set(found) == {"model", "versions", "pending", "notes", "problems"}
+    assert set(found) == {"model", "versions", "pending", "waiting", "notes", "problems"}
     first, _, last = found["versions"]
     assert set(last) == {
         "version", "parent", "domain", "dvc_md5", "git_rev", "sparsity", "weights_back",

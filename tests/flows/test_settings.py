@@ -57,7 +57,7 @@ def test_every_setting_is_read(params: Path) -> None:
                       storage: compact}
         prune: {sparsity: 0.25, criterion: gradient, rounds: [0.5, 1.0], iterations: 2, damping: 0.1}
         domains: {legal: {weight: 2}, code: {weight: 0.5}, medical: null}
-        watch: {branch: release/1, interval: 5}
+        watch: {repository: ../data, branch: release/1, interval: 5}
         registry: {uri: "http://localhost:5000"}
         """,
     )
@@ -68,7 +68,7 @@ def test_every_setting_is_read(params: Path) -> None:
         ),
         prune=PruneConfig(sparsity=0.25, criterion="gradient", rounds=(0.5, 1.0), iterations=2, damping=0.1),
         weights={"legal": 2.0, "code": 0.5, "medical": 1.0},
-        watch=WatchSettings(branch="release/1", interval=5),
+        watch=WatchSettings(repository="../data", branch="release/1", interval=5),
         registry=RegistrySettings(uri="http://localhost:5000"),
     )
     assert settings.weight("legal") == 2.0
@@ -105,6 +105,8 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("watch: {interval: 0}", "watch.interval"),
         ("watch: {interval: .nan}", "watch.interval"),
         ("watch: {branch: 1.0}", "watch.branch"),
+        ("watch: {repository: ''}", "watch.repository"),
+        ("watch: {repository: [a]}", "watch.repository"),
         ("registry: {uri: ''}", "registry.uri"),
         ("domains: [legal]", "domains must be a mapping"),
         ("domains: {legal: 2.0}", "domains.legal must be a mapping"),
@@ -152,7 +154,7 @@ def test_the_fingerprint_is_of_what_alters_a_version_and_of_nothing_else(params:
         "model: {name: another, processes: 2, batch: 1}",
         "calibration: {evaluation_windows: 32}",
         "domains: {legal: {weight: 1.0}}",
-        "watch: {branch: main, interval: 1}",
+        "watch: {repository: elsewhere, branch: main, interval: 1}",
         "registry: {uri: 'http://mlflow'}",
         "benchmark: {x: 1}",
     ):

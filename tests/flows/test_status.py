@@ -27,7 +27,14 @@ def version(number: int, domain: str | None, perplexity: dict[str, float], dense
 
 
 def found(*versions: dict, **more) -> dict:
-    return {"model": "tiny", "versions": list(versions), "pending": [], "notes": [], "problems": []} | more
+    return {
+        "model": "tiny",
+        "versions": list(versions),
+        "pending": [],
+        "waiting": [],
+        "notes": [],
+        "problems": [],
+    } | more
 
 
 def shown(what: dict) -> list[str]:
@@ -81,12 +88,25 @@ def test_what_is_pending_stands_below():
         found(
             version(1, None, {}, {}),
             pending=[{"domain": "code", "dvc_md5": "0123456789abcdef.dir", "git_rev": "f" * 40}],
+            waiting=[
+                {
+                    "domain": "law",
+                    "dvc_md5": "abcdef0123456789.dir",
+                    "git_rev": "e" * 40,
+                    "tries": 2,
+                    "since": "2026-01-01T00:00:00+00:00",
+                    "next_try": "2026-01-01T00:02:00+00:00",
+                }
+            ],
             notes=["data/legal is no longer tracked here"],
             problems=["data/[Bad]: '[Bad]' cannot name a domain"],
         )
     )
-    assert lines[-3:] == [
-        "pending: code at 0123456789",
+    assert " ".join(lines[-6:]).split("pending: ")[1].split(" note: ")[0] == (
+        "code at 0123456789 waiting for data: law at abcdef0123, looked for 2 times since 2026-01-01T00:00:00+00:00, "
+        "again at 2026-01-01T00:02:00+00:00; run `dvc push` where the data is"
+    )
+    assert lines[-2:] == [
         "note: data/legal is no longer tracked here",
         "problem: data/[Bad]: '[Bad]' cannot name a domain",
     ]
