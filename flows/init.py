@@ -125,6 +125,7 @@ domains: {{}}               # weights in the loss, where not 1.0:  {{legal: {{we
 watch:
   branch: null            # whose pointers are wanted; null: whatever HEAD is
   interval: 60.0          # seconds between two checks
+  cron: null              # for `copal up`, goes before interval: "0 3 * * 1-5" (minute hour day month weekday, UTC)
 
 registry:
   uri: null               # an MLflow tracking URI; null: SQLite in .copal/

@@ -30,6 +30,8 @@ __all__ = [
 
 DTYPES = ("auto", "bfloat16", "float32")
 SECTIONS = ("model", "calibration", "prune", "domains", "watch", "registry")
+_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec"
+_WEEKDAYS = "sun mon tue wed thu fri sat"
 IGNORED_SECTIONS = ("benchmark",)  # read by a stage of dvc.yaml, not by copal
 
 _T = TypeVar("_T")
@@ -73,16 +75,22 @@ class WatchSettings:
     Attributes:
         branch: the branch whose pointers are wanted; None is whatever HEAD is.
         interval: seconds between two checks, above 0.
+        cron: when the watcher of `copal up` checks, five fields, UTC; None: every `interval` seconds.
     """
 
     branch: str | None = None
     interval: float = 60.0
+    cron: str | None = None
 
     def __post_init__(self) -> None:
         if self.branch is not None and (not isinstance(self.branch, str) or not self.branch.strip()):
             raise SettingsError(f"watch.branch must be the name of a branch or null, not {self.branch!r}")
         if not _is_positive(self.interval):
             raise SettingsError(f"watch.interval must be a number of seconds above 0, not {self.interval!r}")
+        if self.cron is not None and not _is_cron(self.cron):
+            raise SettingsError(
+                f"watch.cron must be five fields (minute, hour, day, month, weekday) or null, not {self.cron!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,6 +304,37 @@ def _section(kind: type[_T], name: str, values: Any) -> _T:
         if not isinstance(key, str):  # YAML reads `on:` and `1:` as something else
             raise SettingsError(f"{name}.{key} is not a setting")
     return from_mapping(kind, name, values)
+
+
+def _is_cron(value: object) -> bool:
+    """Whether `value` is a cron expression: five fields of numbers in their range, `*`, lists, spans and steps."""
+    ranges = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+    names = ("", "", "", _MONTHS, _WEEKDAYS)
+    fields = value.split() if isinstance(value, str) else []
+    return len(fields) == len(ranges) and all(map(_is_cron_field, fields, ranges, names))
+
+
+def _is_cron_field(field: str, limits: tuple[int, int], names: str) -> bool:
+    def number(text: str) -> int:
+        found = re.fullmatch(r"\d+", text)
+        return int(text) if found else limits[0] + names.split().index(text.lower())
+
+    try:
+        for entry in field.split(","):
+            span, _, step = entry.partition("/")
+            first, _, last = ("*", "", "") if span == "*" else span.partition("-")
+            numbers = [number(text) for text in (first, last) if text not in ("", "*")]
+            inside = all(limits[0] <= value <= limits[1] for value in numbers) and numbers == sorted(numbers)
+            if (
+                not inside
+                or not first
+                or span.endswith("-")
+                or ("/" in entry and (not step.isdecimal() or step == "0"))
+            ):
+                return False
+    except ValueError:  # a name that is none
+        return False
+    return True
 
 
 def _is_positive(value: object) -> bool:

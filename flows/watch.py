@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import flow
 
 from copal.errors import CopalError
-from flows.adapt import adapt
+from flows.launch import run_adapt
 from flows.reconcile import plan
 from flows.registry import open_registry
 from flows.settings import load_settings, open_workspace
@@ -38,7 +38,7 @@ def watch(workspace: str) -> list[int]:
     refused = list(found.problems)
     for version in found.pending:
         try:
-            number = adapt(workspace, version.domain, version.git_rev)
+            number = run_adapt(workspace, version.domain, version.git_rev)
         except CopalError as error:
             refused.append(f"{version.path}: {error}" if version.path not in str(error) else str(error))
             continue

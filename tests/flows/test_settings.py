@@ -57,7 +57,7 @@ def test_every_setting_is_read(params: Path) -> None:
                       storage: compact}
         prune: {sparsity: 0.25, criterion: gradient, rounds: [0.5, 1.0], iterations: 2, damping: 0.1}
         domains: {legal: {weight: 2}, code: {weight: 0.5}, medical: null}
-        watch: {branch: release/1, interval: 5}
+        watch: {branch: release/1, interval: 5, cron: "*/15 7-19,22 * jan,Mar-12 mon-5/2"}
         registry: {uri: "http://localhost:5000"}
         """,
     )
@@ -68,7 +68,7 @@ def test_every_setting_is_read(params: Path) -> None:
         ),
         prune=PruneConfig(sparsity=0.25, criterion="gradient", rounds=(0.5, 1.0), iterations=2, damping=0.1),
         weights={"legal": 2.0, "code": 0.5, "medical": 1.0},
-        watch=WatchSettings(branch="release/1", interval=5),
+        watch=WatchSettings(branch="release/1", interval=5, cron="*/15 7-19,22 * jan,Mar-12 mon-5/2"),
         registry=RegistrySettings(uri="http://localhost:5000"),
     )
     assert settings.weight("legal") == 2.0
