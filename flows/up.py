@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,9 @@ def up(
             write_atomic(rendered, render_prefect_file(template, workspace, settings, registry=shown, devices=devices))
             stack.deploy(rendered, stop)
             tell("deployments: watch, adapt")
-            for pool in POOLS:
+            for pool in POOLS:  # in turn: at once, their first words to the server lock its SQLite file for each other
                 stack.start(f"worker {pool}", ("prefect", "worker", "start", "--pool", pool, "--type", "process"))
-            for pool in POOLS:
-                stack.wait(lambda pool=pool: _has_worker(api, pool), stop, f"the worker of pool {pool}")  # type: ignore[misc]
+                stack.wait(partial(_has_worker, api, pool), stop, f"the worker of pool {pool}")
                 tell(f"worker: pool {pool}")
             stack.save(ready=True)
             tell(f"Prefect: http://{_HOST}:{port}")

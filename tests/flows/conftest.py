@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -115,13 +115,22 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def make_bench(template: Path, tiny_base: Path, mlflow_template: Path) -> Callable[[Path], Bench]:
+    """make_bench(root) -> a workspace in the new folder `root` with the tiny base as version 1 and no data yet."""
+
+    def make(root: Path) -> Bench:
+        shutil.copytree(template, root)
+        (root / ".copal").mkdir(exist_ok=True)
+        shutil.copyfile(mlflow_template, root / ".copal" / "mlflow.db")
+        found = Bench(open_workspace(root), tiny_base)
+        found.register_root()
+        return found
+
+    return make
+
+
 @pytest.fixture
-def bench(template: Path, tiny_base: Path, mlflow_template: Path, tmp_path: Path) -> Bench:
+def bench(make_bench: Callable[[Path], Bench], tmp_path: Path) -> Bench:
     """A workspace with the tiny base as version 1 and no data yet."""
-    root = tmp_path / "workspace"
-    shutil.copytree(template, root)
-    (root / ".copal").mkdir(exist_ok=True)
-    shutil.copyfile(mlflow_template, root / ".copal" / "mlflow.db")
-    found = Bench(open_workspace(root), tiny_base)
-    found.register_root()
-    return found
+    return make_bench(tmp_path / "workspace")

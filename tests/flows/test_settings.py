@@ -105,6 +105,25 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("watch: {interval: 0}", "watch.interval"),
         ("watch: {interval: .nan}", "watch.interval"),
         ("watch: {branch: 1.0}", "watch.branch"),
+        *(
+            (f"watch: {{cron: {cron}}}", "watch.cron")
+            for cron in (
+                "5",
+                "daily",
+                "'* * * *'",
+                "'60 * * * *'",
+                "'* 24 * * *'",
+                "'* * 0 * *'",
+                "'* * * 13 *'",
+                "'* * * * 8'",
+                "'*/0 * * * *'",
+                "'*/ * * * *'",
+                "'5- * * * *'",
+                "'9-5 * * * *'",
+                "', * * * *'",
+                "'* * * * jan'",
+            )
+        ),
         ("registry: {uri: ''}", "registry.uri"),
         ("domains: [legal]", "domains must be a mapping"),
         ("domains: {legal: 2.0}", "domains.legal must be a mapping"),
