@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ POOLS = ("copal-cpu", "copal-gpu")
 _HOST = "127.0.0.1"
 _START = 180.0  # seconds in which a server has to answer; a busy machine needs a minute
 _END = 25.0  # seconds that a process has to end by itself after it was asked
+_TRIES = 10  # a second apart
 _PREFECT = {
     # Seconds: a watcher is woken for something, and what waits for a slot is looked at again.
     "PREFECT_WORKER_QUERY_SECONDS": "3",
@@ -523,11 +525,16 @@ def _answers(url: str) -> bool:
 def _call(api: str, method: str, path: str, body: Any = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{api}{path}", data, {"Content-Type": "application/json"}, method=method)
-    try:
-        with _opener().open(request, timeout=60) as answer:
-            content = answer.read()
-    except OSError as error:
-        raise UpError(f"the Prefect server at {api} refuses {method} {path}: {error}") from error
+    for rest in reversed(range(_TRIES)):
+        try:
+            with _opener().open(request, timeout=60) as answer:
+                content = answer.read()
+            break
+        except OSError as error:
+            busy = isinstance(error, urllib.error.HTTPError) and error.code == 503  # somebody else writes its database
+            if not busy or not rest:
+                raise UpError(f"the Prefect server at {api} refuses {method} {path}: {error}") from error
+            time.sleep(1.0)
     return json.loads(content) if content else None
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,8 +89,17 @@ class Running:
     def call(self, path: str, body: Any = None, method: str = "POST") -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.api}{path}", data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            content = answer.read()
+
+        def answer() -> list[bytes]:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as found:
+                    return [found.read()]
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # its database is locked
+                    raise
+                return []
+
+        (content,) = until(answer, 30, "an answer of the server")
         return json.loads(content) if content else None
 
     def deployment(self, name: str) -> Any:
@@ -198,7 +208,7 @@ def test_up_deploys_watch_and_adapt_with_pools_limits_a_schedule_and_a_trigger(s
 
 def test_the_schedule_fires_and_a_committed_domain_becomes_a_version(stack: Running) -> None:
     stack.bench.commit("code", seed=1)
-    until(lambda: stack.domains() == ["code"], 90, "a version")
+    until(lambda: stack.domains() == ["code"], 150, "a version")
     (run,) = until(
         lambda: [run for run in stack.runs("adapt") if run["state"]["type"] == "COMPLETED"], 20, "the end of its run"
     )
@@ -218,7 +228,7 @@ def test_notify_wakes_the_watcher_and_says_what_changed(quiet: Running) -> None:
     quiet.bench.commit("legal", seed=2)
     done = command("notify", "--workspace", quiet.bench.root, "legal", env=quiet.environment)
     assert done.stdout == f"notified {quiet.api} of legal\n", done.stderr
-    until(lambda: quiet.domains() == ["code", "legal"], 90, "a version")
+    until(lambda: quiet.domains() == ["code", "legal"], 150, "a version")
     events = {"event": {"name": ["copal.dataset.version.created"]}, "resource": {"id": ["copal.dataset.legal"]}}
     (event,) = until(lambda: quiet.call("/events/filter", {"filter": events})["events"], 20, "the event")
     version = quiet.bench.registry.head()
@@ -242,7 +252,7 @@ def test_with_the_hook_a_burst_of_commits_ends_in_versions_in_commit_order(quiet
         os.environ.pop("PYTHONPATH")
         os.environ |= {} if path is None else {"PYTHONPATH": path}
         command("hook", "uninstall", "--workspace", quiet.bench.root, env=quiet.environment)
-    until(lambda: quiet.domains()[2:] == ["zulu", "alpha", "mike"], 150, "three versions")
+    until(lambda: quiet.domains()[2:] == ["zulu", "alpha", "mike"], 300, "three versions")
     quiet.settle()
     assert len(quiet.domains()) == 5
 
@@ -254,7 +264,7 @@ def test_two_watchers_at_the_same_time_make_one_version(quiet: Running) -> None:
         "watch", "--once", "--workspace", quiet.bench.root, env=quiet.environment | {"PREFECT_API_URL": quiet.api}
     )
     assert done.returncode == 0, done.stderr
-    until(lambda: quiet.state(run) == "COMPLETED", 90, "the watcher on the worker")
+    until(lambda: quiet.state(run) == "COMPLETED", 150, "the watcher on the worker")
     assert quiet.domains().count("twin") == 1
 
 
