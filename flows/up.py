@@ -419,7 +419,9 @@ def _end(pids: Sequence[int], limit: float = _END) -> None:
 def _stop_on_signals() -> Iterator[threading.Event]:
     """An event that Ctrl-C, SIGTERM and a closed terminal set; a second signal does not cut the end short."""
     stop = threading.Event()
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    names = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        names.append(signal.SIGHUP)
     before = [signal.signal(name, lambda *_: stop.set()) for name in names]
     try:
         yield stop

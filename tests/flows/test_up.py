@@ -310,11 +310,11 @@ def test_cancelling_a_step_stops_its_process_within_15_seconds(quiet: Running) -
     run, process = until(lambda: busy(quiet), 60, "a step that prunes")
     began = time.monotonic()
     quiet.call(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
-    until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 15, "its process to end")
-    until(lambda: quiet.state(run) == "CANCELLED", 15, "the state of the run")
-    seconds = time.monotonic() - began
-    print(f"from the call to the end of the process and of the run: {seconds:.1f} s")
-    assert seconds < 15
+    until(lambda: not alive(process), 15, "its process to end")
+    ended = time.monotonic() - began
+    # Before the state comes, Prefect starts a process that looks for hooks: it imports what the flow imports.
+    until(lambda: quiet.state(run) == "CANCELLED", 90, "the state of the run")
+    print(f"\nafter the call its process ended in {ended:.1f} s, its state said so in {time.monotonic() - began:.1f} s")
     caller.join(30)
     assert [type(error) for error in heard] == [launch.AdaptFailedError]
     assert str(heard[0]) == "slow: the step was cancelled"
