@@ -210,7 +210,7 @@ def _take(registry: Registry, what: str, lease: float, tell: Callable[[str], Non
     while True:
         claims = registry.claims()
         last = max(claims, default=0)
-        if claims and not _NAMES <= claims[last].keys():
+        if claims and not claims[last].keys() >= _NAMES:
             continue  # it is being deleted, so there is a later one by now
         before = _Entry(**claims[last]) if claims else None
         if before is None or before.may_be_taken():

@@ -205,6 +205,73 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 2 if any(check.ok is False for check in checks) else 0
 
 
+def _up(arguments: argparse.Namespace) -> int:
+    from flows.up import up, up_detached
+
+    workspace = open_workspace(arguments.workspace)
+    settings = load_settings(workspace.params)
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+
+    if arguments.detach:
+        ports = ("--port", str(arguments.port), "--mlflow-port", str(arguments.mlflow_port))
+        up_detached(
+            workspace, (*ports, *(("--devices", arguments.devices) if arguments.devices is not None else ())), tell
+        )
+        return 0
+    up(
+        workspace,
+        settings,
+        port=arguments.port,
+        mlflow_port=arguments.mlflow_port,
+        devices=arguments.devices,
+        tell=tell,
+    )
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from flows.up import down
+
+    workspace = open_workspace(arguments.workspace)
+    print(f"{'ended what ran' if down(workspace) else 'nothing runs'} in {workspace.root}")
+    return 0
+
+
+def _notify(arguments: argparse.Namespace) -> int:
+    from flows.notify import changed_since, notify
+
+    if (arguments.since is None) == (not arguments.domains):
+        raise CommandError("name domains, or --since REV")
+    workspace = open_workspace(arguments.workspace)
+    settings = load_settings(workspace.params)
+    domains = arguments.domains or changed_since(workspace, settings, arguments.since)
+    if not domains:
+        print("nothing to notify of: no domain changed")
+        return 0
+    url = notify(workspace, settings, domains)
+    print(f"notified {url} of {', '.join(domains)}")
+    return 0
+
+
+def _hook(arguments: argparse.Namespace) -> int:
+    from flows import hook
+
+    workspace = open_workspace(arguments.workspace)
+    settings = load_settings(workspace.params)
+    if arguments.action == "install":
+        for path in hook.install(workspace, settings):
+            print(f"{path}: notifies the watcher")
+        return 0
+    removed = hook.uninstall(workspace, settings)
+    for path in removed:
+        print(f"{path}: copal's part is removed")
+    if not removed:
+        print(f"no hook of copal's in {workspace.root}")
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from flows.demo import run_demo
 
@@ -396,6 +463,14 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 < value < 65536:
+        raise ValueError
+    return value
+
+
+_port.__name__ = "port number"
 _seconds.__name__ = "number of seconds above 0"  # argparse puts it into its message
 
 
@@ -436,6 +511,21 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, metavar="DIR")
     gc = command("gc", _gc, "delete what can be made again: running sums of old versions, and what killed runs left")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
+    up = command("up", _up, "run servers, watcher and workers for a team, on this machine, until interrupted")
+    up.add_argument("--port", type=_port, default=4200, metavar="N", help="of the Prefect server; default: 4200")
+    up.add_argument("--mlflow-port", type=_port, default=5000, metavar="N", help="of the MLflow server; default: 5000")
+    up.add_argument("--devices", metavar="LIST", help="CUDA devices that a step may see, as 0,1; default: all")
+    up.add_argument("--detach", action="store_true", help="return when all is up; `copal down` ends it")
+    command("down", _down, "end what `copal up` runs in the workspace")
+    notify = command("notify", _notify, "tell the Prefect server of new dataset versions, so that the watcher looks")
+    notify.add_argument("domains", nargs="*", metavar="DOMAIN", help="the folders under data/")
+    notify.add_argument("--since", metavar="REV", help="instead: those whose data changed since then; empty: all")
+    hook = command("hook", _hook, "notify from git: add to the hooks post-commit and post-merge, or remove that")
+    hook.add_argument("action", choices=["install", "uninstall"])
     command("doctor", _doctor, "check Python, libraries, git, stores and disk, and say how to mend what is wrong")
     command("demo", _demo, "the main job on a real language model and three domains", here=".demo")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,6 +43,7 @@ __all__ = [
     "fetch_version",
     "in_history",
     "init_repository",
+    "is_url",
     "resolve_commit",
 ]
 
@@ -386,7 +387,7 @@ def data_root(workspace: Workspace, watch: WatchSettings, commit: str | None = N
         GitError: git refuses.
     """
     root = _place(workspace, watch.repository)
-    if watch.repository is None or not _is_url(watch.repository) or (commit and _has(root, commit)):
+    if not is_url(watch.repository) or (commit and _has(root, commit)):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     with locked(root.with_name(f"{root.name}.lock")):
@@ -398,14 +399,15 @@ def _place(workspace: Workspace, repository: str | None) -> Path:
     """The folder of a repository, which need not be there. A new password does not make a URL another repository."""
     if repository is None:
         return workspace.root
-    if not _is_url(repository):
+    if not is_url(repository):
         return workspace.root / repository
     digest = hashlib.sha256(_without_secrets(repository).encode()).hexdigest()
     return workspace.cache / "repositories" / digest[:16]
 
 
-def _is_url(repository: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|[\w.-]+@[\w.-]+:", repository) is not None
+def is_url(repository: str | None) -> bool:
+    """Whether a repository is at a URL, and not at a path."""
+    return repository is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|[\w.-]+@[\w.-]+:", repository) is not None
 
 
 def _has(root: Path, commit: str) -> bool:

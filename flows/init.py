@@ -126,6 +126,7 @@ watch:
   repository: null        # the git + DVC repository with the domains, a path or a URL; null: this one
   branch: null            # whose pointers are wanted; null: whatever HEAD is
   interval: 60.0          # seconds between two checks
+  cron: null              # for `copal up`, goes before interval: "0 3 * * 1-5" (minute hour day month weekday, UTC)
 
 run:
   lease: 60.0             # seconds after which a worker that gives no sign of life may be taken over

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,11 +77,13 @@ class WatchSettings:
             the workspace itself.
         branch: the branch whose pointers are wanted; None is whatever HEAD is.
         interval: seconds between two checks, above 0.
+        cron: when the watcher of `copal up` checks, five fields, UTC; None: every `interval` seconds.
     """
 
     repository: str | None = None
     branch: str | None = None
     interval: float = 60.0
+    cron: str | None = None
 
     def __post_init__(self) -> None:
         if self.repository is not None and (not isinstance(self.repository, str) or not self.repository.strip()):
@@ -89,6 +92,10 @@ class WatchSettings:
             raise SettingsError(f"watch.branch must be the name of a branch or null, not {self.branch!r}")
         if not _is_positive(self.interval):
             raise SettingsError(f"watch.interval must be a number of seconds above 0, not {self.interval!r}")
+        if self.cron is not None and not _is_cron(self.cron):
+            raise SettingsError(
+                f"watch.cron must be five fields (minute, hour, day, month, weekday) or null, not {self.cron!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,7 +229,7 @@ class Workspace:
 
     @property
     def cache(self) -> Path:
-        """Fetched dataset versions; may be deleted at any time when nothing runs."""
+        """Fetched dataset versions, and clones: these alone may have commits that a remote's rewritten history lost."""
         return self.private / "cache"
 
     @property
@@ -324,6 +331,15 @@ def _section(kind: type[_T], name: str, values: Any) -> _T:
         if not isinstance(key, str):  # YAML reads `on:` and `1:` as something else
             raise SettingsError(f"{name}.{key} is not a setting")
     return from_mapping(kind, name, values)
+
+
+def _is_cron(value: object) -> bool:
+    from cronsim import CronSim, CronSimError
+
+    try:
+        return isinstance(value, str) and len(value.split()) == 5 and bool(CronSim(value, datetime(2026, 1, 1)))
+    except CronSimError:
+        return False
 
 
 def _is_positive(value: object) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 from prefect import flow
 
 from copal.errors import CopalError
-from flows.adapt import adapt
 from flows.datasets import MissingDataError
+from flows.launch import run_adapt
 from flows.reconcile import Plan, plan
 from flows.registry import open_registry
 from flows.settings import Workspace, load_settings, open_workspace
@@ -26,7 +26,7 @@ class RefusedError(CopalError):
 @flow(name="watch")
 def watch(workspace: str) -> list[int]:
     """Run one step for every pending dataset version: see `take_up`."""
-    return take_up(workspace, adapt)
+    return take_up(workspace, run_adapt)
 
 
 def _now() -> datetime:

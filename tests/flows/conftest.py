@@ -124,13 +124,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_bench(
-    template: Path, tiny_base: Path, mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[], Bench]:
-    """make_bench() -> a workspace with the tiny base as version 1 and no data yet."""
+def make_bench(template: Path, tiny_base: Path, mlflow_template: Path) -> Callable[[Path], Bench]:
+    """make_bench(root) -> a workspace in the new folder `root` with the tiny base as version 1 and no data yet."""
 
-    def make() -> Bench:
-        root = tmp_path_factory.mktemp("bench") / "workspace"
+    def make(root: Path) -> Bench:
         shutil.copytree(template, root)
         (root / ".copal").mkdir(exist_ok=True)
         shutil.copyfile(mlflow_template, root / ".copal" / "mlflow.db")
@@ -142,9 +139,9 @@ def make_bench(
 
 
 @pytest.fixture
-def bench(make_bench: Callable[[], Bench]) -> Bench:
-    """A workspace of the test's own."""
-    return make_bench()
+def bench(make_bench: Callable[[Path], Bench], tmp_path: Path) -> Bench:
+    """A workspace with the tiny base as version 1 and no data yet."""
+    return make_bench(tmp_path / "workspace")
 
 
 class MlflowServer:
@@ -163,7 +160,13 @@ class MlflowServer:
         """Start it and wait until it answers."""
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}", "--no-serve-artifacts"),
+            *(
+                "--backend-store-uri",
+                f"sqlite:///{self.folder / 'mlflow.db'}",
+                "--workers",
+                "1",
+                "--no-serve-artifacts",
+            ),
         ]
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "log").open("ab") as log:

@@ -11,10 +11,10 @@ import time
 
 import pytest
 import torch
+from crashes import POINTS, Point, start
 from mlflow import MlflowClient
 
 from copal.checkpoint import Checkpoint
-from crashes import POINTS, Point, start
 from flows.gc import collect
 from flows.lineage import verify_files
 from flows.reconcile import plan
@@ -106,8 +106,8 @@ class Trials:
 
 
 @pytest.fixture(scope="module")
-def trials(make_bench) -> Trials:
-    return Trials(make_bench())
+def trials(make_bench, tmp_path_factory) -> Trials:
+    return Trials(make_bench(tmp_path_factory.mktemp("crash") / "workspace"))
 
 
 @pytest.mark.parametrize("point", POINTS, ids=str)

@@ -12,6 +12,7 @@ from copal.errors import DataError, SettingsError
 from flows.settings import (
     ModelSettings,
     RegistrySettings,
+    RunSettings,
     Settings,
     WatchSettings,
     Workspace,
@@ -57,7 +58,8 @@ def test_every_setting_is_read(params: Path) -> None:
                       storage: compact}
         prune: {sparsity: 0.25, criterion: gradient, rounds: [0.5, 1.0], iterations: 2, damping: 0.1}
         domains: {legal: {weight: 2}, code: {weight: 0.5}, medical: null}
-        watch: {repository: ../data, branch: release/1, interval: 5}
+        watch: {repository: ../data, branch: release/1, interval: 5, cron: "*/15 7-19,22 * jan,Mar-12 mon-fri/2"}
+        run: {lease: 30, time_limit: 3600}
         registry: {uri: "http://localhost:5000"}
         """,
     )
@@ -68,7 +70,10 @@ def test_every_setting_is_read(params: Path) -> None:
         ),
         prune=PruneConfig(sparsity=0.25, criterion="gradient", rounds=(0.5, 1.0), iterations=2, damping=0.1),
         weights={"legal": 2.0, "code": 0.5, "medical": 1.0},
-        watch=WatchSettings(repository="../data", branch="release/1", interval=5),
+        watch=WatchSettings(
+            repository="../data", branch="release/1", interval=5, cron="*/15 7-19,22 * jan,Mar-12 mon-fri/2"
+        ),
+        run=RunSettings(lease=30, time_limit=3600),
         registry=RegistrySettings(uri="http://localhost:5000"),
     )
     assert settings.weight("legal") == 2.0
@@ -105,8 +110,14 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("watch: {interval: 0}", "watch.interval"),
         ("watch: {interval: .nan}", "watch.interval"),
         ("watch: {branch: 1.0}", "watch.branch"),
-        ("watch: {repository: ''}", "watch.repository"),
-        ("watch: {repository: [a]}", "watch.repository"),
+        ("watch: {repository: 7}", "watch.repository"),
+        *(
+            (f"watch: {{cron: {cron}}}", "watch.cron")
+            for cron in ("5", "daily", "'* * * *'", "'60 * * * *'", "'* * * 13 *'", "'*/0 * * * *'", "'* * * * * *'")
+        ),
+        ("run: {lease: 0.5}", "run.lease"),
+        ("run: {lease: soon}", "run.lease"),
+        ("run: {time_limit: 0}", "run.time_limit"),
         ("registry: {uri: ''}", "registry.uri"),
         ("domains: [legal]", "domains must be a mapping"),
         ("domains: {legal: 2.0}", "domains.legal must be a mapping"),
