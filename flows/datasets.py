@@ -387,7 +387,7 @@ def data_root(workspace: Workspace, watch: WatchSettings, commit: str | None = N
         GitError: git refuses.
     """
     root = _place(workspace, watch.repository)
-    if not is_url(watch.repository) or (commit and _has(root, commit)):
+    if watch.repository is None or not is_url(watch.repository) or (commit and _has(root, commit)):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     with locked(root.with_name(f"{root.name}.lock")):

@@ -512,7 +512,14 @@ class Registry:
             tags=tags | {"copal.logged_model": model.model_id},
             model_id=model.model_id,
         )
-        versions = _published(self._all_versions(client))
+        every = self._all_versions(client)
+        twin = next(version for version in every if version.tags["copal.logged_model"] == model.model_id)
+        if twin.number != int(made.version):
+            client.delete_model_version(self.model_name, made.version)
+            raise RegistryError(
+                f"version {twin.number} of {self.model_name} is this one: the process that took over published it"
+            )
+        versions = _published(every)
         for version in versions:
             if version.number == int(made.version):
                 return version
