@@ -36,7 +36,7 @@ __all__ = [
     "write_record",
 ]
 
-SCHEMA = "copal.lineage/1"
+SCHEMA = "copal.lineage/2"  # 2: withdrawn, matrix; damping and tokens of a layer
 RECORD_FILE = "lineage.json"
 SUM_FOLDER = "state/sum"  # the part of a version that can be made again, see copal.state
 _HASHED_FOLDERS = ("model", "state")
@@ -81,12 +81,14 @@ def build_record(
     key: str | None,
     step: DomainRecord | None,
     domains: Sequence[DomainRecord],
+    withdrawn: Sequence[Mapping[str, str]],
     settings: Mapping[str, Any],
     settings_fingerprint: str,
     sparsity: Mapping[str, Any],
     weights_back: int | None,
     perplexity: Mapping[str, float],
     dense_perplexity: Mapping[str, float],
+    matrix: Sequence[Mapping[str, Any]],
     perplexity_before: float | None,
     backward_transfer: float | None,
     seconds: Mapping[str, float],
@@ -105,10 +107,14 @@ def build_record(
         parent: {version, digest} of the parent; None for the root of the lineage, which has no `key` and `step` either.
         base: {fingerprint, source} of the dense base checkpoint.
         key: `step_key` of the step.
-        step: the domain that this step added or replaced; `domains`: every domain in the state.
+        step: the domain that this step added or replaced; None where it withdrew one. `domains`: every domain in the
+            state.
+        withdrawn: {name, dvc_md5} of dataset versions that were withdrawn and may not come back by themselves.
         sparsity: {target, counted}; target is a share or a pattern such as "2:4", None where nothing was pruned yet.
         weights_back: weights that were zero in the parent and are not now; None when the parent is the dense root.
         perplexity, dense_perplexity: {domain: value} of this version and of the dense base.
+        matrix: {version, perplexity} of every pruned version up to this one, oldest first; the version of the last is
+            None: this one.
         perplexity_before: of the new domain on the parent, before the step.
         seconds: {statistics, solve, evaluate}.
         layers: a dict per pruned linear: name, sparsity, layer_error_before, layer_error_after, response_shift,
@@ -129,12 +135,14 @@ def build_record(
         "key": key,
         "step": None if step is None else asdict(step),
         "domains": [asdict(domain) for domain in ordered],
+        "withdrawn": withdrawn,
         "settings": settings,
         "settings_fingerprint": settings_fingerprint,
         "sparsity": sparsity,
         "weights_back": weights_back,
         "perplexity": perplexity,
         "dense_perplexity": dense_perplexity,
+        "matrix": matrix,
         "perplexity_before": perplexity_before,
         "backward_transfer": backward_transfer,
         "seconds": seconds,
@@ -289,12 +297,14 @@ def _record_check() -> _Check:
         key=_or_null(_sha256_text),
         step=_or_null(domain),
         domains=_list_of(domain),
+        withdrawn=_list_of(_object(name=_text, dvc_md5=_text)),
         settings=_plain,
         settings_fingerprint=_text,
         sparsity=_object(target=_or_null(_number_or_text), counted=_number),
         weights_back=_or_null(_whole),
         perplexity=perplexities,
         dense_perplexity=perplexities,
+        matrix=_list_of(_object(version=_or_null(_whole), perplexity=perplexities)),
         perplexity_before=_or_null(_number),
         backward_transfer=_or_null(_number),
         seconds=_object(statistics=_number, solve=_number, evaluate=_number),

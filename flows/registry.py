@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from copal.errors import CopalError
-from copal.files import flush
+from copal.files import flush, write_json
 from flows.lineage import (
     RECORD_FILE,
     SUM_FOLDER,
@@ -38,6 +38,7 @@ from flows.lineage import (
     verify_files,
     write_record,
 )
+from flows.log import anchor_of, chain_problems, next_entry
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,6 +61,7 @@ _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 _LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
 _SUM_DROPPED = "copal.sum_dropped"
+_LOG_RUN, _LOG_ANCHOR = "copal.log_run", "copal.log_head"
 _CLAIM = ".claim-"
 _CLAIM_DESCRIPTION = "Not a model: who works on the lineage of that name now, or did last (kept by copal)."
 
@@ -403,6 +405,112 @@ class Registry:
         if head is not None:
             with self._store() as client:
                 self._sweep(client, self._experiment(client), head)
+
+    # -- the log of the lineage: see `flows.log` --
+
+    def log(self) -> list[dict[str, Any]]:
+        """What happened to the versions after they were made, oldest first; checked against its anchor.
+
+        Raises:
+            LineageError: it was altered.
+            RegistryError: it cannot be read.
+        """
+        entries, anchor = self.log_as_stored()
+        problems = chain_problems(entries, anchor)
+        if problems:
+            raise LineageError(f"the log of {self.model_name}: {problems[0]}")
+        return entries
+
+    def log_as_stored(self) -> tuple[list[Any], str]:
+        """The log as it is stored, and its anchor; nothing is checked, and what no anchor names is left out.
+
+        Raises:
+            RegistryError: it cannot be read.
+        """
+        path = self._sqlite_path()
+        if path is not None and not path.exists():
+            return [], ""
+        with self._store() as client:
+            tags = self._model_tags(client)
+            if _LOG_RUN not in tags:
+                return [], tags.get(_LOG_ANCHOR, "")
+            anchor = tags.get(_LOG_ANCHOR, "")
+            count = int(anchor.split()[0]) if anchor else 0
+            with self._log_files(client, tags[_LOG_RUN]) as folder:
+                names = sorted(folder.glob("*.json"))[:count]
+                return [_read_json(name) for name in names], anchor
+
+    def append_log(
+        self,
+        kind: str,
+        *,
+        version: int | None = None,
+        from_version: int | None = None,
+        to_version: int | None = None,
+        why: str | None = None,
+        details: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Append an entry, see `flows.log.next_entry`. Only for who holds the lineage.
+
+        It counts once the anchor names it, which is the last thing that happens.
+
+        Raises:
+            LineageError: the log was altered.
+            RegistryError: the store fails.
+        """
+        entries = self.log()
+        entry = next_entry(
+            entries,
+            kind=kind,
+            version=version,
+            from_version=from_version,
+            to_version=to_version,
+            why=why,
+            details=details,
+        )
+        with self._store() as client, tempfile.TemporaryDirectory(prefix="copal-") as scratch:
+            run_id = self._model_tags(client).get(_LOG_RUN)
+            if run_id is None:
+                run_id = client.create_run(
+                    self._experiment(client), run_name="log", tags={_LOG_RUN: "true"}
+                ).info.run_id
+                _end_run(client, run_id, "FINISHED")
+                client.set_registered_model_tag(self.model_name, _LOG_RUN, run_id)
+            file = Path(scratch) / f"{entry['number']:06d}.json"
+            write_json(file, entry)
+            client.log_artifact(run_id, str(file), "log")
+            local = _local_path(client.get_run(run_id).info.artifact_uri)
+            if local is not None:
+                flush(local / "log" / file.name)
+                flush(local / "log")
+            client.set_registered_model_tag(self.model_name, _LOG_ANCHOR, anchor_of([*entries, entry]))
+        return entry
+
+    def _model_tags(self, client: MlflowClient) -> dict[str, str]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return dict(client.get_registered_model(self.model_name).tags)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise
+
+    @contextlib.contextmanager
+    def _log_files(self, client: MlflowClient, run_id: str) -> Iterator[Path]:
+        """A folder with the files of the log: where they are, or a copy."""
+        uri = f"{client.get_run(run_id).info.artifact_uri}/log"
+        local = _local_path(uri)
+        if local is not None:
+            yield local
+            return
+        from mlflow.artifacts import download_artifacts
+
+        with (
+            tempfile.TemporaryDirectory(prefix="copal-") as scratch,
+            contextlib.redirect_stderr(io.StringIO()),  # of a progress bar
+        ):
+            yield Path(download_artifacts(uri, dst_path=scratch, tracking_uri=self.tracking_uri))
 
     # -- who works on the lineage: the log that `flows.claims` keeps --
 
@@ -816,6 +924,15 @@ def _local_path(uri: str) -> Path | None:
     if parts.scheme == "file" and not parts.netloc:
         return Path(unquote(parts.path))
     return None if parts.scheme else Path(uri)
+
+
+def _read_json(path: Path) -> Any:
+    """What a file holds; what is no JSON comes as text, for whoever checks it."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _flush_all(folder: Path | None) -> None:

@@ -386,12 +386,14 @@ def register_step(
         key=step.key,
         step=next(domain for domain in evaluation.domains if domain.contribution_version is None),
         domains=evaluation.domains,
+        withdrawn=[entry for entry in parent_record["withdrawn"] if entry["name"] != step.version.domain],
         settings=_recorded(settings),
         settings_fingerprint=settings.fingerprint(),
         sparsity={"target": settings.prune.sparsity, "counted": report.sparsity},
         weights_back=report.weights_back if step.parent else None,
         perplexity=evaluation.perplexity,
         dense_perplexity=evaluation.dense,
+        matrix=_matrix(parent_record, step.head, evaluation.perplexity),
         perplexity_before=evaluation.before,
         backward_transfer=backward_transfer(when_newest, now),
         seconds={**report.seconds, "evaluate": evaluation.seconds},
@@ -449,12 +451,14 @@ def register_root(
             key=None,
             step=None,
             domains=(),
+            withdrawn=(),
             settings=_recorded(settings),
             settings_fingerprint=settings.fingerprint(),
             sparsity={"target": None, "counted": 0.0},
             weights_back=None,
             perplexity={},
             dense_perplexity={},
+            matrix=(),
             perplexity_before=None,
             backward_transfer=None,
             seconds={"statistics": 0.0, "solve": 0.0, "evaluate": 0.0},
@@ -523,6 +527,12 @@ def _perplexity_when_newest(registry: Registry, earlier: tuple[DomainRecord, ...
         if record["step"]["evaluation_digest"] == entry.evaluation_digest:
             found[entry.name] = record["perplexity"][entry.name]
     return found
+
+
+def _matrix(parent: Mapping[str, Any], number: int, perplexity: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The parent's rows of perplexities, its own with its number now, and the new version's."""
+    rows = [row if row["version"] is not None else {**row, "version": number} for row in parent["matrix"]]
+    return [*rows, {"version": None, "perplexity": perplexity}]
 
 
 def _recorded(settings: Settings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is finished is not done again, whatever went wrong after it: a full disk, a server that died, a cancelled run."""
+"""What is finished is not done again, whatever went wrong after it: a full disk, a dead server, a cancelled run."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def not_again(monkeypatch) -> Callable[[str], None]:
 
 def test_a_version_that_is_pruned_is_not_pruned_again(bench, monkeypatch, not_again):
     bench.commit("code", 0)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate_step", interrupted)
-        step(bench)
+        with pytest.raises(KeyboardInterrupt):
+            step(bench)
     assert staged(bench) == ["step.json", "version"]
     not_again("prune_domain")
     assert step(bench).number == 2
@@ -56,9 +57,10 @@ def test_a_version_that_is_pruned_is_not_pruned_again(bench, monkeypatch, not_ag
 
 def test_what_another_copal_staged_is_not_gone_on_with(bench, monkeypatch, not_again):
     bench.commit("code", 0)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate_step", interrupted)
-        step(bench)
+        with pytest.raises(KeyboardInterrupt):
+            step(bench)
     monkeypatch.setattr(stages, "_code", lambda: {"version": "0.0.1", "git_commit": None, "dirty": None})
     not_again("prune_domain")
     with pytest.raises(AssertionError, match="prune_domain ran again"):
@@ -67,9 +69,10 @@ def test_what_another_copal_staged_is_not_gone_on_with(bench, monkeypatch, not_a
 
 def test_a_staged_version_that_is_damaged_is_made_anew(bench, monkeypatch):
     bench.commit("code", 0)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate_step", interrupted)
-        step(bench)
+        with pytest.raises(KeyboardInterrupt):
+            step(bench)
     (manifest,) = bench.workspace.runs.glob("*/version/state/manifest.json")
     manifest.write_text("{")
     assert step(bench).number == 2
@@ -126,9 +129,10 @@ def test_a_disk_that_is_full_while_registering_loses_nothing_and_nothing_is_comp
     kept = bench.root / "kept"
     shutil.move(models, kept)
     try:
-        with small_disk(models, 100_000, monkeypatch), pytest.raises(RegistryError, match="No space left"):
+        with small_disk(models, 100_000, monkeypatch):
             (models / next(kept.iterdir()).name).symlink_to(next(kept.iterdir()))
-            step(bench)
+            with pytest.raises(RegistryError, match="No space left"):
+                step(bench)
     finally:
         models.rmdir()
         shutil.move(kept, models)
@@ -155,9 +159,10 @@ def test_a_server_that_dies_during_a_registration_loses_nothing_and_nothing_is_c
         return real(*args, **kwargs)
 
     try:
-        with monkeypatch.context() as patch, pytest.raises(RegistryError):
+        with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, call, dies)
-            step(bench)
+            with pytest.raises(RegistryError):
+                step(bench)
         with pytest.raises(RegistryError):
             step(bench)
     finally:
@@ -184,8 +189,9 @@ def test_a_step_past_its_time_limit_is_stopped_and_frees_the_lineage(bench, monk
 
     bench.commit("code", 0)
     bench.set("model: {name: tiny", "run: {time_limit: 0.5}\nmodel: {name: tiny")
-    with monkeypatch.context() as patch, pytest.raises(TimeLimitError, match=r"run.time_limit, 0.5 s"):
+    with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate_step", lambda *args: threading.Event().wait(60))
-        adapt(str(bench.root), "code")
+        with pytest.raises(TimeLimitError, match=r"run.time_limit, 0.5 s"):
+            adapt(str(bench.root), "code")
     assert bench.registry.claims()[max(bench.registry.claims())]["held"] == "no"
     assert domains(bench) == [None]

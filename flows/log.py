@@ -1,0 +1,113 @@
+"""The log of a lineage: what happened to its versions after they were made, as a hash chain. Pure: knows no registry.
+
+Gate results, promotions, rollbacks and withdrawals are entries. Each holds the digest of the one before it, and the
+registry keeps the digest of the newest in a tag: whoever alters, drops or adds an entry breaks the chain or its anchor.
+An entry is a plain JSON object and is never changed.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from copal.config import canonical_json, fingerprint
+
+__all__ = ["KINDS", "SCHEMA", "anchor_of", "chain_problems", "next_entry"]
+
+SCHEMA = "copal.log/1"
+KINDS = ("gates", "promotion", "rollback", "withdrawal", "purge")
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "schema": str,
+    "number": int,
+    "previous": (str, type(None)),
+    "kind": str,
+    "when": str,
+    "who": str,
+    "why": (str, type(None)),
+    "version": (int, type(None)),
+    "from": (int, type(None)),
+    "to": (int, type(None)),
+    "details": dict,
+}
+
+
+def next_entry(
+    entries: Sequence[Mapping[str, Any]],
+    *,
+    kind: str,
+    version: int | None = None,
+    from_version: int | None = None,
+    to_version: int | None = None,
+    why: str | None = None,
+    details: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The entry that follows `entries`, made now by who runs this process.
+
+    Args:
+        kind: one of `KINDS`.
+        version: that it is about; `from_version`, `to_version`: of an alias that moved.
+        why: in the words of who did it.
+        details: of the kind, as plain JSON.
+    """
+    assert kind in KINDS
+    entry = {
+        "schema": SCHEMA,
+        "number": len(entries) + 1,
+        "previous": fingerprint(entries[-1]) if entries else None,
+        "kind": kind,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "who": f"{_user()}@{socket.gethostname()}",
+        "why": why,
+        "version": version,
+        "from": from_version,
+        "to": to_version,
+        "details": details,
+    }
+    return dict(json.loads(canonical_json(entry)))
+
+
+def anchor_of(entries: Sequence[Mapping[str, Any]]) -> str:
+    """What the registry keeps of the log: the number and the digest of its newest entry; "" of an empty one."""
+    return f"{len(entries)} {fingerprint(entries[-1])}" if entries else ""
+
+
+def chain_problems(entries: Sequence[Any], anchor: str) -> list[str]:
+    """What is wrong with a log, a line each; nothing where it is whole and ends at its anchor."""
+    problems = []
+    for place, entry in enumerate(entries, start=1):
+        problem = _entry_problem(entry)
+        if problem:
+            problems.append(f"log entry {place}: {problem}")
+            continue
+        if entry["number"] != place:
+            problems.append(f"log entry {place}: says that it is number {entry['number']}")
+        before = entries[place - 2] if place > 1 else None
+        if entry["previous"] != (fingerprint(before) if before is not None else None):
+            problems.append(f"log entry {place}: does not follow the entry before it: one of the two was altered")
+    if not problems and anchor != anchor_of(entries):
+        problems.append(f"the log has {len(entries)} entries and does not end where the registry says ({anchor!r})")
+    return problems
+
+
+def _entry_problem(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or entry.get("schema") != SCHEMA:
+        return f"is not of schema {SCHEMA}"
+    if entry.keys() != _FIELDS.keys():
+        return f"must have the fields {', '.join(_FIELDS)}"
+    wrong = [
+        name for name, kind in _FIELDS.items() if not isinstance(entry[name], kind) or isinstance(entry[name], bool)
+    ]
+    if wrong:
+        return f"{wrong[0]} is of the wrong type"
+    return None if entry["kind"] in KINDS else f"kind {entry['kind']!r} is unknown"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container with a user that has no name
+        return "unknown"

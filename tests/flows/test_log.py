@@ -1,0 +1,84 @@
+"""The log of a lineage: a chain that shows every change, anchored in the registry."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from flows.lineage import LineageError
+from flows.log import anchor_of, chain_problems, next_entry
+
+
+def three() -> list[dict]:
+    entries: list[dict] = []
+    for number in (2, 3, 4):
+        details = {"gates": [{"name": "sparsity", "passed": True, "value": 0.5}]}
+        entries.append(next_entry(entries, kind="gates", version=number, why="because", details=details))
+    return entries
+
+
+def test_a_whole_log_has_no_problems():
+    entries = three()
+    assert chain_problems(entries, anchor_of(entries)) == []
+    assert chain_problems([], "") == []
+    assert [entry["number"] for entry in entries] == [1, 2, 3]
+    assert "@" in entries[0]["who"]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("field", sorted(three()[0]))
+def test_a_change_of_any_field_of_any_entry_is_seen(place, field):
+    entries = three()
+    anchor = anchor_of(entries)
+    altered = copy.deepcopy(entries)
+    values = {"number": 7, "version": 9, "from": 1, "to": 1, "details": {"gates": []}, "kind": "purge", "why": None}
+    altered[place][field] = values.get(field, "another")
+    assert altered != entries
+    assert chain_problems(altered, anchor)
+
+
+@pytest.mark.parametrize("kept", [[], [0], [0, 1], [1, 2], [0, 2], [1, 0, 2], [0, 1, 2, 2]])
+def test_entries_that_are_missing_moved_or_doubled_are_seen(kept):
+    entries = three()
+    assert chain_problems([entries[place] for place in kept], anchor_of(entries))
+
+
+def test_the_registry_keeps_the_log_and_notices_what_was_altered(bench):
+    registry = bench.registry
+    assert registry.log() == []
+    first = registry.append_log("promotion", to_version=1, why="first", details={"alias": "champion"})
+    second = registry.append_log("rollback", from_version=1, to_version=1, details={})
+    assert bench.registry.log() == [first, second]
+    (file,) = bench.workspace.artifacts.rglob("000001.json")
+    content = file.read_text()
+    file.write_text(content.replace('"first"', '"later"'))
+    with pytest.raises(LineageError, match=r"log of tiny: log entry 2: does not follow"):
+        registry.log()
+    file.write_text(content[:20])
+    with pytest.raises(LineageError, match="log entry 1"):
+        registry.log()
+    with pytest.raises(LineageError, match="log entry 1"):
+        registry.append_log("rollback", details={})
+    file.write_text(content)
+    assert len(registry.log()) == 2
+
+
+def test_an_entry_counts_once_its_anchor_is_there(bench, monkeypatch):
+    registry = bench.registry
+    registry.append_log("promotion", to_version=1, details={})
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.registry.anchor_of", lambda entries: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            registry.append_log("rollback", why="killed", details={})
+    assert [entry["kind"] for entry in registry.log()] == ["promotion"]
+    registry.append_log("rollback", why="again", details={})
+    assert [entry["why"] for entry in registry.log()] == [None, "again"]
+
+
+def test_the_log_of_a_remote_store_is_fetched(bench, monkeypatch):
+    written = bench.registry.append_log("promotion", to_version=1, details={"alias": "champion"})
+    monkeypatch.setattr("flows.registry._local_path", lambda uri: None)
+    assert bench.registry.log() == [written]
+    assert json.dumps(bench.registry.log_as_stored()[0]) == json.dumps([written])
