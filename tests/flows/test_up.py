@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from flows import launch
+from flows.claims import claimed
 from flows.cli import main
 from flows.datasets import MissingDataError
 from flows.settings import WatchSettings, load_settings
@@ -318,6 +319,9 @@ def test_cancelling_a_step_stops_its_process_within_15_seconds(quiet: Running) -
     caller.join(30)
     assert [type(error) for error in heard] == [launch.AdaptFailedError]
     assert str(heard[0]) == "slow: the step was cancelled"
+    began = time.monotonic()
+    with claimed(quiet.bench.registry, "whoever comes next", lease=60):
+        assert time.monotonic() - began < 15, "the lineage is free"
 
 
 def busy(stack: Running) -> tuple[str, psutil.Process] | None:
