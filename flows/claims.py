@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from copal.errors import CopalError
 from copal.progress import Progress
+from flows.alive import find_process
 from flows.registry import Registry, RegistryError
 
 __all__ = ["Claim", "ClaimLostError", "claimed"]
@@ -70,16 +71,7 @@ class _Entry:
 
     def _is_dead(self) -> bool:
         """Whether the holder was a process of this machine that is no more."""
-        import psutil
-
-        if self.host != _host():
-            return False
-        try:
-            process = psutil.Process(int(self.pid))
-            same = abs(process.create_time() - float(self.started)) < 1
-            return not same or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
+        return self.host == _host() and find_process(int(self.pid), float(self.started)) is None
 
 
 _NAMES = {field.name for field in fields(_Entry)}

@@ -28,6 +28,7 @@ from typing import Any
 
 from copal.errors import CopalError
 from copal.files import write_atomic
+from flows.alive import find_process
 from flows.settings import Settings, Workspace
 
 __all__ = ["Stack", "UpError", "down", "prefect_file", "read_stack", "render_prefect_file", "up", "up_detached"]
@@ -329,7 +330,11 @@ def read_stack(workspace: Workspace) -> Stack | None:
 def is_up(workspace: Workspace) -> Stack | None:
     """What runs in the workspace; None where its supervisor does not live."""
     stack = read_stack(workspace)
-    return stack if stack is not None and _living(stack.supervisor) is not None else None
+    return (
+        stack
+        if stack is not None and find_process(stack.supervisor.pid, stack.supervisor.started) is not None
+        else None
+    )
 
 
 def _state_file(workspace: Workspace) -> Path:
@@ -362,18 +367,6 @@ def _identify(name: str, pid: int) -> Process:
         return Process(name=name, pid=pid, started=0.0)
 
 
-def _living(process: Process) -> Any:
-    """psutil's handle of the process; None where it ended, whoever has its number now."""
-    import psutil
-
-    try:
-        found = psutil.Process(process.pid)
-        same = abs(found.create_time() - process.started) < 1.0
-        return found if same and found.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
-        return None
-
-
 def _end_leftovers(workspace: Workspace) -> bool:
     """End what a killed supervisor left, and remove its state file; whether there was anything that ran."""
     stack = read_stack(workspace)
@@ -382,8 +375,12 @@ def _end_leftovers(workspace: Workspace) -> bool:
     return ran
 
 
+def _lives(process: Process) -> bool:
+    return find_process(process.pid, process.started) is not None
+
+
 def _end_known(processes: Sequence[Process], *, limit: float) -> bool:
-    alive = [found.pid for found in map(_living, processes) if found is not None]
+    alive = [process.pid for process in processes if _lives(process)]
     _end(alive, limit)
     return bool(alive)
 
