@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except CopalError as error:
         return _refuse(str(error))
+    except BrokenPipeError:  # whoever read what this prints has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno not in _SURROUNDINGS:
             raise
