@@ -47,7 +47,7 @@ def collect(workspace: Workspace, settings: Settings, registry: Registry, *, dry
             size = registry.drop_sum(version, dry_run=dry_run)
             if size:
                 found.append(Freed(what=f"running sum of version {version.number}", size=size))
-        for folder, built_on in run_folders(workspace).items():
+        for folder, built_on in run_folders(workspace, registry.model_name).items():
             if built_on == head.number:  # a finished version may wait there
                 continue
             found.append(Freed(what=str(folder.relative_to(workspace.root)), size=_size(folder)))

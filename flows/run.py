@@ -107,6 +107,6 @@ def _stages(settings: Settings, registry: Registry, workspace: Workspace, step: 
 def sweep(workspace: Workspace, registry: Registry) -> None:
     """Remove the run folders of steps on versions that are not the head any more: nobody can publish them."""
     head = registry.head()
-    for folder, built_on in stages.run_folders(workspace).items():
+    for folder, built_on in stages.run_folders(workspace, registry.model_name).items():
         if built_on is not None and head is not None and built_on < head.number:
             shutil.rmtree(folder)

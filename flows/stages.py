@@ -3,9 +3,9 @@
 A stage takes and gives paths, ids and small values, never tensors. Everything is staged in a run folder under the
 workspace and becomes visible only when the registry has the version, which is what moves `latest`.
 
-    runs/<key>/step.json          what the folder is for, and the code that works on it
-               version/           model/, state/ and the report, once pruning is whole
-               evaluation.json    once evaluation is
+    runs/<model>-<key>/step.json  what the folder is for, and the code that works on it
+                       version/   model/, state/ and the report, once pruning is whole
+                       evaluation.json    once evaluation is
 
 Each appears by a rename. A run that finds them goes on from there: `staged_report`, `staged_evaluation`.
 """
@@ -82,16 +82,18 @@ class Step:
     """One step, resolved: what it builds on and what it adds.
 
     Attributes:
+        model: name of the lineage.
         head: number of the version that it builds on.
         base: the dense base model's folder; `base_fingerprint`: of that folder.
         parent: folder of the head (model/, state/); None where the head is the dense base itself.
         states: version -> state folder, of every version whose contribution the head's state names.
-        run: the step's own folder, named by its key.
+        run: the step's own folder, named by the lineage and the key.
         version: the dataset version to adapt to.
         key: names the step.
         earlier: the other domains in the head's state.
     """
 
+    model: str
     head: int
     base: Path
     base_fingerprint: str
@@ -164,7 +166,8 @@ def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain
         base_fingerprint=record["base"]["fingerprint"],
         parent=registry.folder(head) if known else None,
         states={number: registry.folder(registry.version(number)) / "state" for number in sorted(versions)},
-        run=workspace.runs / key[:16],
+        model=settings.model.name,
+        run=workspace.runs / f"{settings.model.name}-{key[:16]}",
         version=version,
         key=key,
         earlier=tuple(entry for name, entry in sorted(known.items()) if name != domain),
@@ -199,7 +202,7 @@ def stage(step: Step) -> None:
 
     What another version of copal made goes too: it might not be what this one would make.
     """
-    meant = {"key": step.key, "head": step.head, "code": _code()}
+    meant = {"model": step.model, "base": step.base_fingerprint, "key": step.key, "head": step.head, "code": _code()}
     if _meant(step.run) != meant:
         discard(step)
         step.run.mkdir(parents=True)
@@ -230,10 +233,13 @@ def staged_evaluation(step: Step) -> Evaluation | None:
     return Evaluation(**values | {"domains": tuple(DomainRecord(**domain) for domain in values["domains"])})
 
 
-def run_folders(workspace: Workspace) -> dict[Path, int | None]:
-    """Every run folder, with the version that its step builds on; None: nobody will go on with it."""
-    found = sorted(path for path in workspace.runs.glob("*") if path.is_dir())
-    return {path: (_meant(path) or {}).get("head") for path in found}
+def run_folders(workspace: Workspace, model: str) -> dict[Path, int | None]:
+    """The run folders but those of other lineages, with the version that a step builds on.
+
+    None: nobody will go on with it.
+    """
+    found = {path: _meant(path) or {} for path in sorted(workspace.runs.glob("*")) if path.is_dir()}
+    return {path: meant.get("head") for path, meant in found.items() if meant.get("model", model) == model}
 
 
 def _meant(run: Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows import stages
+from flows.gc import collect
 from flows.registry import RegistryError
 from flows.run import plain_stages, run_step
 
@@ -76,6 +77,22 @@ def test_a_staged_version_that_is_damaged_is_made_anew(bench, monkeypatch):
     (manifest,) = bench.workspace.runs.glob("*/version/state/manifest.json")
     manifest.write_text("{")
     assert step(bench).number == 2
+
+
+def test_what_another_lineage_staged_is_left_alone(bench, monkeypatch):
+    bench.commit("code", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "evaluate_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(bench)
+    bench.set("name: tiny", "name: other")
+    bench.register_root()
+    assert step(bench).number == 2
+    collect(bench.workspace, bench.settings, bench.registry)
+    assert staged(bench) == ["step.json", "version"]
+    bench.set("name: other", "name: tiny")
+    assert step(bench).number == 2
+    assert list(bench.workspace.runs.iterdir()) == []
 
 
 def interrupted(*args, **kwargs):
