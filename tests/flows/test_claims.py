@@ -89,10 +89,10 @@ def test_a_holder_whose_process_is_dead_is_not_waited_for(bench, registry):
 
 
 def test_a_claim_outlives_its_expiry_as_long_as_its_holder_lives(registry):
-    with claimed(registry, "long", lease=1) as claim:
+    with claimed(registry, "long", lease=4) as claim:
         first = float(registry.claims()[claim.token]["expires"])
         renewed = threading.Event()
-        while float(registry.claims()[claim.token]["expires"]) <= first + 1:
+        while float(registry.claims()[claim.token]["expires"]) <= first + 4:
             renewed.wait(0.05)
         claim.check()
 
@@ -136,7 +136,7 @@ def test_watchers_on_the_same_data_make_one_version_a_key(bench, watchers):
 )
 def test_a_worker_that_was_paused_past_its_expiry_publishes_nothing(bench, point):
     bench.commit("code", 0)
-    bench.set("model: {name: tiny", "run: {lease: 1}\nmodel: {name: tiny")
+    bench.set("model: {name: tiny", "run: {lease: 4}\nmodel: {name: tiny")
     late = start(bench.root, "code", "HEAD", point)
     pause = threading.Event()
     while psutil.Process(late.pid).status() != psutil.STATUS_STOPPED:
