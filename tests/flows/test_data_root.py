@@ -268,4 +268,4 @@ def test_a_workspace_that_moved_finds_its_data(workspace: Workspace, tmp_path: P
 def test_what_is_a_url_and_what_is_a_path(workspace: Workspace, repository: str, is_url: bool) -> None:
     import flows.datasets
 
-    assert flows.datasets._is_url(repository) == is_url
+    assert flows.datasets.is_url(repository) == is_url
