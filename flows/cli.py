@@ -142,7 +142,9 @@ def _adapt(arguments: argparse.Namespace) -> int:
     from flows.stages import resolve
 
     workspace, settings, registry = _open(arguments)
-    if resolve(workspace, settings, registry, arguments.domain, arguments.rev) is None:  # quick, and starts no server
+    known = resolve(workspace, settings, registry, arguments.domain, arguments.rev) is None
+    head = registry.head()
+    if known and head is not None and head.concluded:  # quick, and starts no server
         _say_known(registry, arguments.domain)
         return 0
     from flows.adapt import adapt

@@ -72,9 +72,7 @@ def test_every_setting_is_read(params: Path) -> None:
         ),
         prune=PruneConfig(sparsity=0.25, criterion="gradient", rounds=(0.5, 1.0), iterations=2, damping=0.1),
         weights={"legal": 2.0, "code": 0.5, "medical": 1.0},
-        gates=GateSettings(
-            forgetting=0.5, champion=None, dense=3, improvement=False, generation=False, promote="auto"
-        ),
+        gates=GateSettings(forgetting=0.5, champion=None, dense=3, improvement=False, generation=False, promote="auto"),
         watch=WatchSettings(
             repository="../data", branch="release/1", interval=5, cron="*/15 7-19,22 * jan,Mar-12 mon-fri/2"
         ),
