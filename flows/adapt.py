@@ -22,6 +22,8 @@ from copal.errors import CopalError
 from copal.step import StepReport
 from flows import stages
 from flows.claims import Claim
+from flows.conclude import conclude as run_gates
+from flows.gates import GateResult, as_table, failed
 from flows.registry import ModelVersion, Registry, open_registry
 from flows.run import Stages, run_step
 from flows.settings import Settings, load_settings, open_workspace
@@ -75,6 +77,21 @@ def register(
         return stages.register_step(settings, registry, step, report, evaluation, claim.seal, progress)
 
 
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=_may_pass)
+def conclude(
+    workspace: str, settings: Settings, registry: Registry, version: ModelVersion, claim: Claim
+) -> tuple[GateResult, ...]:
+    """Run the gates of the registered version and move the aliases that they move."""
+    results = run_gates(open_workspace(Path(workspace)), settings, registry, version, claim, print)
+    create_markdown_artifact(
+        key="gates",
+        markdown=as_table(version.number, results),
+        description=f"{settings.model.name} version {version.number}: "
+        + (f"{len(failed(results))} gates failed" if failed(results) else "passed its gates"),
+    )
+    return results
+
+
 @flow(name="adapt", flow_run_name="adapt to {domain}", validate_parameters=False)
 def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
     """Adapt the newest model version to a dataset version, and register what comes out.
@@ -88,7 +105,8 @@ def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
         The number of the new version; None where the newest version knows this data already.
 
     Raises:
-        CopalError: what a user has to mend; nothing was registered. A version that is pruned waits for the next run.
+        CopalError: what a user has to mend; nothing was registered. A version that is pruned waits for the next run,
+            and so does one that is registered and has not gone through its gates.
         TimeLimitError: the step took longer than run.time_limit.
     """
     work = open_workspace(Path(workspace))
@@ -100,6 +118,9 @@ def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
         prune=on_device,
         evaluate=evaluate,
         register=register,
+        conclude=lambda workspace, settings, registry, version, claim: conclude(
+            str(workspace.root), settings, registry, version, claim
+        ),
     )
     with time_limit(settings.run.time_limit):
         made = run_step(work, settings, open_registry(work, settings), domain, rev, do, tell=print)

@@ -145,7 +145,9 @@ def _adapt(arguments: argparse.Namespace) -> int:
     from flows.stages import resolve
 
     workspace, settings, registry = _open(arguments)
-    if resolve(workspace, settings, registry, arguments.domain, arguments.rev) is None:  # quick, and starts no server
+    known = resolve(workspace, settings, registry, arguments.domain, arguments.rev) is None
+    head = registry.head()
+    if known and head is not None and head.concluded:  # quick, and starts no server
         _say_known(registry, arguments.domain)
         return 0
     from flows.adapt import adapt
@@ -176,6 +178,36 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         console().print(render(found))
     return 0
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from flows.promote import promote
+
+    _, settings, registry = _open(arguments)
+    version = _find_version(registry, arguments.version)
+    entry = promote(registry, settings, version.number, why=arguments.why, force=arguments.force, tell=_say)
+    if entry is None:
+        print(f"nothing to do: version {version.number} of {registry.model_name} is the champion")
+    else:
+        _say_moved(registry, entry)
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from flows.promote import rollback
+
+    _, settings, registry = _open(arguments)
+    _say_moved(registry, rollback(registry, settings, why=arguments.why, force=arguments.force, tell=_say))
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _say_moved(registry: Registry, entry: Mapping[str, Any]) -> None:
+    before = "" if entry["from"] is None else f", before it version {entry['from']}"
+    print(f"champion of {registry.model_name}: version {entry['to']}{before} (log entry {entry['number']})")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -509,6 +541,14 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument("--rev", metavar="REV", help="git revision of its data; default: the watched branch")
     status = command("status", _status, "show the versions, their figures, and what is pending")
     status.add_argument("--json", action="store_true", help="for programs")
+    promote = command("promote", _promote, "make a version the champion: it passed its gates, and you want it to serve")
+    promote.add_argument("version", metavar="VERSION", help="a number, or an alias such as challenger")
+    rollback = command("rollback", _rollback, "make the champion before this one the champion again")
+    for moves in (promote, rollback):
+        moves.add_argument("--why", metavar="TEXT", help="for the log")
+        moves.add_argument(
+            "--force", action="store_true", help="against the gates, or after a move by hand; wants --why"
+        )
     export = command("export", _export, "copy a version's model to a new folder, plain Hugging Face format")
     export.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
     export.add_argument("folder", type=Path, metavar="DIR")

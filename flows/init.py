@@ -122,6 +122,14 @@ prune:
 
 domains: {{}}               # weights in the loss, where not 1.0:  {{legal: {{weight: 2.0}}}}
 
+gates:                    # what a version must hold before it may serve; null or false: that gate is off
+  forgetting: 0.15        # no domain worse than when it was the newest by more than this share of its perplexity
+  champion: 0.12          # nor than in the champion
+  dense: 2.0              # perplexity at most so many times the dense base's; more sparsity needs more
+  improvement: true       # the new domain is better than in the parent, where that is pruned
+  generation: true        # a prompt of each domain gives finite text that is not one token over and over
+  promote: manual         # what passes waits for `copal promote`; or auto: it becomes the champion
+
 watch:
   repository: null        # the git + DVC repository with the domains, a path or a URL; null: this one
   branch: null            # whose pointers are wanted; null: whatever HEAD is

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from flows.settings import Settings, Workspace
 
 __all__ = [
+    "AliasMovedError",
     "DomainMetrics",
     "HeadMovedError",
     "LineageConflictError",
@@ -62,6 +63,8 @@ _METRICS_PER_BATCH = 1000  # MLflow's limit
 _LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
 _SUM_DROPPED = "copal.sum_dropped"
 _LOG_RUN, _LOG_ANCHOR = "copal.log_run", "copal.log_head"
+_ALIAS_MOVED = "copal.moved."  # and the alias: number of the log entry that it was moved by
+_GATES, _LOG_ENTRY = "copal.gates", "copal.log_entry"
 _CLAIM = ".claim-"
 _CLAIM_DESCRIPTION = "Not a model: who works on the lineage of that name now, or did last (kept by copal)."
 
@@ -72,6 +75,10 @@ class RegistryError(CopalError):
 
 class HeadMovedError(RegistryError):
     """Another version was registered since the step began; nothing was registered, run the step on the new head."""
+
+
+class AliasMovedError(RegistryError):
+    """An alias does not name the version that it should: somebody else moved it."""
 
 
 class LineageConflictError(RegistryError):
@@ -87,7 +94,8 @@ class ModelVersion:
         aliases: `latest` at the head of the lineage, and what else was set.
         tags: `copal.domain`, `copal.dvc_md5`, `copal.git_rev`, `copal.parent_version`, `copal.key` (these five not at
             the root), `copal.settings_fingerprint`, `copal.sparsity` (as counted), `copal.base_fingerprint`,
-            `copal.lineage_digest`, `copal.logged_model` (MLflow's id of the artifacts), and `copal.sum_dropped` from
+            `copal.lineage_digest`, `copal.logged_model` (MLflow's id of the artifacts); `copal.gates` (passed or
+            failed) and `copal.log_entry` (its number) from `Registry.conclude` on, and `copal.sum_dropped` from
             `Registry.drop_sum` on.
         run_id: of the MLflow run that made it.
         location: URI of the folder with `model/`, `state/` and `lineage.json`; see `Registry.folder`.
@@ -104,6 +112,16 @@ class ModelVersion:
         """Number of the parent version; None at the root."""
         number = self.tags.get("copal.parent_version")
         return None if number is None else int(number)
+
+    @property
+    def gates(self) -> str | None:
+        """`passed` or `failed`; None where its gates never ran, or not to their end."""
+        return self.tags.get(_GATES)
+
+    @property
+    def concluded(self) -> bool:
+        """Whether nothing is left to do for it; the dense base has no gates."""
+        return self.parent is None or self.gates is not None
 
     @property
     def sum_dropped(self) -> bool:
@@ -472,7 +490,7 @@ class Registry:
             run_id = self._model_tags(client).get(_LOG_RUN)
             if run_id is None:
                 run_id = client.create_run(
-                    self._experiment(client), run_name="log", tags={_LOG_RUN: "true"}
+                    self._experiment(client), run_name="log", tags={"mlflow.source.name": "copal", _LOG_RUN: "true"}
                 ).info.run_id
                 _end_run(client, run_id, "FINISHED")
                 client.set_registered_model_tag(self.model_name, _LOG_RUN, run_id)
@@ -487,13 +505,18 @@ class Registry:
         return entry
 
     def _model_tags(self, client: MlflowClient) -> dict[str, str]:
+        model = self._model(client)
+        return dict(model.tags) if model else {}
+
+    def _model(self, client: MlflowClient) -> Any:
+        """MLflow's registered model; None where there is none yet."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return dict(client.get_registered_model(self.model_name).tags)
+            return client.get_registered_model(self.model_name)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return {}
+                return None
             raise
 
     @contextlib.contextmanager
@@ -511,6 +534,76 @@ class Registry:
             contextlib.redirect_stderr(io.StringIO()),  # of a progress bar
         ):
             yield Path(download_artifacts(uri, dst_path=scratch, tracking_uri=self.tracking_uri))
+
+    # -- what the log says and MLflow shows: see `flows.promote` --
+
+    def alias(self, name: str) -> int | None:
+        """The number of the version that an alias names; None where it names none.
+
+        Raises:
+            RegistryError: the store cannot be read.
+        """
+        path = self._sqlite_path()
+        if path is not None and not path.exists():
+            return None
+        with self._store() as client:
+            return self._alias(client, name)
+
+    def moved_by(self, name: str) -> int:
+        """The number of the log entry that `move_alias` moved an alias by the last time; 0 for none.
+
+        Raises:
+            RegistryError: the store cannot be read.
+        """
+        with self._store() as client:
+            return int(self._model_tags(client).get(f"{_ALIAS_MOVED}{name}", 0))
+
+    def move_alias(self, name: str, number: int, *, expected: int | None, entry: int) -> None:
+        """Move an alias as a log entry says. Only for who holds the lineage.
+
+        Args:
+            expected: the version that it names now, looked at again just before.
+            entry: number of the log entry.
+
+        Raises:
+            AliasMovedError: it names another one.
+            RegistryError: the store fails, or there is no such version.
+        """
+        with self._store() as client:
+            actual = self._alias(client, name)
+            if actual not in (expected, number):
+                raise AliasMovedError(
+                    f"the alias {name} of {self.model_name} names version {actual}, not {expected}: somebody moved it "
+                    "at this moment; look at it, then try again"
+                )
+            client.set_registered_model_alias(self.model_name, name, str(number))
+            client.set_registered_model_tag(self.model_name, f"{_ALIAS_MOVED}{name}", str(entry))
+
+    def conclude(self, version: ModelVersion, *, passed: bool, entry: int, figures: Mapping[str, float]) -> None:
+        """Show the gates of a version on it and on its run; the tag `copal.gates` is set last.
+
+        Args:
+            entry: number of the log entry with the results.
+            figures: metrics for the run.
+
+        Raises:
+            RegistryError: the store fails.
+        """
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        with self._store() as client:
+            if version.run_id is not None:
+                metrics = [Metric(name, value, now, 0) for name, value in figures.items()]
+                client.log_batch(version.run_id, metrics=metrics, synchronous=True)
+            number = str(version.number)
+            client.set_model_version_tag(self.model_name, number, _LOG_ENTRY, str(entry))
+            client.set_model_version_tag(self.model_name, number, _GATES, "passed" if passed else "failed")
+
+    def _alias(self, client: MlflowClient, name: str) -> int | None:
+        model = self._model(client)
+        found = model.aliases.get(name) if model else None
+        return None if found is None else int(found)
 
     # -- who works on the lineage: the log that `flows.claims` keeps --
 
@@ -730,14 +823,9 @@ class Registry:
 
     def _all_versions(self, client: MlflowClient) -> list[ModelVersion]:
         """Every version of this model that copal made, oldest first, those that lost a race included."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            model = client.get_registered_model(self.model_name)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return []
-            raise
+        model = self._model(client)
+        if model is None:
+            return []
         aliases: dict[int, list[str]] = {}
         for alias, number in model.aliases.items():
             aliases.setdefault(int(number), []).append(alias)

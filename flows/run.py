@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from copal.progress import Progress, silent
 from flows import stages
 from flows.claims import Claim, claimed
+from flows.conclude import conclude
+from flows.promote import settle
 from flows.registry import HeadMovedError
 from flows.stages import Evaluation, Step
 
 if TYPE_CHECKING:
     from copal.step import StepReport
+    from flows.gates import GateResult
     from flows.registry import ModelVersion, Registry
     from flows.settings import Settings, Workspace
 
-__all__ = ["Made", "Stages", "plain_stages", "run_step", "sweep"]
+__all__ = ["Made", "Stages", "finish", "plain_stages", "run_step", "sweep"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stages:
-    """The stages of a step; the flow `adapt` makes Prefect tasks of them. See the functions of these names."""
+    """The stages of a step; the flow `adapt` makes Prefect tasks of them. See the functions of these names in
+    `flows.stages` and `flows.conclude`."""
 
     fetch: Callable[[Workspace, Step], Mapping[str, str]]
     prune: Callable[[Settings, Step, str, Claim], StepReport]
     evaluate: Callable[[Settings, Registry, Step, StepReport, Mapping[str, str], Claim], Evaluation]
     register: Callable[[Settings, Registry, Step, StepReport, Evaluation, Claim], ModelVersion]
+    conclude: Callable[[Workspace, Settings, Registry, ModelVersion, Claim], tuple[GateResult, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
     """What a step made."""
 
-    number: int
+    version: ModelVersion
     report: StepReport
     evaluation: Evaluation
+    gates: tuple[GateResult, ...] = ()
+
+    @property
+    def number(self) -> int:
+        """Of the version."""
+        return self.version.number
 
 
 def plain_stages(progress: Progress = silent) -> Stages:
@@ -51,6 +62,7 @@ def plain_stages(progress: Progress = silent) -> Stages:
         register=lambda settings, registry, step, report, evaluation, claim: stages.register_step(
             settings, registry, step, report, evaluation, claim.seal, progress
         ),
+        conclude=conclude,
     )
 
 
@@ -68,15 +80,21 @@ def run_step(
     What an earlier run of the same step has finished is not done again. Whatever stops this one, a version that is
     pruned stays staged for the next run, and what is half done goes.
 
+    What is left to do for the head (its gates, say) is done first, even where there is no step to take.
+
     Args:
         tell: called with a line where another process has the lineage.
 
     Raises:
-        CopalError: see the stages; nothing was registered.
+        CopalError: see the stages; nothing was registered, unless it is the gates that could not run: then the next
+            run does that.
     """
-    if stages.resolve(workspace, settings, registry, domain, rev) is None:  # takes no claim for nothing
+    known = stages.resolve(workspace, settings, registry, domain, rev) is None
+    head = registry.head()
+    if known and head is not None and head.concluded:  # takes no claim for nothing
         return None
     with claimed(registry, f"adapt to {domain}", lease=settings.run.lease, tell=tell) as claim:
+        finish(workspace, settings, registry, claim, do)
         step = stages.resolve(workspace, settings, registry, domain, rev)
         sweep(workspace, registry)
         if step is None:
@@ -90,7 +108,7 @@ def run_step(
             raise
         claim.unseal()
         stages.discard(step)
-        return made
+        return replace(made, gates=do.conclude(workspace, settings, registry, made.version, claim))
 
 
 def _stages(settings: Settings, registry: Registry, workspace: Workspace, step: Step, claim: Claim, do: Stages) -> Made:
@@ -101,7 +119,19 @@ def _stages(settings: Settings, registry: Registry, workspace: Workspace, step: 
         report = report or do.prune(settings, step, data[step.version.domain], claim)
         evaluation = do.evaluate(settings, registry, step, report, data, claim)
     version = do.register(settings, registry, step, report, evaluation, claim)
-    return Made(number=version.number, report=report, evaluation=evaluation)
+    return Made(version=version, report=report, evaluation=evaluation)
+
+
+def finish(workspace: Workspace, settings: Settings, registry: Registry, claim: Claim, do: Stages) -> None:
+    """Do what a killed process left undone after its registration or promotion. Only for who holds the lineage.
+
+    Raises:
+        CopalError: see `flows.conclude.conclude`.
+    """
+    settle(registry)
+    head = registry.head()
+    if head is not None and not head.concluded:
+        do.conclude(workspace, settings, registry, head, claim)
 
 
 def sweep(workspace: Workspace, registry: Registry) -> None:

@@ -18,6 +18,7 @@ from copal.config import CalibrationConfig, PruneConfig, check_whole, fingerprin
 from copal.errors import CopalError, DataError, SettingsError
 
 __all__ = [
+    "GateSettings",
     "ModelSettings",
     "RegistrySettings",
     "RunSettings",
@@ -30,8 +31,9 @@ __all__ = [
     "open_workspace",
 ]
 
+PROMOTE = ("manual", "auto")
 DTYPES = ("auto", "bfloat16", "float32")
-SECTIONS = ("model", "calibration", "prune", "domains", "watch", "run", "registry")
+SECTIONS = ("model", "calibration", "prune", "domains", "gates", "watch", "run", "registry")
 IGNORED_SECTIONS = ("benchmark",)  # read by a stage of dvc.yaml, not by copal
 
 _T = TypeVar("_T")
@@ -66,6 +68,38 @@ class ModelSettings:
             raise SettingsError(f"model.dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         check_whole("model.processes", self.processes, at_least=1)
         check_whole("model.batch", self.batch, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateSettings:
+    """What a version must hold before it may serve; a gate that is null or false is off.
+
+    Attributes:
+        forgetting: how much worse a domain may be than when it was the newest, as a share of that perplexity.
+        champion: the same against the champion.
+        dense: perplexity at most this many times that of the dense base.
+        improvement: the new domain must be better than in the parent, where that is a pruned version.
+        generation: greedy text after a prompt of each domain must be finite and not one token over and over.
+        promote: `manual`: what passes waits for `copal promote`; `auto`: it becomes the champion.
+    """
+
+    forgetting: float | None = 0.15
+    champion: float | None = 0.12
+    dense: float | None = 2.0
+    improvement: bool = True
+    generation: bool = True
+    promote: str = "manual"
+
+    def __post_init__(self) -> None:
+        for name in ("forgetting", "champion", "dense"):
+            value = getattr(self, name)
+            if value is not None and not _is_positive(value):
+                raise SettingsError(f"gates.{name} must be a finite number above 0 or null, not {value!r}")
+        for name in ("improvement", "generation"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"gates.{name} must be true or false, not {getattr(self, name)!r}")
+        if self.promote not in PROMOTE:
+            raise SettingsError(f"gates.promote must be one of {', '.join(PROMOTE)}, not {self.promote!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +182,7 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    gates: GateSettings = field(default_factory=GateSettings)
     watch: WatchSettings = field(default_factory=WatchSettings)
     run: RunSettings = field(default_factory=RunSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
@@ -190,6 +225,7 @@ class Settings:
             "calibration": asdict(self.calibration),
             "prune": prune,
             "domains": {domain: {"weight": weight} for domain, weight in self.weights.items()},
+            "gates": asdict(self.gates),
             "watch": asdict(self.watch),
             "run": asdict(self.run),
             "registry": asdict(self.registry),
@@ -319,6 +355,7 @@ def _settings(content: dict[Any, Any]) -> Settings:
         model=_section(ModelSettings, "model", content.get("model")),
         calibration=_section(CalibrationConfig, "calibration", content.get("calibration")),
         prune=_section(PruneConfig, "prune", content.get("prune")),
+        gates=_section(GateSettings, "gates", content.get("gates")),
         watch=_section(WatchSettings, "watch", content.get("watch")),
         run=_section(RunSettings, "run", content.get("run")),
         registry=replace(registry, uri=uri) if uri else registry,

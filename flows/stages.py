@@ -54,6 +54,7 @@ __all__ = [
     "Evaluation",
     "NoBaseError",
     "Step",
+    "as_dataset",
     "discard",
     "evaluate_step",
     "exclusive",
@@ -181,20 +182,24 @@ def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
         MissingDataError: a pointer's data is nowhere.
         DatasetError: what was fetched is not what the pointer says.
     """
-    from flows.datasets import DatasetVersion, fetch_version
+    from flows.datasets import fetch_version
 
     watch = load_settings(workspace.params).watch
-    earlier = [
-        DatasetVersion(
-            domain=entry.name,
-            path=entry.path,
-            md5=entry.dvc_md5,
-            git_rev=entry.git_rev,
-            repository=entry.repository,
-        )
-        for entry in step.earlier
-    ]
+    earlier = [as_dataset(entry) for entry in step.earlier]
     return {version.domain: str(fetch_version(workspace, watch, version)) for version in (step.version, *earlier)}
+
+
+def as_dataset(entry: DomainRecord) -> DatasetVersion:
+    """The dataset version of a domain in a record."""
+    from flows.datasets import DatasetVersion
+
+    return DatasetVersion(
+        domain=entry.name,
+        path=entry.path,
+        md5=entry.dvc_md5,
+        git_rev=entry.git_rev,
+        repository=entry.repository,
+    )
 
 
 def stage(step: Step) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.settings import Settings, Workspace
@@ -22,23 +22,25 @@ def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
 
     `model`: the name of the lineage. `versions`, oldest first, each with version, parent, domain, dvc_md5, git_rev
     (None at the root), sparsity (zeros as counted, a share), weights_back (None where the parent is dense), perplexity
-    and dense_perplexity ({domain: value}), seconds ({statistics, solve, evaluate}) and aliases. `pending`, in the order
+    and dense_perplexity ({domain: value}), seconds ({statistics, solve, evaluate}), gates (passed or failed; None where
+    they never ran), failed ({gate: why}) and aliases. `pending`, in the order
     in which the watcher would take them, each with domain, dvc_md5 and git_rev. `waiting` for data that nobody has
     pushed, the same with tries, since and next_try. `notes` and `problems`: see `flows.reconcile.Plan`.
 
     Raises:
         DatasetError: the repository cannot be read.
         RegistryError: the registry cannot be read.
-        LineageError: a version's record is damaged.
+        LineageError: a version's record is damaged, or the log was altered.
     """
     from flows.reconcile import plan
     from flows.registry import open_registry
 
     registry = open_registry(workspace, settings)
     found = plan(workspace, settings, registry)
+    entries = registry.log()
     return {
         "model": settings.model.name,
-        "versions": [_version(version, registry.record(version)) for version in registry.versions()],
+        "versions": [_version(version, registry.record(version), entries) for version in registry.versions()],
         "pending": [_dataset(version) for version in found.pending],
         "waiting": [_dataset(version) | wait.as_dict() for version, wait in found.waiting],
         "notes": list(found.notes),
@@ -50,8 +52,12 @@ def _dataset(version: DatasetVersion) -> dict[str, Any]:
     return {"domain": version.domain, "dvc_md5": version.md5, "git_rev": version.git_rev}
 
 
-def _version(version: ModelVersion, record: Mapping[str, Any]) -> dict[str, Any]:
+def _version(version: ModelVersion, record: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    from flows.promote import gates_entry
+
     step = record["step"] or {}
+    entry = gates_entry(version, entries)
+    gates = entry["details"]["gates"] if entry else []
     return {
         "version": version.number,
         "parent": version.parent,
@@ -63,6 +69,8 @@ def _version(version: ModelVersion, record: Mapping[str, Any]) -> dict[str, Any]
         "perplexity": record["perplexity"],
         "dense_perplexity": record["dense_perplexity"],
         "seconds": record["seconds"],
+        "gates": version.gates,
+        "failed": {gate["name"]: gate["detail"] for gate in gates if not gate["passed"]},
         "aliases": list(version.aliases),
     }
 
@@ -76,7 +84,12 @@ def render(found: Mapping[str, Any]) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    below = [f"pending: {entry['domain']} at {entry['dvc_md5'][:10]}" for entry in found["pending"]]
+    below = [
+        f"version {version['version']} failed {gate}: {why}"
+        for version in found["versions"][-1:]
+        for gate, why in version["failed"].items()
+    ]
+    below += [f"pending: {entry['domain']} at {entry['dvc_md5'][:10]}" for entry in found["pending"]]
     below += [waits(entry) for entry in found["waiting"]]
     below += [f"note: {note}" for note in found["notes"]]
     below += [f"problem: {problem}" for problem in found["problems"]]
@@ -109,6 +122,7 @@ def _table(model: str, versions: list[Mapping[str, Any]]) -> RenderableType:
         table.add_column(domain, justify="right")
     for heading in ("sparsity", "came back", "seconds"):
         table.add_column(heading, justify="right")
+    table.add_column("gates")
     table.add_column("aliases")
     compares = True
     for version in versions:
@@ -121,6 +135,7 @@ def _table(model: str, versions: list[Mapping[str, Any]]) -> RenderableType:
             f"{version['sparsity']:.4f}",
             "" if version["weights_back"] is None else f"{version['weights_back']:,}",
             f"{sum(version['seconds'].values()):.0f}" if version["domain"] else "",
+            version["gates"] or "",
             ", ".join(version["aliases"]),
             end_section=version["domain"] is None,
         )

@@ -124,22 +124,71 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_bench(template: Path, tiny_base: Path, mlflow_template: Path) -> Callable[[Path], Bench]:
-    """make_bench(root) -> a workspace in the new folder `root` with the tiny base as version 1 and no data yet."""
+def make_bench(template: Path, tiny_base: Path, mlflow_template: Path) -> Callable[..., Bench]:
+    """make_bench(root, base=tiny_base) -> a workspace in the new folder `root` with the base as version 1, no data."""
 
-    def make(root: Path) -> Bench:
+    def make(root: Path, base: Path = tiny_base) -> Bench:
         shutil.copytree(template, root)
         (root / ".copal").mkdir(exist_ok=True)
         shutil.copyfile(mlflow_template, root / ".copal" / "mlflow.db")
-        found = Bench(open_workspace(root), tiny_base)
+        found = Bench(open_workspace(root), base)
         found.register_root()
         return found
 
     return make
 
 
+def sentence(language: int, number: int) -> str:
+    """Some 200 characters in one of the languages that `learnt_base` knows: eight words each."""
+    words = [hashlib.sha256(f"{language}/{word}".encode()).hexdigest()[:4] for word in range(8)]
+    drawn = hashlib.sha256(f"{language}/{number}".encode()).hexdigest()
+    return " ".join(words[int(digit, 16) % len(words)] for digit in drawn[:40]) + f" {number}"
+
+
+@pytest.fixture(scope="session")
+def learnt_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base after a few seconds of learning three languages: forgetting means something on it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("learnt") / "base"
+    shutil.copytree(tiny_base, folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    rows = []
+    for language in range(3):
+        read = [token for number in range(1000, 1040) for token in tokenizer(sentence(language, number))["input_ids"]]
+        rows.append(torch.tensor(read[: len(read) // 32 * 32]).view(-1, 32))
+    windows = torch.cat(rows)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(200):
+        batch = windows[torch.randint(len(windows), (16,), generator=generator)]
+        optimizer.zero_grad()
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_learnt_bench(make_bench: Callable[..., Bench], learnt_base: Path) -> Callable[[Path], Bench]:
+    """make_learnt_bench(root) -> a workspace with `learnt_base` as version 1 and three domains in its languages."""
+
+    def make(root: Path) -> Bench:
+        found = make_bench(root, learnt_base)
+        for language, domain in enumerate(("code", "legal", "medical")):
+            folder = found.root / "data" / domain
+            folder.mkdir()
+            rows = [json.dumps({"id": f"{domain}-{n}", "text": sentence(language, n)}) for n in range(24)]
+            (folder / "documents.jsonl").write_text("\n".join(rows) + "\n")
+            found.track(domain)
+        return found
+
+    return make
+
+
 @pytest.fixture
-def bench(make_bench: Callable[[Path], Bench], tmp_path: Path) -> Bench:
+def bench(make_bench: Callable[..., Bench], tmp_path: Path) -> Bench:
     """A workspace with the tiny base as version 1 and no data yet."""
     return make_bench(tmp_path / "workspace")
 

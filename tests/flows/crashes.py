@@ -76,6 +76,16 @@ POINTS = [
     *_both("mlflow:MlflowClient.create_model_version"),
     Point("mlflow:MlflowClient.set_logged_model_tags", "after"),
     *_both("flows.stages:discard", 2),
+    *_both("flows.registry:Registry.append_log"),
+    *_both("mlflow:MlflowClient.log_artifact"),
+    *_both("mlflow:MlflowClient.set_registered_model_tag", of="copal.log_head"),
+    *_both("flows.registry:Registry.append_log", of="promotion"),
+    *_both("mlflow:MlflowClient.set_registered_model_alias"),
+    Point("mlflow:MlflowClient.set_registered_model_tag", "before", of="copal.moved.challenger"),
+    *_both("mlflow:MlflowClient.set_registered_model_alias", of="champion"),
+    Point("mlflow:MlflowClient.set_registered_model_tag", "before", of="copal.moved.champion"),
+    *_both("mlflow:MlflowClient.set_model_version_tag", of="copal.log_entry"),
+    *_both("mlflow:MlflowClient.set_model_version_tag", of="copal.gates"),
     *_both("flows.registry:Registry.add_claim", 3),
 ]  # fmt: skip
 

@@ -316,7 +316,7 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
     first, _, last = found["versions"]
     assert set(last) == {
         "version", "parent", "domain", "dvc_md5", "git_rev", "sparsity", "weights_back",
-        "perplexity", "dense_perplexity", "seconds", "aliases",
+        "perplexity", "dense_perplexity", "seconds", "gates", "failed", "aliases",
     }  # fmt: skip
     assert (first["parent"], first["domain"], first["perplexity"]) == (None, None, {})
     assert (last["version"], last["parent"], last["domain"]) == (3, 2, "legal")

@@ -27,6 +27,9 @@ class Trials:
 
     def __init__(self, bench) -> None:
         self.bench = bench
+        # The weights are random: what a step does to perplexity means nothing.
+        gates = "gates: {forgetting: null, champion: null, dense: null, improvement: false, promote: auto}"
+        bench.set("model: {name: tiny", f"{gates}\nmodel: {{name: tiny")
         bench.commit("legal", 1)
         self.revs = (bench.commit("code", 2), bench.commit("code", 3))
         self.turn = 0
@@ -87,11 +90,23 @@ class Trials:
         keys = [version.tags.get("copal.key") for version in registry.versions()]
         assert len(set(keys)) == len(keys)
 
+        self.check_conclusions()
         collect(self.bench.workspace, self.bench.settings, registry)
         assert list(self.bench.workspace.runs.iterdir()) == []
         assert self.leftovers() == []
         self.turn = 1 - self.turn
         return killed
+
+    def check_conclusions(self) -> None:
+        """Every version went through its gates once, was promoted once, and the aliases are where the log says."""
+        registry = self.bench.registry
+        made = [version.number for version in registry.versions()[1:]]
+        entries = registry.log()
+        for kind in ("gates", "promotion"):
+            assert [entry["version"] for entry in entries if entry["kind"] == kind] == made
+        assert [version.gates for version in registry.versions()[1:]] == ["passed"] * len(made)
+        assert registry.alias("challenger") == registry.alias("champion") == made[-1]
+        assert registry.moved_by("champion") == entries[-1]["number"] == registry.moved_by("challenger") + 1
 
     def leftovers(self) -> list[str]:
         """What lies in the registry and belongs to no version."""

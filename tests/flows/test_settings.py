@@ -10,6 +10,7 @@ import pytest
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import DataError, SettingsError
 from flows.settings import (
+    GateSettings,
     ModelSettings,
     RegistrySettings,
     RunSettings,
@@ -58,6 +59,7 @@ def test_every_setting_is_read(params: Path) -> None:
                       storage: compact}
         prune: {sparsity: 0.25, criterion: gradient, rounds: [0.5, 1.0], iterations: 2, damping: 0.1}
         domains: {legal: {weight: 2}, code: {weight: 0.5}, medical: null}
+        gates: {forgetting: 0.5, champion: null, dense: 3, improvement: false, generation: false, promote: auto}
         watch: {repository: ../data, branch: release/1, interval: 5, cron: "*/15 7-19,22 * jan,Mar-12 mon-fri/2"}
         run: {lease: 30, time_limit: 3600}
         registry: {uri: "http://localhost:5000"}
@@ -70,6 +72,7 @@ def test_every_setting_is_read(params: Path) -> None:
         ),
         prune=PruneConfig(sparsity=0.25, criterion="gradient", rounds=(0.5, 1.0), iterations=2, damping=0.1),
         weights={"legal": 2.0, "code": 0.5, "medical": 1.0},
+        gates=GateSettings(forgetting=0.5, champion=None, dense=3, improvement=False, generation=False, promote="auto"),
         watch=WatchSettings(
             repository="../data", branch="release/1", interval=5, cron="*/15 7-19,22 * jan,Mar-12 mon-fri/2"
         ),
@@ -115,6 +118,14 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
             (f"watch: {{cron: {cron}}}", "watch.cron")
             for cron in ("5", "daily", "'* * * *'", "'60 * * * *'", "'* * * 13 *'", "'*/0 * * * *'", "'* * * * * *'")
         ),
+        ("gates: {forgetting: 0}", "gates.forgetting"),
+        ("gates: {champion: -0.1}", "gates.champion"),
+        ("gates: {dense: .nan}", "gates.dense"),
+        ("gates: {dense: true}", "gates.dense"),
+        ("gates: {improvement: 1}", "gates.improvement"),
+        ("gates: {generation: null}", "gates.generation"),
+        ("gates: {promote: yes}", "gates.promote"),
+        ("gates: {sparsity: 0.5}", "gates.sparsity"),
         ("run: {lease: 0.5}", "run.lease"),
         ("run: {lease: soon}", "run.lease"),
         ("run: {time_limit: 0}", "run.time_limit"),
@@ -167,6 +178,7 @@ def test_the_fingerprint_is_of_what_alters_a_version_and_of_nothing_else(params:
         "domains: {legal: {weight: 1.0}}",
         "watch: {repository: elsewhere, branch: main, interval: 1}",
         "registry: {uri: 'http://mlflow'}",
+        "gates: {forgetting: 0.01, promote: auto}",
         "benchmark: {x: 1}",
     ):
         assert _load(params, same).fingerprint() == base, same

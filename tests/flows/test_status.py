@@ -21,6 +21,8 @@ def version(number: int, domain: str | None, perplexity: dict[str, float], dense
         "perplexity": perplexity,
         "dense_perplexity": dense,
         "seconds": {"statistics": 1.0, "solve": 2.0, "evaluate": 3.0} if domain else {},
+        "gates": None,
+        "failed": {},
         "aliases": [],
     }
     return made | more
@@ -59,15 +61,23 @@ def test_a_row_a_version_and_a_column_a_domain():
                 {"legal": 21.5, "code": 8.4},
                 {"legal": 11.0, "code": 6.76},
                 weights_back=12345,
-                aliases=["latest"],
+                gates="passed",
+                aliases=["challenger", "latest"],
             ),
         )
     ) == [
-        ["version", "adapted to", "legal", "code", "sparsity", "came back", "seconds", "aliases"],
-        ["1", "dense base", "11.00", "6.76", "0.0000", "", "", ""],
-        ["2", "legal", "20.00", "", "0.5000", "", "6", ""],
-        ["3", "code", "21.50", "8.40", "0.5000", "12,345", "6", "latest"],
+        ["version", "adapted to", "legal", "code", "sparsity", "came back", "seconds", "gates", "aliases"],
+        ["1", "dense base", "11.00", "6.76", "0.0000", "", "", "", ""],
+        ["2", "legal", "20.00", "", "0.5000", "", "6", "", ""],
+        ["3", "code", "21.50", "8.40", "0.5000", "12,345", "6", "passed", "challenger, latest"],
     ]
+
+
+def test_what_the_newest_version_failed_stands_below():
+    why = {"dense": "code: 30, 6.76 in the dense base"}
+    one, two = (version(n, "code", {}, {}, gates="failed", failed=why) for n in (2, 3))
+    assert shown(found(one, two))[-1] == "version 3 failed dense: code: 30, 6.76 in the dense base"
+    assert not any("version 2 failed" in line for line in shown(found(one, two)))
 
 
 def test_a_figure_on_other_data_of_the_domain_is_marked():

@@ -1,0 +1,184 @@
+"""What follows a registration, still under the claim: the gates of the new version, and the aliases that they move.
+
+The log entry with the results is what counts. It comes first, tags and aliases after it and the tag `copal.gates` last:
+a version without that tag is not concluded, and whoever takes the lineage next does what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copal.errors import CopalError, StateError
+from flows.gates import GateResult, judge
+from flows.lineage import domain_records, record_digest, verify_files
+from flows.promote import CHALLENGER, CHAMPION, gates_entry, move_champion, settle
+from flows.registry import AliasMovedError
+from flows.stages import as_dataset
+
+if TYPE_CHECKING:
+    from flows.claims import Claim
+    from flows.registry import ModelVersion, Registry
+    from flows.settings import Settings, Workspace
+
+__all__ = ["conclude"]
+
+PROMPT_TOKENS, TOKENS = 32, 20
+
+
+def conclude(
+    workspace: Workspace,
+    settings: Settings,
+    registry: Registry,
+    version: ModelVersion,
+    claim: Claim,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[GateResult, ...]:
+    """Run the gates of a version and move the aliases that they move; what was done before is not done again.
+
+    A gate that fails is a result and no error: the version stays the head of the lineage.
+
+    Args:
+        tell: called with a line where `champion` was moved by hand, which `promote: auto` leaves alone.
+
+    Raises:
+        ClaimLostError: the lineage was taken over.
+        RegistryError: the registry fails.
+        LineageError: the log was altered.
+    """
+    entry = gates_entry(version, registry.log())
+    if entry is None:
+        results = _run_gates(workspace, settings, registry, version, claim)
+        passed = all(result.passed for result in results)
+        claim.check()
+        entry = registry.append_log(
+            "gates",
+            version=version.number,
+            from_version=registry.alias(CHALLENGER) if passed else None,
+            to_version=version.number if passed else None,
+            details={
+                "record": version.tags["copal.lineage_digest"],
+                "passed": passed,
+                "promote": settings.gates.promote,
+                "gates": [result.as_dict() for result in results],
+            },
+        )
+    claim.check()
+    settle(registry)
+    if entry["details"]["passed"] and entry["details"]["promote"] == "auto":
+        _promote(registry, version, claim, tell)
+    results = tuple(GateResult(**gate) for gate in entry["details"]["gates"])
+    figures = {f"gate.{result.name}.passed": float(result.passed) for result in results}
+    figures |= {f"gate.{result.name}": result.value for result in results if result.value is not None}
+    registry.conclude(version, passed=entry["details"]["passed"], entry=entry["number"], figures=figures)
+    return results
+
+
+def _promote(registry: Registry, version: ModelVersion, claim: Claim, tell: Callable[[str], None] | None) -> None:
+    """What passed becomes the champion, unless somebody has decided otherwise since."""
+    entries = registry.log()
+    entry = gates_entry(version, entries)
+    assert entry is not None
+    if any(later["kind"] in ("promotion", "rollback") for later in entries[entry["number"] :]):
+        return
+    try:
+        move_champion(registry, claim, "promotion", version.number, why="all gates passed", force=False)
+    except AliasMovedError as error:
+        if tell:
+            tell(str(error))
+
+
+def _run_gates(
+    workspace: Workspace, settings: Settings, registry: Registry, version: ModelVersion, claim: Claim
+) -> tuple[GateResult, ...]:
+    record = registry.record(version)
+    others, problems = _chain(registry, version, record)
+    folder = registry.folder(version)
+    problems += verify_files(record, folder, sum_dropped=version.sum_dropped)
+    claim.check()
+    written = _write(workspace, settings, version, record, folder / "model") if settings.gates.generation else {}
+    champion = registry.alias(CHAMPION)
+    return judge(
+        record,
+        others,
+        champion,
+        settings.gates,
+        rounding=_rounding(folder),
+        generation=written,
+        problems=problems,
+    )
+
+
+def _chain(
+    registry: Registry, version: ModelVersion, record: Mapping[str, Any]
+) -> tuple[dict[int, Mapping[str, Any]], list[str]]:
+    """The records of the versions before this one, and what is wrong with the chain of their digests."""
+    records: dict[int, Mapping[str, Any]] = {}
+    problems: list[str] = []
+    for other in registry.versions():
+        if other.number != version.number:
+            try:
+                records[other.number] = registry.record(other)
+            except CopalError as error:
+                problems.append(str(error))
+    child: Mapping[str, Any] = record
+    while child["parent"] is not None:
+        parent = child["parent"]
+        if parent["version"] not in records:
+            problems.append(f"the record of version {parent['version']} is not there")
+            break
+        child = records[parent["version"]]
+        if record_digest(child) != parent["digest"]:
+            problems.append(f"version {parent['version']} is not the one that its child was made of")
+    return records, problems
+
+
+def _write(
+    workspace: Workspace, settings: Settings, version: ModelVersion, record: Mapping[str, Any], model: Path
+) -> dict[str, str | None]:
+    """What is wrong with the text that the model writes after the beginning of an evaluation window, by domain."""
+    from transformers import AutoTokenizer
+
+    from copal.calibration import domain_windows
+    from copal.generate import continue_greedily
+    from copal.processes import device
+    from copal.streaming import compute_dtype
+    from flows.datasets import fetch_version
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    found: dict[str, str | None] = {}
+    prompts = {}
+    for domain in domain_records(record, version.number):
+        try:
+            data = fetch_version(workspace, settings.watch, as_dataset(domain))
+            window = domain_windows(data, tokenizer, settings.calibration).evaluation[0]
+        except CopalError as error:
+            found[domain.name] = f"no prompt: {error}"
+        else:
+            prompts[domain.name] = window[:PROMPT_TOKENS]
+    if not prompts:
+        return found
+    try:
+        dtype = compute_dtype(settings.model.dtype, device())
+        continued = continue_greedily(model, prompts, tokens=TOKENS, dtype=dtype)
+    except CopalError as error:
+        return found | dict.fromkeys(prompts, str(error))
+    for name, text in continued.items():
+        if not text.finite:
+            found[name] = "the model's output is not finite"
+        elif text.degenerate or not tokenizer.decode(text.tokens, skip_special_tokens=True).strip():
+            found[name] = f"the text is empty, or one token over and over: {tokenizer.decode(text.tokens)!r}"
+        else:
+            found[name] = None
+    return found
+
+
+def _rounding(folder: Path) -> float:
+    """How far a row's share of zeros may be from the wanted one, for there are no half weights."""
+    from copal.step import read_report
+
+    try:
+        return max(0.5 / layer.features for layer in read_report(folder).layers)
+    except StateError:  # the report is no part of the record: without it nothing is rounded
+        return 0.0
