@@ -17,7 +17,7 @@ from flows.history import (
     find_version,
     printable,
     since_newest,
-    step_text,
+    step_texts,
 )
 from flows.lineage import SUM_FOLDER
 
@@ -169,7 +169,7 @@ def worse(history: History, domain: str | None = None) -> dict[str, Any]:
     Raises:
         HistoryError: no version ever held `domain`.
     """
-    steps_of = {version["version"]: step_text(version) for version in history["versions"]}
+    steps_of = step_texts(history)
     found = []
     for name, first, after in since_newest(history):
         if domain not in (None, name):
@@ -432,7 +432,8 @@ def _show_data(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
 
 def _show_diff(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
     say(f"from version {answer['a']} to version {answer['b']}")
-    domains, rows = answer["domains"], []
+    domains = answer["domains"]
+    rows: list[tuple[object, ...]] = []
     rows += [("added", one["domain"], "", one["dvc_md5"]) for one in domains["added"]]
     rows += [("removed", one["domain"], one["dvc_md5"], "") for one in domains["removed"]]
     rows += [("replaced", one["domain"], one["a"], one["b"]) for one in domains["replaced"]]

@@ -188,6 +188,9 @@ def _lineage(arguments: argparse.Namespace) -> int:
     history = _history(arguments)
     if arguments.version is not None:
         history = up_to(history, arguments.version)
+    file = arguments.html or arguments.openlineage
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise CommandError(f"{file} cannot be written; name a file in a folder that exists")
     if arguments.html is not None:
         from flows.page import render_page
 

@@ -32,7 +32,7 @@ __all__ = [
     "read_history",
     "render",
     "since_newest",
-    "step_text",
+    "step_texts",
     "summary",
     "up_to",
 ]
@@ -103,14 +103,21 @@ def gates_of(history: History, number: int) -> Mapping[str, Any] | None:
     return found[-1]["details"] if found else None
 
 
-def step_text(version: Mapping[str, Any]) -> str:
-    """What made a version, in a few words."""
-    record = version["record"]
-    if record["parent"] is None:
-        return "dense base"
-    if record["step"] is None:
-        return "withdrawal"
-    return str(record["step"]["name"])
+def step_texts(history: History) -> dict[int, str]:
+    """What made each version, in a few words: the domain that it adapted to, or what was withdrawn."""
+    texts = {}
+    held: set[str] = set()
+    for version in history["versions"]:
+        record = version["record"]
+        before, held = held, {domain["name"] for domain in record["domains"]}
+        if record["parent"] is None:
+            text = "dense base"
+        elif record["step"] is None:
+            text = f"without {', '.join(sorted(before - held))}" if before - held else "withdrawal"
+        else:
+            text = record["step"]["name"]
+        texts[version["version"]] = text
+    return texts
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:
@@ -174,7 +181,7 @@ def summary(history: History) -> list[dict[str, Any]]:
     seconds, domains, aliases, gates ({passed, failed: names} or None), digest, chained, signature}. `chained`: whether
     the record names the digest of the record before it; None at the root.
     """
-    lines = []
+    lines, steps = [], step_texts(history)
     digests = {version["version"]: version["digest"] for version in history["versions"]}
     for version in history["versions"]:
         record, gates = version["record"], gates_of(history, version["version"])
@@ -183,7 +190,7 @@ def summary(history: History) -> list[dict[str, Any]]:
             {
                 "version": version["version"],
                 "parent": version["parent"],
-                "step": step_text(version),
+                "step": steps[version["version"]],
                 "domain": step.get("name"),
                 "dvc_md5": step.get("dvc_md5"),
                 "git_rev": step.get("git_rev"),
