@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +22,8 @@ from flows.settings import Settings, Workspace, load_settings, open_workspace
 from flows.terminal import console, progress_bar
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from copal.progress import Progress
     from flows.reconcile import Plan
     from flows.registry import ModelVersion, Registry
@@ -171,12 +173,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     workspace, settings, _ = _open(arguments)
     found = status(workspace, settings)
-    if arguments.json:
-        import json
-
-        print(json.dumps(found, indent=2))
-    else:
-        console().print(render(found))
+    _show(found, arguments.json, render)
     return 0
 
 
@@ -217,6 +214,82 @@ def _export(arguments: argparse.Namespace) -> int:
         export(registry, version, arguments.folder, progress)
     print(f"{arguments.folder}: version {version.number} of {registry.model_name}")
     return 0
+
+
+def _lineage(arguments: argparse.Namespace) -> int:
+    from copal.files import write_atomic
+    from flows.history import render, up_to
+
+    history = _history(arguments)
+    if arguments.version is not None:
+        history = up_to(history, arguments.version)
+    file = arguments.html or arguments.openlineage
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise CommandError(f"{file} cannot be written; name a file in a folder that exists")
+    if arguments.html is not None:
+        from flows.page import render_page
+
+        write_atomic(arguments.html, render_page(history))
+        print(f"{arguments.html}: the lineage of {history['model']}")
+    elif arguments.openlineage is not None:
+        import json
+
+        from flows.openlineage import events
+
+        found = events(history)
+        write_atomic(arguments.openlineage, "".join(f"{json.dumps(event)}\n" for event in found))
+        print(f"{arguments.openlineage}: {len(found)} events")
+    else:
+        _show(history, arguments.json, render)
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from flows import audit
+
+    if arguments.question == "whose":
+        answer = _whose(arguments)
+    else:
+        history = _history(arguments)
+        if arguments.question == "used":
+            answer = audit.used(history, arguments.dataset)
+        elif arguments.question == "data":
+            answer = audit.data(history, arguments.alias, arguments.on)
+        elif arguments.question == "diff":
+            answer = audit.diff(history, arguments.a, arguments.b)
+        else:
+            answer = audit.worse(history, arguments.domain)
+    _show(answer, arguments.json, audit.render)
+    return 0
+
+
+def _whose(arguments: argparse.Namespace) -> dict[str, Any]:
+    from flows.audit import whose
+    from flows.lineage import file_digests
+
+    folder = arguments.folder.expanduser().resolve()
+    if not folder.is_dir():
+        raise CommandError(f"{folder} is no folder; name a version's folder or an exported model")
+    history = _history(arguments)
+    with console().status("reading files") if sys.stdout.isatty() else nullcontext():
+        digests = file_digests(folder, folder)
+    return whose(history, digests, {name: (folder / name).stat().st_size for name in digests})
+
+
+def _history(arguments: argparse.Namespace) -> dict[str, Any]:
+    from flows.history import read_history
+
+    _, _, registry = _open(arguments)
+    return read_history(registry)
+
+
+def _show(found: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], RenderableType]) -> None:
+    if as_json:
+        import json
+
+        print(json.dumps(found, indent=2))
+    else:
+        console().print(render(found))
 
 
 def _gc(arguments: argparse.Namespace) -> int:
@@ -552,6 +625,14 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "copy a version's model to a new folder, plain Hugging Face format")
     export.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
     export.add_argument("folder", type=Path, metavar="DIR")
+    lineage = command("lineage", _lineage, "show which data, settings and code made each version")
+    version_help = "a number, or an alias such as latest"
+    lineage.add_argument("version", nargs="?", metavar="VERSION", help=f"the chain up to it: {version_help}")
+    form = lineage.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all of it, for programs")
+    form.add_argument("--html", type=Path, metavar="FILE", help="write a page that needs no network")
+    form.add_argument("--openlineage", type=Path, metavar="FILE", help="write OpenLineage run events, a line each")
+    _add_audit(commands, version_help)
     gc = command("gc", _gc, "delete what can be made again: running sums of old versions, and what killed runs left")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
     up = command("up", _up, "run servers, watcher and workers for a team, on this machine, until interrupted")
@@ -568,6 +649,32 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "check Python, libraries, git, stores and disk, and say how to mend what is wrong")
     command("demo", _demo, "the main job on a real language model and three domains", here=".demo")
     return parser
+
+
+def _add_audit(commands: Any, version_help: str) -> None:
+    text = "answer an auditor's question about the lineage"
+    audit = commands.add_parser("audit", help=text, description=f"{text.capitalize()}.")
+    questions = audit.add_subparsers(title="questions", metavar="QUESTION", required=True, dest="question")
+
+    def question(name: str, text: str) -> Any:
+        made = questions.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        made.set_defaults(run=_audit)
+        made.add_argument("--workspace", type=Path, default=Path(), metavar="DIR", help="default: .")
+        made.add_argument("--json", action="store_true", help="for programs")
+        return made
+
+    used = question("used", "which versions hold a dataset")
+    used.add_argument("dataset", metavar="DATASET", help="a domain, or an md5 of its data (8 digits or more)")
+    data = question("data", "which data is in a version")
+    data.add_argument("--alias", default="champion", metavar="VERSION", help=f"{version_help}; default: champion")
+    data.add_argument("--on", metavar="DATE", help="as it was then: a day or a time in ISO 8601, UTC; default: now")
+    diff = question("diff", "what changed from one version to another")
+    diff.add_argument("a", metavar="A", help=version_help)
+    diff.add_argument("b", metavar="B", help=version_help)
+    worse = question("worse", "which domains got worse since they were the newest, when, and by which step")
+    worse.add_argument("domain", nargs="?", metavar="DOMAIN", help="default: all")
+    whose = question("whose", "which version a folder's files belong to")
+    whose.add_argument("folder", type=Path, metavar="FOLDER", help="a version's folder, or an exported model")
 
 
 if __name__ == "__main__":

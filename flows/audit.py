@@ -1,0 +1,509 @@
+"""What an auditor asks of a lineage, answered from its history alone; every answer is plain JSON. Pure.
+
+`used`: which versions hold a dataset. `data`: which data is in the champion, now or on a date. `diff`: what changed
+between two versions. `worse`: which domain got worse, when, and by which step. `whose`: whether a folder is a version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime, time
+from typing import TYPE_CHECKING, Any
+
+from flows.history import (
+    History,
+    HistoryError,
+    evaluation_digests,
+    find_version,
+    printable,
+    since_newest,
+    step_texts,
+)
+from flows.lineage import SUM_FOLDER
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["data", "diff", "render", "used", "whose", "worse"]
+
+_ALIASES = ("champion", "challenger")  # known even before a version has one
+_CARD = "README.md"  # an export adds it
+_MD5_PREFIX = 8  # hexadecimal digits that an abbreviated md5 must have at least
+
+
+def used(history: History, dataset: str) -> dict[str, Any]:
+    """Which versions hold a dataset: the name of a domain, or the md5 of its data, with or without `.dir`.
+
+    Returns:
+        {question, dataset, versions, spells}; a spell is {domain, dvc_md5, versions, came_in, left_in, how} with `how`
+        one of "replaced" and "withdrawn", None (as `left_in`) where the newest version still holds it.
+    """
+    names = {domain["name"] for version in history["versions"] for domain in version["record"]["domains"]}
+    spells = [spell for spell in _spells(history) if _means(dataset, spell, names)]
+    return {
+        "question": "used",
+        "dataset": dataset,
+        "versions": sorted({number for spell in spells for number in spell["versions"]}),
+        "spells": spells,
+    }
+
+
+def data(history: History, wanted: str = "champion", on: str | None = None) -> dict[str, Any]:
+    """Which data is in the version that `wanted` (an alias or a number) names now, or named on a date.
+
+    Args:
+        on: a day or a time in ISO 8601, UTC where it names no zone. Of a day, what stood at its end; what moved during
+            it is told as well.
+
+    Returns:
+        {question, wanted, on, version, since, moves, domains, withdrawn}. `version` None: the alias named none.
+        `since`: when the alias got there, where the log tells. `moves`: {when, from, to} during the day.
+
+    Raises:
+        HistoryError: there is no such version or alias; `on` is no date, or `wanted` is none that a date can be asked
+            of.
+    """
+    begin, end = (None, None) if on is None else _moment(on)
+    moves = [
+        {"when": entry["when"], "from": entry["from"], "to": entry["to"]}
+        for entry in history["log"]
+        if entry["kind"] in ("promotion", "rollback") and entry["details"].get("alias", "champion") == wanted
+    ]
+    since = None
+    if end is None:
+        try:
+            version: dict[str, Any] | None = find_version(history, wanted)
+        except HistoryError:
+            if wanted not in _ALIASES or not history["versions"]:
+                raise
+            version = None
+        if version is not None and moves and moves[-1]["to"] == version["version"]:
+            since = moves[-1]["when"]
+    else:
+        version, since = _then(history, wanted, moves, end)
+    return {
+        "question": "data",
+        "wanted": wanted,
+        "on": None if end is None else end.isoformat(timespec="seconds"),
+        "version": None if version is None else version["version"],
+        "since": since,
+        "moves": []
+        if begin is None or end is None
+        else [move for move in moves if begin <= _time(move["when"]) <= end],
+        "domains": [] if version is None else version["record"]["domains"],
+        "withdrawn": [] if version is None else version["record"]["withdrawn"],
+    }
+
+
+def diff(history: History, first: str, second: str) -> dict[str, Any]:
+    """What changed from one version to another; each a number or an alias.
+
+    Returns:
+        {question, a, b, domains: {added, removed, replaced, reweighted}, changes: {section: [{name, a, b}]},
+        perplexity: [{domain, a, b, change, comparable}], files: {same, changed, added, removed}}. The sections are
+        settings, code, libraries, hardware, seeds, sparsity; `change` is a share, None where it does not compare.
+
+    Raises:
+        HistoryError: there is no such version.
+    """
+    a, b = find_version(history, first), find_version(history, second)
+    before, after = a["record"], b["record"]
+    old = {domain["name"]: domain for domain in before["domains"]}
+    new = {domain["name"]: domain for domain in after["domains"]}
+    both = sorted(old.keys() & new.keys())
+    digests = evaluation_digests(a), evaluation_digests(b)
+    perplexity = []
+    for name in sorted(old.keys() | new.keys()):
+        one, other = before["perplexity"].get(name), after["perplexity"].get(name)
+        same = name in both and digests[0][name] == digests[1][name]
+        change = other / one - 1 if same and one and other is not None else None
+        perplexity.append({"domain": name, "a": one, "b": other, "change": change, "comparable": same})
+    sections = ("settings", "code", "libraries", "hardware", "seeds", "sparsity")
+    files = before["files"], after["files"]
+    shared = files[0].keys() & files[1].keys()
+    return {
+        "question": "diff",
+        "a": a["version"],
+        "b": b["version"],
+        "domains": {
+            "added": [_named(new[name]) for name in sorted(new.keys() - old.keys())],
+            "removed": [_named(old[name]) for name in sorted(old.keys() - new.keys())],
+            "replaced": [
+                {"domain": name, "a": old[name]["dvc_md5"], "b": new[name]["dvc_md5"]}
+                for name in both
+                if old[name]["dvc_md5"] != new[name]["dvc_md5"]
+            ],
+            "reweighted": [
+                {"domain": name, "a": old[name]["weight"], "b": new[name]["weight"]}
+                for name in both
+                if old[name]["weight"] != new[name]["weight"]
+            ],
+        },
+        "changes": {section: _changed(before[section], after[section]) for section in sections},
+        "perplexity": perplexity,
+        "files": {
+            "same": sum(files[0][name] == files[1][name] for name in shared),
+            "changed": sum(files[0][name] != files[1][name] for name in shared),
+            "added": len(files[1].keys() - shared),
+            "removed": len(files[0].keys() - shared),
+        },
+    }
+
+
+def worse(history: History, domain: str | None = None) -> dict[str, Any]:
+    """Which domains got worse since they were the newest, when, and by which step; the worst first.
+
+    Only figures on the same evaluation tokens are compared. A domain whose data was replaced, or that was withdrawn and
+    came again, counts once for each time.
+
+    Args:
+        domain: only this one.
+
+    Returns:
+        {question, domain, domains: [{domain, newest_in, perplexity_when_newest, version, perplexity, change, worst,
+        steps, not_comparable}]}. `version`: the newest that compares (`newest_in` itself where there is none).
+        `change`: a share; above 0 is worse. `steps`: {version, step, perplexity, change} each against the one before
+        it; `worst`: that of them with the greatest change above 0, or None. `not_comparable`: later versions, measured
+        on other tokens.
+
+    Raises:
+        HistoryError: no version ever held `domain`.
+    """
+    steps_of = step_texts(history)
+    found = []
+    for name, first, after in since_newest(history):
+        if domain not in (None, name):
+            continue
+        later = [measure for measure in after if measure["digest"] == first["digest"]]
+        steps = [
+            {
+                "version": measure["version"],
+                "step": steps_of[measure["version"]],
+                "perplexity": measure["perplexity"],
+                "change": measure["perplexity"] / before["perplexity"] - 1,
+            }
+            for before, measure in zip([first, *later], later, strict=False)
+        ]
+        last = later[-1] if later else first
+        rises = [step for step in steps if step["change"] > 0]
+        found.append(
+            {
+                "domain": name,
+                "newest_in": first["version"],
+                "perplexity_when_newest": first["perplexity"],
+                "version": last["version"],
+                "perplexity": last["perplexity"],
+                "change": last["perplexity"] / first["perplexity"] - 1,
+                "worst": max(rises, key=lambda step: step["change"], default=None),
+                "steps": steps,
+                "not_comparable": [m["version"] for m in after if m["digest"] != first["digest"]],
+            }
+        )
+    if domain is not None and not found:
+        raise HistoryError(f"no version of {history['model']} holds the domain {domain!r}")
+    return {"question": "worse", "domain": domain, "domains": sorted(found, key=lambda one: -one["change"])}
+
+
+def whose(history: History, digests: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Whether a folder's files are those of a version: its own folder (model/, state/) or an exported one.
+
+    A model card that the export added does not count, nor, in a version's own folder, what lies beside model/ and
+    state/, nor a running sum that was dropped.
+
+    Args:
+        digests: {path relative to the folder: SHA-256} of all its files; `sizes`: their bytes.
+
+    Returns:
+        {question, versions, form, closest, differences}. `versions`: all whose files these are, byte by byte. Where
+        there are none, `closest` is the version that shares the most bytes, None where nothing is shared, and
+        `differences` are `missing: F`, `changed: F`, `extra: F`. `form`: "exported" or "version".
+
+    Raises:
+        HistoryError: the folder has no files.
+    """
+    if not digests:
+        raise HistoryError("the folder has no files; name a version's folder or an exported model")
+    exact: list[tuple[int, str]] = []
+    best: tuple[tuple[int, int, int], int, str, list[str]] | None = None
+    for version in history["versions"]:
+        for form, wanted, there in _forms(version, digests):
+            same = [name for name in there if wanted.get(name) == there[name]]
+            differences = _differences(wanted, there, sum_dropped="copal.sum_dropped" in version["tags"])
+            if not differences and same:
+                exact.append((version["version"], form))
+            score = (sum(sizes[name] for name in same), len(same), version["version"])
+            if same and (best is None or score > best[0]):
+                best = score, version["version"], form, differences
+    closest = best if best is not None and not exact else None
+    return {
+        "question": "whose",
+        "versions": [number for number, _ in exact],
+        "form": exact[0][1] if exact else closest[2] if closest else None,
+        "closest": closest[1] if closest else None,
+        "differences": closest[3] if closest else [],
+    }
+
+
+# --- how they are found
+
+
+def _spells(history: History) -> list[dict[str, Any]]:
+    """Every time that a dataset was in the lineage, in the order they came."""
+    spells: list[dict[str, Any]] = []
+    running: dict[str, dict[str, Any]] = {}
+    for version in history["versions"]:
+        held = {domain["name"]: domain["dvc_md5"] for domain in version["record"]["domains"]}
+        for name, spell in list(running.items()):
+            if held.get(name) != spell["dvc_md5"]:
+                spell["left_in"] = version["version"]
+                spell["how"] = "replaced" if name in held else "withdrawn"
+                del running[name]
+        for name, md5 in held.items():
+            if name not in running:
+                running[name] = {
+                    "domain": name,
+                    "dvc_md5": md5,
+                    "versions": [],
+                    "came_in": version["version"],
+                    "left_in": None,
+                    "how": None,
+                }
+                spells.append(running[name])
+            running[name]["versions"].append(version["version"])
+    return spells
+
+
+def _means(dataset: str, spell: Mapping[str, Any], names: set[str]) -> bool:
+    if dataset in names:
+        return bool(spell["domain"] == dataset)
+    md5 = dataset.lower().removesuffix(".dir")
+    return len(md5) >= _MD5_PREFIX and spell["dvc_md5"].removesuffix(".dir").startswith(md5)
+
+
+def _then(
+    history: History, wanted: str, moves: list[dict[str, Any]], end: datetime
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The version that an alias named at a time, and since when."""
+    if wanted == "latest":  # MLflow's own: no log tells of it, the times of the versions do
+        made = [version for version in history["versions"] if _time(version["record"]["created"]) <= end]
+        return (made[-1], made[-1]["record"]["created"]) if made else (None, None)
+    if wanted not in _ALIASES and not moves:
+        raise HistoryError(f"the log of {history['model']} tells no moves of {wanted!r}: ask a date of an alias in it")
+    before = [move for move in moves if _time(move["when"]) <= end]
+    if not before or before[-1]["to"] is None:
+        return None, before[-1]["when"] if before else None
+    return find_version(history, str(before[-1]["to"])), before[-1]["when"]
+
+
+def _moment(text: str) -> tuple[datetime | None, datetime]:
+    """(begin, end) of a day, (None, end) of a time."""
+    try:
+        if len(text) <= len("2026-01-02"):
+            day = date.fromisoformat(text)
+            return datetime.combine(day, time.min, UTC), datetime.combine(day, time.max, UTC)
+        return None, _time(text)
+    except ValueError as error:
+        raise HistoryError(f"{text!r} is no date; write 2026-01-31 or 2026-01-31T12:00:00Z (UTC)") from error
+
+
+def _time(text: str) -> datetime:
+    found = datetime.fromisoformat(text)
+    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+
+
+def _named(domain: Mapping[str, Any]) -> dict[str, Any]:
+    return {"domain": domain["name"], "dvc_md5": domain["dvc_md5"]}
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    old, new = dict(_flat(before)), dict(_flat(after))
+    return [
+        {"name": name, "a": old.get(name), "b": new.get(name)}
+        for name in sorted(old.keys() | new.keys())
+        if (name in old) != (name in new) or old.get(name) != new.get(name)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _forms(
+    version: Mapping[str, Any], digests: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
+    """(form, the files that it should have, those of the folder that count)."""
+    wanted = version["record"]["files"]
+    yield (
+        "version",
+        dict(wanted),
+        {n: d for n, d in digests.items() if n in wanted or n.startswith(("model/", "state/"))},
+    )
+    model = {n.removeprefix("model/"): d for n, d in wanted.items() if n.startswith("model/") and n != f"model/{_CARD}"}
+    yield "exported", model, {name: digest for name, digest in digests.items() if name != _CARD}
+
+
+def _differences(wanted: Mapping[str, str], there: Mapping[str, str], *, sum_dropped: bool) -> list[str]:
+    differences = []
+    for name in sorted(wanted.keys() | there.keys()):
+        if name not in there:
+            if not (sum_dropped and name.startswith(f"{SUM_FOLDER}/")):
+                differences.append(f"missing: {name}")
+        elif name not in wanted:
+            differences.append(f"extra: {name}")
+        elif wanted[name] != there[name]:
+            differences.append(f"changed: {name}")
+    return differences
+
+
+# --- for people
+
+
+def render(answer: Mapping[str, Any]) -> RenderableType:
+    """An answer for people."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    lines: list[RenderableType] = []
+
+    def say(line: str) -> None:
+        lines.append(Text(printable(line)))
+
+    def show(headings: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
+        if rows:
+            table = Table()
+            for heading in headings:
+                table.add_column(heading, overflow="fold")
+            for row in rows:
+                table.add_row(*(Text(printable("" if cell is None else cell)) for cell in row))
+            lines.append(table)
+
+    {"used": _show_used, "data": _show_data, "diff": _show_diff, "worse": _show_worse, "whose": _show_whose}[
+        answer["question"]
+    ](answer, say, show)
+    return Group(*lines)
+
+
+_Say = Callable[[str], None]
+_Show = Callable[[tuple[str, ...], list[tuple[object, ...]]], None]
+
+
+def _show_used(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
+    if not answer["spells"]:
+        say(f"no version holds {answer['dataset']}")
+        return
+    say(f"{answer['dataset']} is in {_numbers(answer['versions'])}")
+    rows: list[tuple[object, ...]] = [
+        (
+            spell["domain"],
+            spell["dvc_md5"],
+            spell["came_in"],
+            _numbers(spell["versions"]),
+            "in the newest version" if spell["how"] is None else f"{spell['how']} in version {spell['left_in']}",
+        )
+        for spell in answer["spells"]
+    ]
+    show(("domain", "md5", "came in", "held by", "then"), rows)
+
+
+def _show_data(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
+    when = f" at {answer['on']}" if answer["on"] else " now"
+    if answer["version"] is None:
+        say(f"{answer['wanted']}{when}: no version (none had been promoted)")
+    else:
+        since = f", since {answer['since']}" if answer["since"] else ""
+        say(f"{answer['wanted']}{when}: version {answer['version']}{since}")
+        if not answer["domains"]:
+            say("no data: it is the dense base, or all was withdrawn")
+    show(
+        ("domain", "md5", "repository", "revision", "tokens"),
+        [(d["name"], d["dvc_md5"], d["repository"], d["git_rev"], d["tokens"]) for d in answer["domains"]],
+    )
+    for move in answer["moves"]:
+        before = "none" if move["from"] is None else f"version {move['from']}"
+        say(f"that day, at {move['when']}: from {before} to version {move['to']}")
+    for gone in answer["withdrawn"]:
+        say(f"withdrawn: {gone['name']} at {gone['dvc_md5']}")
+
+
+def _show_diff(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
+    say(f"from version {answer['a']} to version {answer['b']}")
+    domains = answer["domains"]
+    rows: list[tuple[object, ...]] = []
+    rows += [("added", one["domain"], "", one["dvc_md5"]) for one in domains["added"]]
+    rows += [("removed", one["domain"], one["dvc_md5"], "") for one in domains["removed"]]
+    rows += [("replaced", one["domain"], one["a"], one["b"]) for one in domains["replaced"]]
+    rows += [("weight", one["domain"], one["a"], one["b"]) for one in domains["reweighted"]]
+    for section, changes in answer["changes"].items():
+        rows += [(section, change["name"], change["a"], change["b"]) for change in changes]
+    show(("what", "name", f"version {answer['a']}", f"version {answer['b']}"), rows)
+    show(
+        ("perplexity", f"version {answer['a']}", f"version {answer['b']}", "change"),
+        [
+            (
+                one["domain"],
+                _figure(one["a"]),
+                _figure(one["b"]),
+                _percent(one["change"])
+                if one["comparable"]
+                else ("other tokens" if None not in (one["a"], one["b"]) else ""),
+            )
+            for one in answer["perplexity"]
+        ],
+    )
+    say("files: " + ", ".join(f"{count} {name}" for name, count in answer["files"].items()))
+
+
+def _show_worse(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
+    worse = sum(one["change"] > 0 for one in answer["domains"])
+    say(f"of {len(answer['domains'])}, {worse} got worse since they were the newest")
+    show(
+        ("domain", "newest in", "then", "latest", "by now", "change", "most by"),
+        [
+            (
+                one["domain"],
+                f"version {one['newest_in']}",
+                _figure(one["perplexity_when_newest"]),
+                f"version {one['version']}",
+                _figure(one["perplexity"]),
+                _percent(one["change"]),
+                f"version {one['worst']['version']} ({one['worst']['step']}), {_percent(one['worst']['change'])}"
+                if one["worst"]
+                else "",
+            )
+            for one in answer["domains"]
+        ],
+    )
+    for one in answer["domains"]:
+        if one["not_comparable"]:
+            say(f"{one['domain']}: {_numbers(one['not_comparable'])} was measured on other tokens and does not compare")
+
+
+def _show_whose(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
+    form = "the model of" if answer["form"] == "exported" else "all of"
+    if answer["versions"]:
+        say(f"these are, byte by byte, {form} {_numbers(answer['versions'])}")
+        return
+    if answer["closest"] is None:
+        say("these are no version's files: not one is in a record")
+        return
+    count = len(answer["differences"])
+    say(f"these are no version's files; closest is {form} version {answer['closest']}, {count} differ:")
+    for difference in answer["differences"]:
+        say(f"  {difference}")
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return f"version{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:+.1%}"
