@@ -429,7 +429,7 @@ def _check(root: Path, tell: Callable[[str], None]) -> None:
     settings = load_settings(workspace.params)
     registry = open_registry(workspace, settings)
     found = plan(workspace, settings, registry)
-    if not found.pending:
+    if not found.pending and (found.head is None or found.head.concluded):
         waits = _waits({version.domain: wait for version, wait in found.waiting})
         lines = waits or _nothing_new(settings, registry, found)
         tell("\n".join([*(f"note: {note}" for note in found.notes), *lines]))
@@ -440,7 +440,10 @@ def _check(root: Path, tell: Callable[[str], None]) -> None:
         raise _no_base(settings, workspace)
     for note in found.notes:
         tell(f"note: {note}")
-    tell("pending: " + ", ".join(f"{version.domain} at {version.md5[:10]}" for version in found.pending))
+    if found.pending:
+        tell("pending: " + ", ".join(f"{version.domain} at {version.md5[:10]}" for version in found.pending))
+    else:
+        tell(f"the gates of version {found.head.number} have not run yet")
     from flows.watch import watch
 
     try:

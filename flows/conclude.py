@@ -7,12 +7,15 @@ a version without that tag is not concluded, and whoever takes the lineage next 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError, StateError
 from flows.gates import GateResult, judge
-from flows.lineage import domain_records, record_digest, verify_files
+from flows.history import read_history
+from flows.lineage import LineageError, domain_records, record_digest, verify_files
+from flows.page import render_page
 from flows.promote import CHALLENGER, CHAMPION, gates_entry, move_champion, settle
 from flows.registry import AliasMovedError
 from flows.stages import as_dataset
@@ -71,6 +74,8 @@ def conclude(
     results = tuple(GateResult(**gate) for gate in entry["details"]["gates"])
     figures = {f"gate.{result.name}.passed": float(result.passed) for result in results}
     figures |= {f"gate.{result.name}": result.value for result in results if result.value is not None}
+    with suppress(LineageError):  # of an altered record; a gate has said so
+        registry.log_page(version, render_page(read_history(registry)))
     registry.conclude(version, passed=entry["details"]["passed"], entry=entry["number"], figures=figures)
     return results
 

@@ -600,6 +600,16 @@ class Registry:
             client.set_model_version_tag(self.model_name, number, _LOG_ENTRY, str(entry))
             client.set_model_version_tag(self.model_name, number, _GATES, "passed" if passed else "failed")
 
+    def log_page(self, version: ModelVersion, html: str) -> None:
+        """Keep the page of the lineage with the run that made a version, as `lineage.html`.
+
+        Raises:
+            RegistryError: the store fails.
+        """
+        if version.run_id is not None:
+            with self._store() as client:
+                client.log_text(version.run_id, html, "lineage.html")
+
     def _alias(self, client: MlflowClient, name: str) -> int | None:
         model = self._model(client)
         found = model.aliases.get(name) if model else None

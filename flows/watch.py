@@ -9,10 +9,12 @@ from pathlib import Path
 from prefect import flow
 
 from copal.errors import CopalError
+from flows.claims import claimed
 from flows.datasets import MissingDataError
 from flows.launch import run_adapt
 from flows.reconcile import Plan, plan
 from flows.registry import open_registry
+from flows.run import finish, plain_stages
 from flows.settings import Workspace, load_settings, open_workspace
 from flows.waiting import forget, note_missing, waiting
 
@@ -38,7 +40,8 @@ def take_up(
 ) -> list[int]:
     """Take the step to the oldest pending dataset version, compare anew, and so on until nothing is pending.
 
-    So what is committed while a step runs is taken up too. A dataset that is refused does not keep the others waiting:
+    So what is committed while a step runs is taken up too. What a killed process left to do for the newest version (its
+    gates, say) is done first. A dataset that is refused does not keep the others waiting:
     the order of steps does not change where they end. One whose data is missing is no error; it is put off.
 
     Args:
@@ -55,6 +58,10 @@ def take_up(
     work = open_workspace(Path(workspace))
     settings = load_settings(work.params)
     registry, model = open_registry(work, settings), settings.model.name
+    head = registry.head()
+    if head is not None and not head.concluded:
+        with claimed(registry, "conclude the newest version", lease=settings.run.lease) as claim:
+            finish(work, settings, registry, claim, plain_stages())
     made: list[int] = []
     refused: list[str] = []
     tried: set[tuple[str, str]] = set()  # in vain: a step that changes nothing must not come again

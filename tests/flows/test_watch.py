@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from copal.errors import DataError
-from flows import stages
 from flows.cli import main
 from flows.datasets import DatasetError, MissingDataError
 from flows.reconcile import plan
+from flows.run import plain_stages, run_step
 from flows.settings import Workspace, load_settings, open_workspace
 from flows.status import status
 from flows.waiting import waiting
@@ -42,13 +42,8 @@ def step(root: str, domain: str, rev: str) -> int | None:
     work = open_workspace(Path(root))
     settings = load_settings(work.params)
     registry = open_registry(work, settings)
-    resolved = stages.resolve(work, settings, registry, domain, rev)
-    if resolved is None:
-        return None
-    data = stages.fetch_data(work, resolved)
-    report = stages.prune_domain(settings, resolved, data[domain])
-    evaluation = stages.evaluate_step(settings, registry, resolved, report, data)
-    return stages.register_step(settings, registry, resolved, report, evaluation).number
+    made = run_step(work, settings, registry, domain, rev, plain_stages())
+    return made.number if made else None
 
 
 def git(root: Path, *arguments: str) -> str:
