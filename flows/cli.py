@@ -23,6 +23,7 @@ from flows.terminal import console, progress_bar
 
 if TYPE_CHECKING:
     from copal.progress import Progress
+    from flows.purge import Purged
     from flows.reconcile import Plan
     from flows.registry import ModelVersion, Registry
     from flows.waiting import Waiting
@@ -153,6 +154,44 @@ def _adapt(arguments: argparse.Namespace) -> int:
     else:
         _show_versions(workspace, settings, [registry.version(number)], print)
     return 0
+
+
+def _withdraw(arguments: argparse.Namespace) -> int:
+    from flows.stages import resolve_withdrawal
+
+    workspace, settings, registry = _open(arguments)
+    domain, why, purge = arguments.domain, arguments.why, arguments.purge
+    if resolve_withdrawal(workspace, settings, registry, domain, why) is None:  # nothing to compute: starts no server
+        from flows.run import plain_stages, run_withdrawal
+
+        done = run_withdrawal(workspace, settings, registry, domain, why, plain_stages(), purge=purge, tell=print)
+    else:
+        from flows.adapt import withdraw
+
+        done = withdraw(str(workspace.root), domain, why, purge)
+    if done.made is not None:
+        _show_versions(workspace, settings, [registry.version(done.made.number)], print)
+    elif not purge:
+        head = registry.head()
+        assert head is not None
+        print(f"nothing to do: version {head.number} of {registry.model_name} is without {domain} already")
+    if done.purged is not None:
+        _say_purged(registry, done.purged)
+    return 0
+
+
+def _say_purged(registry: Registry, purged: Purged) -> None:
+    served = {version.number: version.aliases for version in registry.versions()}
+    traces = [
+        f"{number} ({', '.join(served[number])})" if served.get(number) else str(number) for number in purged.traces
+    ]
+    deleted = ", ".join(map(str, purged.deleted))
+    print(
+        f"purged {purged.domain}: its contribution (version {deleted}), every running sum with it and fetched copies "
+        f"of its data are gone, {purged.size / 1e6:.1f} MB"
+    )
+    print(f"traces of {purged.domain} stay in the weights of version {', '.join(traces)}")
+    print("the data itself is in the hands of git and DVC: delete it from the repository, its cache and its remote")
 
 
 def _say_known(registry: Registry, domain: str) -> None:
@@ -377,7 +416,8 @@ def _show_versions(
     from flows.status import render, status
 
     for version in versions:
-        tell(f"version {version.number} of {settings.model.name}: adapted to {version.tags['copal.domain']}")
+        did = f"withdrew {version.withdrawn}" if version.withdrawn else f"adapted to {version.tags['copal.domain']}"
+        tell(f"version {version.number} of {settings.model.name}: {did}")
     console().print(render(status(workspace, settings)))
 
 
@@ -504,6 +544,12 @@ def _parser() -> argparse.ArgumentParser:
     adapt = command("adapt", _adapt, "adapt to one dataset version")
     adapt.add_argument("domain", metavar="DOMAIN", help="the folder under data/")
     adapt.add_argument("--rev", metavar="REV", help="git revision of its data; default: the watched branch")
+    withdraw = command("withdraw", _withdraw, "make a version as if a domain had never been seen")
+    withdraw.add_argument("domain", metavar="DOMAIN", help="a domain of the newest version")
+    withdraw.add_argument("--why", required=True, metavar="TEXT", help="the reason; the log keeps it")
+    withdraw.add_argument(
+        "--purge", action="store_true", help="also delete what is kept of its data; of one withdrawn earlier, too"
+    )
     status = command("status", _status, "show the versions, their figures, and what is pending")
     status.add_argument("--json", action="store_true", help="for programs")
     export = command("export", _export, "copy a version's model to a new folder, plain Hugging Face format")
