@@ -180,6 +180,31 @@ def _withdraw(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    from flows.replay import replay
+
+    workspace, _, registry = _open(arguments)
+    version = _find_version(registry, arguments.version)
+    with progress_bar() as progress:
+        found = replay(workspace, registry, version, keep=arguments.keep, progress=progress)
+    if arguments.json:
+        import json
+
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        print(
+            f"version {found.version} of {registry.model_name}: "
+            + (
+                "identical, masks and weights"
+                if found.identical
+                else f"{found.masks_differ:.2%} of the mask bits differ, a weight by {found.largest_difference:g} at most"
+            )
+        )
+        for name, (then, now) in found.surroundings.items():
+            print(f"{name}: {then} then, {now} now")
+    return 0 if found.identical else 1
+
+
 def _say_purged(registry: Registry, purged: Purged) -> None:
     served = {version.number: version.aliases for version in registry.versions()}
     traces = [
@@ -550,6 +575,10 @@ def _parser() -> argparse.ArgumentParser:
     withdraw.add_argument(
         "--purge", action="store_true", help="also delete what is kept of its data; of one withdrawn earlier, too"
     )
+    replay = command("replay", _replay, "make a version again from its record, and compare masks and weights")
+    replay.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
+    replay.add_argument("--keep", type=Path, metavar="DIR", help="a new folder for what is made; default: deleted")
+    replay.add_argument("--json", action="store_true", help="for programs")
     status = command("status", _status, "show the versions, their figures, and what is pending")
     status.add_argument("--json", action="store_true", help="for programs")
     export = command("export", _export, "copy a version's model to a new folder, plain Hugging Face format")

@@ -28,6 +28,7 @@ __all__ = [
     "check_domain_name",
     "load_settings",
     "open_workspace",
+    "recorded_settings",
 ]
 
 DTYPES = ("auto", "bfloat16", "float32")
@@ -286,6 +287,18 @@ def load_settings(params: Path) -> Settings:
         return _settings(_read(params))
     except CopalError as error:
         raise SettingsError(f"{params}: {error}") from error
+
+
+def recorded_settings(values: Mapping[str, Any], where: str) -> Settings:
+    """The settings that a record holds, checked as those of params.yaml are.
+
+    Raises:
+        SettingsError: as `load_settings`; names `where`.
+    """
+    try:
+        return _settings(dict(values))
+    except CopalError as error:
+        raise SettingsError(f"{where}: {error}") from error
 
 
 def _read(params: Path) -> dict[Any, Any]:
