@@ -197,7 +197,7 @@ def _replay(arguments: argparse.Namespace) -> int:
             + (
                 "identical, masks and weights"
                 if found.identical
-                else f"{found.masks_differ:.2%} of the mask bits differ, a weight by {found.largest_difference:g} at most"
+                else f"{found.masks_differ:.4%} of mask bits differ, weights by {found.largest_difference:g} at most"
             )
         )
         for name, (then, now) in found.surroundings.items():

@@ -1,4 +1,4 @@
-"""Replay: a version made again from its record in a scratch folder, and what differs from the version that is stored."""
+"""Replay: a version made again from its record in a scratch folder, and what differs from the one that is stored."""
 
 from __future__ import annotations
 
