@@ -5,10 +5,10 @@
         contribution/block-00000.safetensors ...   the version's own domain: full (float16) or compact, see below
         sum/block-00000.safetensors ...            the sum over every domain, float32: all that the next step loads
 
-A contribution is never changed; the sum is what contributions give when they are merged in the order of their domains'
-names. So every version keeps its contribution, and it is what grows with the domains; a sum can be made again, and only
-the newest version's is needed. The manifest says for every domain which version's state holds its contribution. Nothing
-is pickled.
+A contribution is never changed; the sum is what contributions give when they are merged in the order in which they
+came. So every version keeps its contribution, and it is what grows with the domains; a sum can be made again, and only
+the newest version's is needed. The manifest says for every domain which version's state holds its contribution; a
+version that took a domain out has none of its own. Nothing is pickled.
 
 Full: the diagonal float32, the correlations float16 (`copal.sensitivity.pack`). Compact: the diagonal float32, a low
 rank of the correlations (`copal.compact`). What they take of a model: `copal.sizes`. A step's own domain counts in it
@@ -21,10 +21,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -177,11 +176,11 @@ class StateWriter:
         self._write("sum", index, tensors)
 
     def finish(
-        self, *, base: str, statistics: str, criterion: str, own: DomainEntry, others: Iterable[DomainEntry]
+        self, *, base: str, statistics: str, criterion: str, own: DomainEntry | None, others: Iterable[DomainEntry]
     ) -> Manifest:
-        """Write the manifest; `own` is the domain of this state's contribution (its shards are filled in here)."""
-        entry = DomainEntry(**{**_as_dict(own), "shards": self._digests["contribution"]})
-        domains = tuple(sorted((entry, *others), key=lambda domain: domain.name))
+        """Write the manifest; `own` is the domain of this state's contribution, if any (its shards are filled in)."""
+        entries = [replace(own, shards=self._digests["contribution"])] if own else []
+        domains = tuple(sorted((*entries, *others), key=lambda domain: domain.name))
         manifest = Manifest(
             base=base, statistics=statistics, criterion=criterion, domains=domains, sum_shards=self._digests["sum"]
         )
@@ -240,10 +239,6 @@ def _to_moments(tensors: Mapping[str, Tensor]) -> dict[str, Moment]:
         gradient = {name.removeprefix(prefix): tensors[name].float() for name in tensors if name.startswith(prefix)}
         moments[group] = Moment(total, tensors[f"{group}:weight"].item(), gradient)
     return moments
-
-
-def _as_dict(entry: DomainEntry) -> dict[str, Any]:
-    return {**asdict(entry), "shards": entry.shards}
 
 
 def _read_manifest(folder: Path) -> Manifest:

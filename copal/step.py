@@ -6,6 +6,8 @@ each time: a weight that an earlier step pruned comes back when a new domain nee
 
 Where several processes run the step together (`copal.processes`), each runs its share of the windows and solves its
 share of the linears; the main one writes.
+
+Taking a domain out is the same walk without windows: what is left is the sum of the other domains' contributions.
 """
 
 from __future__ import annotations
@@ -34,9 +36,20 @@ from copal.solve import Pruned, prune_group
 from copal.state import DomainEntry, Manifest, StateReader, StateWriter, merge_blocks
 from copal.streaming import StreamedModel
 
-__all__ = ["Base", "LayerReport", "NewDomain", "Parent", "PruneGroup", "StepReport", "prune_step", "read_report"]
+__all__ = [
+    "Base",
+    "LayerReport",
+    "NewDomain",
+    "Parent",
+    "PruneGroup",
+    "StepReport",
+    "WithdrawnDomain",
+    "prune_step",
+    "read_report",
+]
 
 _REPORT = "report.json"
+_PROBE = 8  # made-up tokens that show which linears read the same input, where there are no windows
 
 PruneGroup = Callable[[Mapping[str, Tensor], Moment, PruneConfig], Pruned]
 """(linear -> W (O, I), the statistics of their common input, settings) -> linear -> W' (O, I), and the damping."""
@@ -61,6 +74,13 @@ class NewDomain:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WithdrawnDomain:
+    """A domain of the parent that this step takes out, as if it had never been seen: no text of it is needed."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Parent:
     """The pruned version that this step builds on.
 
@@ -69,7 +89,7 @@ class Parent:
         model: its Hugging Face folder.
         state: its state folder.
         states: version -> state folder, of every version that its manifest names; read only when a domain's data is
-            replaced or the parent's sum was dropped.
+            replaced or withdrawn, or the parent's sum was dropped.
     """
 
     version: int
@@ -85,11 +105,11 @@ class LayerReport:
     Attributes:
         name: dotted name in the model.
         features: of its input.
-        tokens: of the new domain that it read; of an expert, those that are routed to it.
+        tokens: of the new domain that it read; of an expert, those that are routed to it. 0 where a domain goes.
         weights, zeros, weights_back: counts; back are those that are zero in the parent and not here.
         error_before, error_after: tr((W - W') G (W - W')^T) / tr(W G W^T) on the new domain, with the parent's weights
-            and with the new ones; before is None where the parent is dense.
-        response_shift: tr(W G_new W^T) / tr(W G_old W^T); None for the first domain.
+            and with the new ones; before is None where the parent is dense. On all that stay, where a domain goes.
+        response_shift: tr(W G_new W^T) / tr(W G_old W^T); None for the first domain, and where a domain goes.
         damping: what the solve added to the diagonal of G (`copal.solve.Damped`); None where it solved nothing.
     """
 
@@ -136,7 +156,7 @@ class StepReport:
 def prune_step(
     base: Base,
     parent: Parent | None,
-    domain: NewDomain,
+    domain: NewDomain | WithdrawnDomain,
     out: Path,
     *,
     calibration: CalibrationConfig,
@@ -149,7 +169,10 @@ def prune_step(
 ) -> StepReport:
     """Add `domain` to what `parent` knows and prune the base again: writes `out`/model, `out`/state and the report.
 
-    A domain that the parent's state already holds is replaced. `out` appears whole or not at all (`read_report`).
+    A domain that the parent's state already holds is replaced. A `WithdrawnDomain` is taken out: the rest of the
+    contributions, merged in the order in which they came, is what a parent that never had it would know.
+
+    `out` appears whole or not at all (`read_report`).
 
     Args:
         parent: None for the first domain.
@@ -159,7 +182,8 @@ def prune_step(
 
     Raises:
         ModelError: the base or the parent's model cannot be read.
-        StateError: the parent's state is damaged, or of another base or other settings.
+        StateError: the parent's state is damaged, of another base or other settings, or holds nothing else than the
+            domain that is to go.
         NumericsError: an activation, a statistic or a solution is not finite.
         ResourceError: memory is not enough for one window at a time.
         SettingsError: more processes than windows.
@@ -170,6 +194,9 @@ def prune_step(
         old.manifest.require(
             base=base.fingerprint, statistics=calibration.fingerprint(), criterion=prune.criterion, where=old.folder
         )
+    arrives = domain if isinstance(domain, NewDomain) else None
+    if not arrives and not (old and old.replaces and old.others):
+        raise StateError(f"{domain.name} cannot go: it must be one of several domains in the parent's state")
     model = StreamedModel(base.folder, device=device, dtype=dtype)
     if prune.pattern:
         _check_groups(model, prune.pattern)
@@ -182,16 +209,21 @@ def prune_step(
         compact = block_bytes(model.model.num_parameters(), len(model)) if calibration.storage == "compact" else None
         state = StateWriter(folder / "state", compact, writes=writes)
         with clock.measure("statistics"):
-            stream = model.start(share_of_windows(domain.windows), batch)
+            stream = model.start(share_of_windows(arrives.windows) if arrives else _probe(), batch)
 
         def prune_block(index: int, name: str) -> list[LayerReport]:
             """A function, so that nothing of a block is in memory when the next one comes."""
             with clock.measure("statistics"), model.block(index) as block:
-                with record_moments(block, gradient=prune.criterion == "gradient") as recorder:
+                with record_moments(block, gradient=bool(arrives) and prune.criterion == "gradient") as recorder:
                     stream.advance(block, again=recorder.clear)
-                new = state.contribution(index, recorder.moments(domain.weight, name), recorder.shapes())
-                before = old.moments(index, device) if old else None
-                total = merge_blocks([before, new]) if before else new
+                new = before = None
+                if arrives:
+                    new = state.contribution(index, recorder.moments(arrives.weight, name), recorder.shapes())
+                if old:
+                    before = old.moments(index, device)
+                total = merge_blocks([known for known in (before, new) if known])
+                if total.keys() != recorder.groups().keys():
+                    raise StateError(f"the state of {name} is of other linears than the base has: it is damaged")
                 state.sum(index, total)
             dense = model.weights(index)
             with clock.measure("solve"):
@@ -215,8 +247,9 @@ def prune_step(
             was = model.weights(index, parent_model) if parent_model else {}
             reports = []
             for group, linears in recorder.groups().items():
-                after, earlier = new[group].second, before[group].second if before else None
-                tokens = recorder.routed(group)
+                after = (new or total)[group].second
+                earlier = before[group].second if new and before else None
+                tokens = recorder.routed(group) if new else 0
                 for linear in linears:
                     weights = (dense[linear], was.get(linear), now[linear])
                     reports.append(_report(f"{name}.{linear}", tokens, damping[group], *weights, after, earlier))
@@ -226,15 +259,17 @@ def prune_step(
             layers += prune_block(index, name)
             progress("prune", index + 1, len(model))
         checkpoint.finish()
-        own = DomainEntry(
-            name=domain.name,
-            md5=domain.md5,
-            weight=domain.weight,
-            tokens=domain.windows.numel(),
-            windows=len(domain.windows),
-            version=None,
-            shards={},
-        )
+        own = None
+        if arrives:
+            own = DomainEntry(
+                name=arrives.name,
+                md5=arrives.md5,
+                weight=arrives.weight,
+                tokens=arrives.windows.numel(),
+                windows=len(arrives.windows),
+                version=None,
+                shards={},
+            )
         manifest = state.finish(
             base=base.fingerprint,
             statistics=calibration.fingerprint(),
@@ -265,7 +300,7 @@ def read_report(out: Path) -> StepReport:
 
 
 class _OldState:
-    """The parent's statistics without the domain that this step brings."""
+    """The parent's statistics without the domain that this step brings or takes out."""
 
     def __init__(self, parent: Parent, domain: str) -> None:
         self._reader = StateReader(parent.state)
@@ -275,25 +310,31 @@ class _OldState:
             for entry in self.manifest.domains
             if entry.name != domain
         )
-        self._replaces = len(self.others) < len(self.manifest.domains)
+        self.replaces = len(self.others) < len(self.manifest.domains)
         self._states = {**parent.states, parent.version: parent.state}
         self._readers: dict[int, StateReader] = {}
 
     def moments(self, index: int, device: torch.device) -> dict[str, Moment] | None:
-        """Of block `index`: the stored sum, or one made anew where a domain is replaced or the sum was dropped."""
-        if not self._replaces and self._reader.has_sum(index):
+        """Of block `index`: the stored sum, or one made anew where a domain goes or the sum was dropped.
+
+        Contributions are added in the order in which they came, as steps add them: a sum made anew is the same to the
+        last bit.
+        """
+        if not self.replaces and self._reader.has_sum(index):
             return self._reader.sum(index, device)
-        parts = [
-            self._contributions(entry.version).contribution(index, entry, device)
-            for entry in self.others
-            if entry.version is not None
-        ]
+        held = {entry.version: entry for entry in self.others if entry.version is not None}
+        parts = [self._contributions(version).contribution(index, held[version], device) for version in sorted(held)]
         return merge_blocks(parts) if parts else None
 
     def _contributions(self, version: int) -> StateReader:
         if version not in self._readers:
             self._readers[version] = StateReader(self._states[version])
         return self._readers[version]
+
+
+def _probe() -> Tensor:
+    """A window (1, L) of made-up tokens; what they give is not recorded in the state."""
+    return torch.arange(_PROBE).unsqueeze(0)
 
 
 def _check_groups(model: StreamedModel, pattern: Pattern) -> None:

@@ -1,4 +1,5 @@
-"""The flow `adapt`: one step of continual pruning, from a dataset version to a registered model version.
+"""The flow `adapt`: one step of continual pruning, from a dataset version to a registered model version. The flow
+`withdraw` is the same step in the other direction.
 
 The stages themselves are plain functions in `flows.stages`; here they become Prefect tasks, with retries where trying
 again can help (fetching over a network, a registry that is busy) and none where it cannot (bad input).
@@ -25,12 +26,12 @@ from flows.claims import Claim
 from flows.conclude import conclude as run_gates
 from flows.gates import GateResult, as_table, failed
 from flows.registry import ModelVersion, Registry, open_registry
-from flows.run import Stages, run_step
+from flows.run import Made, Stages, Withdrawal, run_step, run_withdrawal
 from flows.settings import Settings, load_settings, open_workspace
 from flows.stages import Evaluation, Step
 from flows.terminal import progress_bar
 
-__all__ = ["TimeLimitError", "adapt", "perplexity_table", "time_limit"]
+__all__ = ["TimeLimitError", "adapt", "perplexity_table", "time_limit", "withdraw"]
 
 
 class TimeLimitError(CopalError):
@@ -53,7 +54,7 @@ def fetch(workspace: str, step: Step) -> dict[str, str]:
 
 
 @task(cache_policy=NO_CACHE)
-def prune(settings: Settings, step: Step, data: str, claim: Claim) -> StepReport:
+def prune(settings: Settings, step: Step, data: str | None, claim: Claim) -> StepReport:
     """One COPAL step; on the GPU where there is one."""
     with progress_bar() as progress:
         return stages.prune_domain(settings, step, data, claim.guard(progress))
@@ -111,27 +112,51 @@ def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
     """
     work = open_workspace(Path(workspace))
     settings = load_settings(work.params)
+    with time_limit(settings.run.time_limit):
+        made = run_step(work, settings, open_registry(work, settings), domain, rev, _tasks(), tell=print)
+    if made is None:
+        return None
+    _show(settings, made)
+    return made.number
+
+
+@flow(name="withdraw", flow_run_name="withdraw {domain}", validate_parameters=False)
+def withdraw(workspace: str, domain: str, why: str, purge: bool = False) -> Withdrawal:
+    """Make a version as if a domain had never been seen, and register it: see `flows.run.run_withdrawal`.
+
+    Raises:
+        CopalError: what a user has to mend; nothing was registered. A version that is pruned waits for the next run.
+        TimeLimitError: it took longer than run.time_limit.
+    """
+    work = open_workspace(Path(workspace))
+    settings = load_settings(work.params)
+    registry = open_registry(work, settings)
+    with time_limit(settings.run.time_limit):
+        done = run_withdrawal(work, settings, registry, domain, why, _tasks(), purge=purge, tell=print)
+    if done.made is not None:
+        _show(settings, done.made)
+    return done
+
+
+def _tasks() -> Stages:
     device = "gpu" if stages.has_gpu() else "cpu"
-    on_device = prune.with_options(tags=[device], task_run_name=f"prune on {device}")
-    do = Stages(
+    return Stages(
         fetch=lambda workspace, step: fetch(str(workspace.root), step),
-        prune=on_device,
+        prune=prune.with_options(tags=[device], task_run_name=f"prune on {device}"),
         evaluate=evaluate,
         register=register,
         conclude=lambda workspace, settings, registry, version, claim: conclude(
             str(workspace.root), settings, registry, version, claim
         ),
     )
-    with time_limit(settings.run.time_limit):
-        made = run_step(work, settings, open_registry(work, settings), domain, rev, do, tell=print)
-    if made is None:
-        return None
+
+
+def _show(settings: Settings, made: Made) -> None:
     create_markdown_artifact(
         key="perplexity",
         markdown=perplexity_table(made.number, made.report, made.evaluation),
         description=f"{settings.model.name} version {made.number}: perplexity by domain",
     )
-    return made.number
 
 
 @contextmanager
@@ -158,11 +183,13 @@ def perplexity_table(number: int, report: StepReport, evaluation: Evaluation) ->
         f"| {evaluation.perplexity[domain.name] / evaluation.dense[domain.name]:.3f} | `{domain.dvc_md5}` |"
         for domain in evaluation.domains
     ]
+    before = (
+        "" if evaluation.before is None else f"; the new domain before the step: perplexity {evaluation.before:.2f}"
+    )
     return "\n".join(
         [
             f"## Version {number}",
-            f"Sparsity as counted {report.sparsity:.4f}; {report.weights_back:,} weights came back; "
-            f"the new domain before the step: perplexity {evaluation.before:.2f}.",
+            f"Sparsity as counted {report.sparsity:.4f}; {report.weights_back:,} weights came back{before}.",
             *([f"Few tokens of the new domain reach {len(report.short)} linears of experts."] if report.short else []),
             "",
             "| domain | dense | this version | ratio | data |",

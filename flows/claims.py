@@ -166,7 +166,7 @@ def claimed(
 ) -> Iterator[Claim]:
     """Hold the lineage of `registry`; waits as long as somebody else does.
 
-    What a dead holder was about to publish is published first.
+    What a dead holder was about to publish is published first, and what it had published and not logged is logged.
 
     Args:
         what: the work, for people who look who holds the lineage.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from copal.progress import Progress
+    from flows.purge import Purged
     from flows.reconcile import Plan
     from flows.registry import ModelVersion, Registry
     from flows.waiting import Waiting
@@ -160,6 +161,69 @@ def _adapt(arguments: argparse.Namespace) -> int:
     else:
         _show_versions(workspace, settings, [registry.version(number)], print)
     return 0
+
+
+def _withdraw(arguments: argparse.Namespace) -> int:
+    from flows.stages import resolve_withdrawal
+
+    workspace, settings, registry = _open(arguments)
+    domain, why, purge = arguments.domain, arguments.why, arguments.purge
+    if resolve_withdrawal(workspace, settings, registry, domain, why) is None:  # nothing to compute: starts no server
+        from flows.run import plain_stages, run_withdrawal
+
+        done = run_withdrawal(workspace, settings, registry, domain, why, plain_stages(), purge=purge, tell=print)
+    else:
+        from flows.adapt import withdraw
+
+        done = withdraw(str(workspace.root), domain, why, purge)
+    if done.made is not None:
+        _show_versions(workspace, settings, [registry.version(done.made.number)], print)
+    elif not purge:
+        head = registry.head()
+        assert head is not None
+        print(f"nothing to do: version {head.number} of {registry.model_name} is without {domain} already")
+    if done.purged is not None:
+        _say_purged(registry, done.purged)
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from flows.replay import replay
+
+    workspace, _, registry = _open(arguments)
+    version = _find_version(registry, arguments.version)
+    with progress_bar() as progress:
+        found = replay(workspace, registry, version, keep=arguments.keep, progress=progress)
+    if arguments.json:
+        import json
+
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        print(
+            f"version {found.version} of {registry.model_name}: "
+            + (
+                "identical, masks and weights"
+                if found.identical
+                else f"{found.masks_differ:.4%} of mask bits differ, weights by {found.largest_difference:g} at most"
+            )
+        )
+        for name, (then, now) in found.surroundings.items():
+            print(f"{name}: {then} then, {now} now")
+    return 0 if found.identical else 1
+
+
+def _say_purged(registry: Registry, purged: Purged) -> None:
+    served = {version.number: version.aliases for version in registry.versions()}
+    traces = [
+        f"{number} ({', '.join(served[number])})" if served.get(number) else str(number) for number in purged.traces
+    ]
+    deleted = ", ".join(map(str, purged.deleted))
+    print(
+        f"purged {purged.domain}: its contribution (version {deleted}), every running sum with it and fetched copies "
+        f"of its data are gone, {purged.size / 1e6:.1f} MB"
+    )
+    print(f"traces of {purged.domain} stay in the weights of version {', '.join(traces)}")
+    print("the data itself is in the hands of git and DVC: delete it from the repository, its cache and its remote")
 
 
 def _say_known(registry: Registry, domain: str) -> None:
@@ -488,7 +552,8 @@ def _show_versions(
     from flows.status import render, status
 
     for version in versions:
-        tell(f"version {version.number} of {settings.model.name}: adapted to {version.tags['copal.domain']}")
+        did = f"withdrew {version.withdrawn}" if version.withdrawn else f"adapted to {version.tags['copal.domain']}"
+        tell(f"version {version.number} of {settings.model.name}: {did}")
     console().print(render(status(workspace, settings)))
 
 
@@ -615,6 +680,16 @@ def _parser() -> argparse.ArgumentParser:
     adapt = command("adapt", _adapt, "adapt to one dataset version")
     adapt.add_argument("domain", metavar="DOMAIN", help="the folder under data/")
     adapt.add_argument("--rev", metavar="REV", help="git revision of its data; default: the watched branch")
+    withdraw = command("withdraw", _withdraw, "make a version as if a domain had never been seen")
+    withdraw.add_argument("domain", metavar="DOMAIN", help="a domain of the newest version")
+    withdraw.add_argument("--why", required=True, metavar="TEXT", help="the reason; the log keeps it")
+    withdraw.add_argument(
+        "--purge", action="store_true", help="also delete what is kept of its data; of one withdrawn earlier, too"
+    )
+    replay = command("replay", _replay, "make a version again from its record, and compare masks and weights")
+    replay.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
+    replay.add_argument("--keep", type=Path, metavar="DIR", help="a new folder for what is made; default: deleted")
+    replay.add_argument("--json", action="store_true", help="for programs")
     status = command("status", _status, "show the versions, their figures, and what is pending")
     status.add_argument("--json", action="store_true", help="for programs")
     promote = command("promote", _promote, "make a version the champion: it passed its gates, and you want it to serve")

@@ -18,7 +18,7 @@ from flows.lineage import LineageError, domain_records, record_digest, verify_fi
 from flows.page import render_page
 from flows.promote import CHALLENGER, CHAMPION, gates_entry, move_champion, settle
 from flows.registry import AliasMovedError
-from flows.stages import as_dataset
+from flows.stages import dataset_of
 
 if TYPE_CHECKING:
     from flows.claims import Claim
@@ -156,7 +156,7 @@ def _write(
     prompts = {}
     for domain in domain_records(record, version.number):
         try:
-            data = fetch_version(workspace, settings.watch, as_dataset(domain))
+            data = fetch_version(workspace, settings.watch, dataset_of(domain))
             window = domain_windows(data, tokenizer, settings.calibration).evaluation[0]
         except CopalError as error:
             found[domain.name] = f"no prompt: {error}"

@@ -20,6 +20,7 @@ from copal.errors import CopalError
 from copal.files import sha256_file, write_atomic
 
 __all__ = [
+    "CONTRIBUTION_FOLDER",
     "RECORD_FILE",
     "SCHEMA",
     "SUM_FOLDER",
@@ -33,12 +34,15 @@ __all__ = [
     "step_key",
     "validate",
     "verify_files",
+    "withdrawal_key",
+    "withdrawal_of",
     "write_record",
 ]
 
 SCHEMA = "copal.lineage/2"  # 2: withdrawn, matrix; damping and tokens of a layer
 RECORD_FILE = "lineage.json"
 SUM_FOLDER = "state/sum"  # the part of a version that can be made again, see copal.state
+CONTRIBUTION_FOLDER = "state/contribution"  # what a version keeps of its own domain; deleted by a purge alone
 _HASHED_FOLDERS = ("model", "state")
 
 
@@ -109,7 +113,8 @@ def build_record(
         key: `step_key` of the step.
         step: the domain that this step added or replaced; None where it withdrew one. `domains`: every domain in the
             state.
-        withdrawn: {name, dvc_md5} of dataset versions that were withdrawn and may not come back by themselves.
+        withdrawn: {name, dvc_md5} of dataset versions that were withdrawn and may not come back by themselves; in a
+            record without a step, the last one is what this version withdrew.
         sparsity: {target, counted}; target is a share or a pattern such as "2:4", None where nothing was pruned yet.
         weights_back: weights that were zero in the parent and are not now; None when the parent is the dense root.
         perplexity, dense_perplexity: {domain: value} of this version and of the dense base.
@@ -188,6 +193,9 @@ def validate(record: object, where: str = "lineage record") -> None:
         raise LineageError(f"{where}: key and step must be null where parent is (the root of a lineage)")
     if record["parent"] is not None and record["key"] is None:
         raise LineageError(f"{where}: key must be there where parent is")
+    gone = withdrawal_of(record)
+    if record["parent"] is not None and record["step"] is None and (gone is None or gone["name"] in names):
+        raise LineageError(f"{where}: without a step, the last of withdrawn must be a domain that is not in domains")
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -222,6 +230,13 @@ def record_digest(record: Mapping[str, Any]) -> str:
     return fingerprint(record)
 
 
+def withdrawal_of(record: Mapping[str, Any]) -> dict[str, str] | None:
+    """{name, dvc_md5} of the domain that this version withdrew; None where it withdrew none."""
+    if record["parent"] is None or record["step"] is not None or not record["withdrawn"]:
+        return None
+    return dict(record["withdrawn"][-1])
+
+
 def domain_records(record: Mapping[str, Any], version: int) -> list[DomainRecord]:
     """The domains of the record of model version `version`, ready for the record of a child.
 
@@ -240,12 +255,19 @@ def file_digests(folder: Path, relative_to: Path) -> dict[str, str]:
     return {path.relative_to(relative_to).as_posix(): sha256_file(path) for path in paths}
 
 
-def verify_files(record: Mapping[str, Any], folder: Path, *, sum_dropped: bool = False) -> list[str]:
+def verify_files(
+    record: Mapping[str, Any], folder: Path, *, sum_dropped: bool = False, contribution_dropped: bool = False
+) -> list[str]:
     """What differs between a version's folder and its record: `missing: F`, `changed: F`, `extra: F`; [] if nothing.
 
     Extra are files in model/ and state/ that the record does not name; other files beside them are not looked at.
-    `sum_dropped`: the version's running sum was dropped, so that a file of it may be missing, though not changed.
+    `sum_dropped`, `contribution_dropped`: that part of the version's state was dropped, so that a file of it may be
+    missing, though not changed.
     """
+    dropped = [
+        *([f"{SUM_FOLDER}/"] if sum_dropped else []),
+        *([f"{CONTRIBUTION_FOLDER}/"] if contribution_dropped else []),
+    ]
     found: dict[str, str] = {}
     for name in _HASHED_FOLDERS:
         found |= file_digests(folder / name, folder)
@@ -255,7 +277,7 @@ def verify_files(record: Mapping[str, Any], folder: Path, *, sum_dropped: bool =
     differences = []
     for name in sorted(set(record["files"]) | set(found)):
         if name not in found:
-            if not (sum_dropped and name.startswith(f"{SUM_FOLDER}/")):
+            if not name.startswith(tuple(dropped)):
                 differences.append(f"missing: {name}")
         elif name not in record["files"]:
             differences.append(f"extra: {name}")
@@ -267,6 +289,11 @@ def verify_files(record: Mapping[str, Any], folder: Path, *, sum_dropped: bool =
 def step_key(parent_version: int, domain: str, dvc_md5: str, settings_fingerprint: str) -> str:
     """SHA-256 that names a step: the same parent, data and settings give the same key, and never two versions."""
     return fingerprint([parent_version, domain, dvc_md5, settings_fingerprint])
+
+
+def withdrawal_key(parent_version: int, domain: str, dvc_md5: str, settings_fingerprint: str) -> str:
+    """SHA-256 that names the step that takes a domain out; never that of a `step_key`."""
+    return fingerprint([parent_version, domain, dvc_md5, settings_fingerprint, "withdrawn"])
 
 
 def _shown(value: object) -> str:

@@ -58,7 +58,9 @@ def plan(workspace: Workspace, settings: Settings, registry: Registry, now: date
 
     now = now or datetime.now(UTC)
     head = registry.head()
-    known = {entry.name: entry for entry in domain_records(registry.record(head), head.number)} if head else {}
+    record = registry.record(head) if head else None
+    known = {entry.name: entry for entry in domain_records(record, head.number)} if head and record else {}
+    withdrawn = {(entry["name"], entry["dvc_md5"]) for entry in record["withdrawn"]} if record else set()
     root, branch = data_root(workspace, settings.watch), settings.watch.branch or "HEAD"
     desired = dataset_versions(root, branch)
     missing = waiting(workspace, settings.model.name)
@@ -76,6 +78,12 @@ def plan(workspace: Workspace, settings: Settings, registry: Registry, now: date
                 f"is not in the history of {branch} (any more); the lineage keeps it"
             )
         if entry and entry.dvc_md5 == version.md5:
+            continue
+        if (version.domain, version.md5) in withdrawn:
+            notes.append(
+                f"{version.path} at {version.md5[:10]} was withdrawn; it comes back only as another version, "
+                f"or by `copal adapt {version.domain}`"
+            )
             continue
         wait = missing.get(version.domain)
         if wait and wait.dvc_md5 == version.md5 and not wait.is_due(now):

@@ -29,6 +29,7 @@ from urllib.parse import unquote, urlsplit
 from copal.errors import CopalError
 from copal.files import flush, write_json
 from flows.lineage import (
+    CONTRIBUTION_FOLDER,
     RECORD_FILE,
     SUM_FOLDER,
     LineageError,
@@ -36,6 +37,7 @@ from flows.lineage import (
     record_digest,
     validate,
     verify_files,
+    withdrawal_of,
     write_record,
 )
 from flows.log import anchor_of, chain_problems, next_entry
@@ -61,7 +63,8 @@ _log = logging.getLogger(__name__)
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 _LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
-_SUM_DROPPED = "copal.sum_dropped"
+_DROPPED = {SUM_FOLDER: "copal.sum_dropped", CONTRIBUTION_FOLDER: "copal.contribution_dropped"}
+_WITHDRAWN, _WHY = "copal.withdrawn", "copal.why"
 _LOG_RUN, _LOG_ANCHOR = "copal.log_run", "copal.log_head"
 _ALIAS_MOVED = "copal.moved."  # and the alias: number of the log entry that it was moved by
 _GATES, _LOG_ENTRY = "copal.gates", "copal.log_entry"
@@ -95,8 +98,9 @@ class ModelVersion:
         tags: `copal.domain`, `copal.dvc_md5`, `copal.git_rev`, `copal.parent_version`, `copal.key` (these five not at
             the root), `copal.settings_fingerprint`, `copal.sparsity` (as counted), `copal.base_fingerprint`,
             `copal.lineage_digest`, `copal.logged_model` (MLflow's id of the artifacts); `copal.gates` (passed or
-            failed) and `copal.log_entry` (its number) from `Registry.conclude` on, and `copal.sum_dropped` from
-            `Registry.drop_sum` on.
+            failed) and `copal.log_entry` (its number) from `Registry.conclude` on, `copal.sum_dropped` from
+            `Registry.drop_sum` on, and `copal.contribution_dropped` from `Registry.drop_contribution` on. A version
+            that withdrew a domain has `copal.withdrawn` (its name) and `copal.why` in place of the first three.
         run_id: of the MLflow run that made it.
         location: URI of the folder with `model/`, `state/` and `lineage.json`; see `Registry.folder`.
     """
@@ -126,7 +130,17 @@ class ModelVersion:
     @property
     def sum_dropped(self) -> bool:
         """Whether its running sum was dropped: missing files of it are no damage."""
-        return _SUM_DROPPED in self.tags
+        return _DROPPED[SUM_FOLDER] in self.tags
+
+    @property
+    def contribution_dropped(self) -> bool:
+        """Whether its contribution was purged: missing files of it are no damage."""
+        return _DROPPED[CONTRIBUTION_FOLDER] in self.tags
+
+    @property
+    def withdrawn(self) -> str | None:
+        """The domain that it withdrew; None where it withdrew none."""
+        return self.tags.get(_WITHDRAWN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,7 +252,12 @@ class Registry:
         if not target.is_dir():
             with self._fetched(version, None) as folder:
                 record = self._checked(version, folder / RECORD_FILE)
-                differences = verify_files(record, folder, sum_dropped=version.sum_dropped)
+                differences = verify_files(
+                    record,
+                    folder,
+                    sum_dropped=version.sum_dropped,
+                    contribution_dropped=version.contribution_dropped,
+                )
                 if differences:
                     raise RegistryError(
                         f"version {version.number} of {self.model_name}: fetched from {version.location}, "
@@ -273,28 +292,42 @@ class Registry:
         Raises:
             RegistryError: the store does not let it be deleted.
         """
-        folders = [self._cached(version) / SUM_FOLDER]
+        return self._drop(version, SUM_FOLDER, dry_run)
+
+    def drop_contribution(self, version: ModelVersion) -> int:
+        """Delete what the state of `version` keeps of its own domain; no state that a later step reads may name it.
+
+        Returns:
+            The bytes it took, in the store and in a copy of it in the cache; 0 where there is none.
+
+        Raises:
+            RegistryError: the store does not let it be deleted.
+        """
+        return self._drop(version, CONTRIBUTION_FOLDER, dry_run=False)
+
+    def _drop(self, version: ModelVersion, part: str, dry_run: bool) -> int:
+        folders = [self._cached(version) / part]
         local = _local_path(version.location)
         if local is not None:
-            folders.append(local / SUM_FOLDER)
+            folders.append(local / part)
         size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
         with self._store() as client:
             remote: Any = None if local is not None else self._artifacts(version.location)
-            listed = remote.list_artifacts(SUM_FOLDER) if remote else []
+            listed = remote.list_artifacts(part) if remote else []
             size += sum(file.file_size or 0 for file in listed)
             if dry_run or not size:
                 return size
             # First, so that no moment is seen in which files are missing and the tag is too.
-            client.set_model_version_tag(self.model_name, str(version.number), _SUM_DROPPED, "true")
+            client.set_model_version_tag(self.model_name, str(version.number), _DROPPED[part], "true")
             for folder in folders:
                 if folder.exists():
                     shutil.rmtree(folder)
             if listed:
                 with contextlib.suppress(NotImplementedError):
-                    remote.delete_artifacts(SUM_FOLDER)
-                if remote.list_artifacts(SUM_FOLDER):  # some stores say nothing
+                    remote.delete_artifacts(part)
+                if remote.list_artifacts(part):  # some stores say nothing
                     raise RegistryError(
-                        f"the artifact store does not let copal delete {version.location}/{SUM_FOLDER}: "
+                        f"the artifact store does not let copal delete {version.location}/{part}: "
                         "delete it with the store's own tools, or leave it there"
                     )
         return size
@@ -322,6 +355,7 @@ class Registry:
         parent: ModelVersion | None,
         expected_head: int | None,
         seal: Callable[[str], None] | None = None,
+        why: str | None = None,
     ) -> ModelVersion:
         """Publish a version whole, or not at all.
 
@@ -336,6 +370,7 @@ class Registry:
             seal: called with the id of the stored artifacts at the last moment before the version is created; raises
                 where the lineage was taken over. What is sealed is not withdrawn if creating the version fails: the
                 next holder of the lineage adopts it.
+            why: a domain was withdrawn; kept with the version until the log tells it, see `complete_log`.
 
         Raises:
             HeadMovedError: the head is not `expected_head` any more.
@@ -363,9 +398,9 @@ class Registry:
             try:
                 model = client.create_logged_model(
                     experiment_id,
-                    name="base" if record["step"] is None else record["step"]["name"],
+                    name=_run_name(record).removeprefix("adapt ").replace(" ", "-"),
                     source_run_id=run_id,
-                    tags=_tags(record),
+                    tags=_tags(record) | ({} if why is None else {_WHY: why}),
                 )
                 client.log_model_artifacts(model.model_id, str(folder))
                 _flush_all(_local_path(model.artifact_location))
@@ -503,6 +538,23 @@ class Registry:
                 flush(local / "log")
             client.set_registered_model_tag(self.model_name, _LOG_ANCHOR, anchor_of([*entries, entry]))
         return entry
+
+    def complete_log(self) -> None:
+        """Append the entry of the head's withdrawal where it is missing. Only for who holds the lineage.
+
+        That is how the entry comes into the log, be it by who withdrew, or by the next one where that was killed.
+
+        Raises:
+            LineageError: the log was altered.
+            RegistryError: the store fails.
+        """
+        head = self.head()
+        gone = withdrawal_of(self.record(head)) if head is not None and head.withdrawn is not None else None
+        if head is None or gone is None:
+            return
+        if not any(entry["kind"] == "withdrawal" and entry["version"] == head.number for entry in self.log()):
+            details = {"domain": gone["name"], "dvc_md5": gone["dvc_md5"]}
+            self.append_log("withdrawal", version=head.number, why=head.tags.get(_WHY), details=details)
 
     def _model_tags(self, client: MlflowClient) -> dict[str, str]:
         model = self._model(client)
@@ -905,6 +957,9 @@ def _published(versions: Sequence[ModelVersion]) -> list[ModelVersion]:
 
 
 def _run_name(record: Mapping[str, Any]) -> str:
+    gone = withdrawal_of(record)
+    if gone is not None:
+        return f"withdraw {gone['name']}"
     return "base" if record["step"] is None else f"adapt {record['step']['name']}"
 
 
@@ -919,6 +974,7 @@ def _tags(record: Mapping[str, Any]) -> dict[str, str]:
         "copal.domain": step.get("name"),
         "copal.dvc_md5": step.get("dvc_md5"),
         "copal.git_rev": step.get("git_rev"),
+        _WITHDRAWN: (withdrawal_of(record) or {}).get("name"),
         "copal.parent_version": parent.get("version"),
         "copal.key": record["key"],
         "copal.settings_fingerprint": record["settings_fingerprint"],

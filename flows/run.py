@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from flows import stages
 from flows.claims import Claim, claimed
 from flows.conclude import conclude
 from flows.promote import settle
+from flows.purge import Purged, purge_domain
 from flows.registry import HeadMovedError
 from flows.stages import Evaluation, Step
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from flows.registry import ModelVersion, Registry
     from flows.settings import Settings, Workspace
 
-__all__ = ["Made", "Stages", "finish", "plain_stages", "run_step", "sweep"]
+__all__ = ["Made", "Stages", "Withdrawal", "finish", "plain_stages", "run_step", "run_withdrawal", "sweep"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +32,7 @@ class Stages:
     `flows.stages` and `flows.conclude`."""
 
     fetch: Callable[[Workspace, Step], Mapping[str, str]]
-    prune: Callable[[Settings, Step, str, Claim], StepReport]
+    prune: Callable[[Settings, Step, str | None, Claim], StepReport]
     evaluate: Callable[[Settings, Registry, Step, StepReport, Mapping[str, str], Claim], Evaluation]
     register: Callable[[Settings, Registry, Step, StepReport, Evaluation, Claim], ModelVersion]
     conclude: Callable[[Workspace, Settings, Registry, ModelVersion, Claim], tuple[GateResult, ...]]
@@ -49,6 +51,14 @@ class Made:
     def number(self) -> int:
         """Of the version."""
         return self.version.number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Withdrawal:
+    """What came of a withdrawal: the version, None where an earlier one had withdrawn the domain; what was purged."""
+
+    made: Made | None
+    purged: Purged | None
 
 
 def plain_stages(progress: Progress = silent) -> Stages:
@@ -97,18 +107,57 @@ def run_step(
         finish(workspace, settings, registry, claim, do)
         step = stages.resolve(workspace, settings, registry, domain, rev)
         sweep(workspace, registry)
-        if step is None:
-            return None
-        stages.stage(step)
-        try:
-            made = _stages(settings, registry, workspace, step, claim, do)
-        except BaseException as error:
-            if not step.out.is_dir() or isinstance(error, HeadMovedError):
-                stages.discard(step)
-            raise
-        claim.unseal()
-        stages.discard(step)
-        return replace(made, gates=do.conclude(workspace, settings, registry, made.version, claim))
+        return _take(settings, registry, workspace, step, claim, do) if step else None
+
+
+def run_withdrawal(
+    workspace: Workspace,
+    settings: Settings,
+    registry: Registry,
+    domain: str,
+    why: str,
+    do: Stages,
+    *,
+    purge: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> Withdrawal:
+    """Make the version without a domain, alone on the lineage, and write it into the log; as resumable as a step.
+
+    Args:
+        purge: also delete what is kept of the domain, see `flows.purge`; of one that was withdrawn earlier, too.
+        tell: called with a line where another process has the lineage.
+
+    Raises:
+        CopalError: see the stages; nothing was registered.
+    """
+    if stages.resolve_withdrawal(workspace, settings, registry, domain, why) is None and not purge:
+        return Withdrawal(made=None, purged=None)
+    alone = stages.exclusive(workspace) if purge else nullcontext()  # first, as `copal gc` takes them
+    with alone, claimed(registry, f"withdraw {domain}", lease=settings.run.lease, tell=tell) as claim:
+        finish(workspace, settings, registry, claim, do)
+        step = stages.resolve_withdrawal(workspace, settings, registry, domain, why)
+        sweep(workspace, registry)
+        made = _take(settings, registry, workspace, step, claim, do) if step else None
+        claim.check()
+        purged = None
+        if purge:
+            sweep(workspace, registry)
+            purged = purge_domain(workspace, registry, domain, why.strip())
+        return Withdrawal(made=made, purged=purged)
+
+
+def _take(settings: Settings, registry: Registry, workspace: Workspace, step: Step, claim: Claim, do: Stages) -> Made:
+    stages.stage(step)
+    try:
+        made = _stages(settings, registry, workspace, step, claim, do)
+    except BaseException as error:
+        if not step.out.is_dir() or isinstance(error, HeadMovedError):
+            stages.discard(step)
+        raise
+    claim.unseal()
+    stages.discard(step)
+    registry.complete_log()
+    return replace(made, gates=do.conclude(workspace, settings, registry, made.version, claim))
 
 
 def _stages(settings: Settings, registry: Registry, workspace: Workspace, step: Step, claim: Claim, do: Stages) -> Made:
@@ -116,7 +165,7 @@ def _stages(settings: Settings, registry: Registry, workspace: Workspace, step: 
     evaluation = stages.staged_evaluation(step)
     if report is None or evaluation is None:
         data = do.fetch(workspace, step)
-        report = report or do.prune(settings, step, data[step.version.domain], claim)
+        report = report or do.prune(settings, step, data.get(step.version.domain), claim)
         evaluation = do.evaluate(settings, registry, step, report, data, claim)
     version = do.register(settings, registry, step, report, evaluation, claim)
     return Made(version=version, report=report, evaluation=evaluation)
@@ -128,6 +177,7 @@ def finish(workspace: Workspace, settings: Settings, registry: Registry, claim: 
     Raises:
         CopalError: see `flows.conclude.conclude`.
     """
+    registry.complete_log()
     settle(registry)
     head = registry.head()
     if head is not None and not head.concluded:

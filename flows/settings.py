@@ -29,6 +29,7 @@ __all__ = [
     "check_domain_name",
     "load_settings",
     "open_workspace",
+    "recorded_settings",
 ]
 
 PROMOTE = ("manual", "auto")
@@ -322,6 +323,18 @@ def load_settings(params: Path) -> Settings:
         return _settings(_read(params))
     except CopalError as error:
         raise SettingsError(f"{params}: {error}") from error
+
+
+def recorded_settings(values: Mapping[str, Any], where: str) -> Settings:
+    """The settings that a record holds, checked as those of params.yaml are.
+
+    Raises:
+        SettingsError: as `load_settings`; names `where`.
+    """
+    try:
+        return _settings(dict(values))
+    except CopalError as error:
+        raise SettingsError(f"{where}: {error}") from error
 
 
 def _read(params: Path) -> dict[Any, Any]:

@@ -38,6 +38,7 @@ from flows.lineage import (
     file_digests,
     record_digest,
     step_key,
+    withdrawal_key,
 )
 from flows.settings import Settings, Workspace, check_domain_name, load_settings
 
@@ -54,7 +55,8 @@ __all__ = [
     "Evaluation",
     "NoBaseError",
     "Step",
-    "as_dataset",
+    "WithdrawError",
+    "dataset_of",
     "discard",
     "evaluate_step",
     "exclusive",
@@ -64,13 +66,17 @@ __all__ = [
     "register_root",
     "register_step",
     "resolve",
+    "resolve_withdrawal",
     "run_folders",
     "stage",
     "staged_evaluation",
     "staged_report",
+    "step_on",
+    "surroundings",
 ]
 
 _STEP, _EVALUATION = "step.json", "evaluation.json"
+_LONGEST_WHY = 1000  # characters
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "prefect", "mlflow", "dvc")
 
 
@@ -78,9 +84,13 @@ class NoBaseError(CopalError):
     """The lineage has no root yet."""
 
 
+class WithdrawError(CopalError):
+    """A domain cannot be withdrawn as things are."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One step, resolved: what it builds on and what it adds.
+    """One step, resolved: what it builds on and what it adds, or takes out.
 
     Attributes:
         model: name of the lineage.
@@ -89,9 +99,11 @@ class Step:
         parent: folder of the head (model/, state/); None where the head is the dense base itself.
         states: version -> state folder, of every version whose contribution the head's state names.
         run: the step's own folder, named by the lineage and the key.
-        version: the dataset version to adapt to.
+        version: the dataset version to adapt to, or to take out.
         key: names the step.
         earlier: the other domains in the head's state.
+        withdraws: whether `version` is taken out.
+        why: it is, in the words of who asked for it.
     """
 
     model: str
@@ -104,6 +116,13 @@ class Step:
     version: DatasetVersion
     key: str
     earlier: tuple[DomainRecord, ...]
+    withdraws: bool = False
+    why: str | None = None
+
+    @property
+    def new(self) -> str | None:
+        """The domain that it adds or replaces; None where it takes one out."""
+        return None if self.withdraws else self.version.domain
 
     @property
     def out(self) -> Path:
@@ -113,11 +132,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Perplexities by domain after the step and of the dense base; of the new domain before the step."""
+    """Perplexities by domain after the step and of the dense base; of the new domain, if any, before the step."""
 
     perplexity: Mapping[str, float]
     dense: Mapping[str, float]
-    before: float
+    before: float | None
     domains: tuple[DomainRecord, ...]
     seconds: float
 
@@ -147,50 +166,101 @@ def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain
 
     check_domain_name(domain)
     version = dataset_version(data_root(workspace, settings.watch, rev), domain, rev or settings.watch.branch or "HEAD")
-    root, head = registry.root(), registry.head()
-    if root is None or head is None:
-        raise NoBaseError(
-            f"{settings.model.name} has no base model yet: run `copal init {workspace.root} --base SOURCE`"
-        )
+    head = _head(workspace, settings, registry)
     record = registry.record(head)
-    registry.check_sparsity(head, settings.prune.sparsity)
-    known = {name.name: name for name in domain_records(record, head.number)}
+    known = {entry.name: entry for entry in domain_records(record, head.number)}
     settings_fingerprint = settings.fingerprint()
     same_data = domain in known and known[domain].dvc_md5 == version.md5
     if same_data and record["settings_fingerprint"] == settings_fingerprint:
         return None
     key = step_key(head.number, domain, version.md5, settings_fingerprint)
-    versions = {entry.contribution_version for entry in known.values() if entry.contribution_version is not None}
+    return step_on(registry, head, version, key, _run_folder(workspace, settings, key))
+
+
+def resolve_withdrawal(
+    workspace: Workspace, settings: Settings, registry: Registry, domain: str, why: str
+) -> Step | None:
+    """The step that takes a domain out of the head; None where it was withdrawn already.
+
+    Raises:
+        DataError: no domain may have that name.
+        WithdrawError: the head does not know the domain, or knows nothing else; or `why` says nothing.
+        NoBaseError: no base is registered yet.
+        LineageConflictError: the lineage has another sparsity.
+    """
+    check_domain_name(domain)
+    if not 0 < len(why.strip()) <= _LONGEST_WHY:
+        raise WithdrawError(f"say why {domain} is withdrawn, in 1 to {_LONGEST_WHY} characters: the log keeps it")
+    head = _head(workspace, settings, registry)
+    record = registry.record(head)
+    known = {entry.name: entry for entry in domain_records(record, head.number)}
+    if domain not in known:
+        if any(entry["name"] == domain for entry in record["withdrawn"]):
+            return None
+        raise WithdrawError(
+            f"version {head.number} of {settings.model.name} does not know {domain}; "
+            f"it knows {', '.join(known) or 'no domain'}"
+        )
+    if len(known) == 1:
+        root = registry.root()
+        assert root is not None
+        raise WithdrawError(
+            f"{domain} is the only domain of version {head.number}: without it, the model is the dense base, "
+            f"version {root.number}; serve that one, or adapt to another domain first"
+        )
+    version = dataset_of(known[domain])
+    key = withdrawal_key(head.number, domain, version.md5, settings.fingerprint())
+    return step_on(registry, head, version, key, _run_folder(workspace, settings, key), withdraws=True, why=why.strip())
+
+
+def _run_folder(workspace: Workspace, settings: Settings, key: str) -> Path:
+    return workspace.runs / f"{settings.model.name}-{key[:16]}"
+
+
+def _head(workspace: Workspace, settings: Settings, registry: Registry) -> ModelVersion:
+    head = registry.head()
+    if head is None:
+        raise NoBaseError(
+            f"{settings.model.name} has no base model yet: run `copal init {workspace.root} --base SOURCE`"
+        )
+    registry.check_sparsity(head, settings.prune.sparsity)
+    return head
+
+
+def step_on(
+    registry: Registry,
+    parent: ModelVersion,
+    version: DatasetVersion,
+    key: str,
+    run: Path,
+    *,
+    withdraws: bool = False,
+    why: str | None = None,
+) -> Step:
+    """The step from `parent`, a version of the lineage; see `Step`."""
+    root = registry.root()
+    assert root is not None
+    record = registry.record(parent)
+    known = domain_records(record, parent.number)
+    versions = {entry.contribution_version for entry in known if entry.contribution_version is not None}
     return Step(
-        head=head.number,
+        head=parent.number,
         base=registry.folder(root) / "model",
         base_fingerprint=record["base"]["fingerprint"],
-        parent=registry.folder(head) if known else None,
+        parent=registry.folder(parent) if known else None,
         states={number: registry.folder(registry.version(number)) / "state" for number in sorted(versions)},
-        model=settings.model.name,
-        run=workspace.runs / f"{settings.model.name}-{key[:16]}",
+        model=registry.model_name,
+        run=run,
         version=version,
         key=key,
-        earlier=tuple(entry for name, entry in sorted(known.items()) if name != domain),
+        earlier=tuple(entry for entry in known if entry.name != version.domain),
+        withdraws=withdraws,
+        why=why,
     )
 
 
-def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
-    """Fetch every domain of the new version at its data version: domain -> folder. The work tree is not touched.
-
-    Raises:
-        MissingDataError: a pointer's data is nowhere.
-        DatasetError: what was fetched is not what the pointer says.
-    """
-    from flows.datasets import fetch_version
-
-    watch = load_settings(workspace.params).watch
-    earlier = [as_dataset(entry) for entry in step.earlier]
-    return {version.domain: str(fetch_version(workspace, watch, version)) for version in (step.version, *earlier)}
-
-
-def as_dataset(entry: DomainRecord) -> DatasetVersion:
-    """The dataset version of a domain in a record."""
+def dataset_of(entry: DomainRecord) -> DatasetVersion:
+    """The dataset version that a record names."""
     from flows.datasets import DatasetVersion
 
     return DatasetVersion(
@@ -200,6 +270,22 @@ def as_dataset(entry: DomainRecord) -> DatasetVersion:
         git_rev=entry.git_rev,
         repository=entry.repository,
     )
+
+
+def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
+    """Fetch every domain of the new version at its data version: domain -> folder. The work tree is not touched.
+
+    What a step takes out is not fetched.
+
+    Raises:
+        MissingDataError: a pointer's data is nowhere.
+        DatasetError: what was fetched is not what the pointer says.
+    """
+    from flows.datasets import fetch_version
+
+    watch = load_settings(workspace.params).watch
+    wanted = [*([] if step.withdraws else [step.version]), *map(dataset_of, step.earlier)]
+    return {version.domain: str(fetch_version(workspace, watch, version)) for version in wanted}
 
 
 def stage(step: Step) -> None:
@@ -255,25 +341,30 @@ def _meant(run: Path) -> dict[str, Any] | None:
     return meant if isinstance(meant, dict) else None
 
 
-def prune_domain(settings: Settings, step: Step, data: str, progress: Progress = silent) -> StepReport:
-    """Prune the base for every domain so far and the one in the folder `data`; stages model/ and state/.
+def prune_domain(settings: Settings, step: Step, data: str | None, progress: Progress = silent) -> StepReport:
+    """Prune the base for every domain so far and the one in the folder `data`, or without the one that the step takes
+    out (`data` None); stages model/ and state/.
 
     Raises:
         CopalError: see `copal.step.prune_step` and `copal.calibration.domain_windows`.
     """
-    from copal.step import Base, NewDomain, Parent, prune_step
+    from copal.step import Base, NewDomain, Parent, WithdrawnDomain, prune_step
 
-    windows = _windows(step, step.version.domain, Path(data), settings)
+    domain: NewDomain | WithdrawnDomain
+    if step.withdraws:
+        domain = WithdrawnDomain(name=step.version.domain)
+    else:
+        assert data is not None
+        domain = NewDomain(
+            name=step.version.domain,
+            md5=step.version.md5,
+            weight=settings.weight(step.version.domain),
+            windows=_windows(step, step.version.domain, Path(data), settings).calibration,
+        )
     parent = None
     if step.parent:
         parent = Parent(version=step.head, model=step.parent / "model", state=step.parent / "state", states=step.states)
     base = Base(folder=step.base, fingerprint=step.base_fingerprint)
-    domain = NewDomain(
-        name=step.version.domain,
-        md5=step.version.md5,
-        weight=settings.weight(step.version.domain),
-        windows=windows.calibration,
-    )
     if settings.model.processes > 1:
         from flows.worker import prune_in_processes
 
@@ -301,7 +392,7 @@ def evaluate_step(
     data: Mapping[str, str],
     progress: Progress = silent,
 ) -> Evaluation:
-    """Evaluate the staged version on every domain, and the new domain on the parent and on the dense base.
+    """Evaluate the staged version on every domain, and the new domain, if any, on the parent and on the dense base.
 
     The dense base's figures on earlier domains are taken from the head's record where the evaluation windows are the
     same.
@@ -309,7 +400,7 @@ def evaluate_step(
     from flows.worker import evaluate_in_processes, evaluate_jobs
 
     began = time.perf_counter()
-    new = step.version.domain
+    new = step.new
     windows = {name: _windows(step, name, Path(folder), settings) for name, folder in sorted(data.items())}
     tokens = {name: found.evaluation for name, found in windows.items()}
 
@@ -318,42 +409,49 @@ def evaluate_step(
         entry.name for entry in step.earlier if entry.evaluation_digest == windows[entry.name].evaluation_digest
     }
     dense = {name: recorded[name] for name in unchanged}
-    jobs = [(step.base, [name for name in tokens if name not in unchanged]), (step.out / "model", list(tokens))]
-    jobs += [(step.parent / "model", [new])] if step.parent else []
-    model = settings.model
+    jobs: dict[str, tuple[Path, list[str]]] = {"after": (step.out / "model", list(tokens))}
+    if tokens.keys() - unchanged:
+        jobs["dense"] = (step.base, [name for name in tokens if name not in unchanged])
+    if new and step.parent:
+        jobs["before"] = (step.parent / "model", [new])
+    model, todo = settings.model, list(jobs.values())
     if model.processes > 1:
-        scores = evaluate_in_processes(step.run / "evaluate", settings, jobs, tokens, progress)
+        scores = evaluate_in_processes(step.run / "evaluate", settings, todo, tokens, progress)
     else:
-        scores = evaluate_jobs(jobs, tokens, dtype=model.dtype, batch=model.batch, progress=progress)
-    of_base, after, *of_parent = [{name: score.perplexity for name, score in found.items()} for found in scores]
-    dense |= of_base
-    before = of_parent[0][new] if of_parent else dense[new]
-    own = next(entry for entry in report.manifest.domains if entry.name == new)
+        scores = evaluate_jobs(todo, tokens, dtype=model.dtype, batch=model.batch, progress=progress)
+    found = {
+        job: {name: score.perplexity for name, score in by_domain.items()}
+        for job, by_domain in zip(jobs, scores, strict=True)
+    }
+    dense |= found.get("dense", {})
+    before = None if new is None else found.get("before", dense)[new]
     domains = [
-        DomainRecord(
-            name=new,
-            path=step.version.path,
-            dvc_md5=step.version.md5,
-            git_rev=step.version.git_rev,
-            repository=step.version.repository,
-            weight=own.weight,
-            tokens=own.tokens,
-            windows=own.windows,
-            contribution_version=None,
-            evaluation_digest=windows[new].evaluation_digest,
-            evaluation_tokens=_predicted(windows[new]),
-        ),
-        *(
-            replace(
-                entry,
-                evaluation_digest=windows[entry.name].evaluation_digest,
-                evaluation_tokens=_predicted(windows[entry.name]),
-            )
-            for entry in step.earlier
-        ),
+        replace(
+            entry,
+            evaluation_digest=windows[entry.name].evaluation_digest,
+            evaluation_tokens=_predicted(windows[entry.name]),
+        )
+        for entry in step.earlier
     ]
+    if new is not None:
+        own = next(entry for entry in report.manifest.domains if entry.name == new)
+        domains.append(
+            DomainRecord(
+                name=new,
+                path=step.version.path,
+                dvc_md5=step.version.md5,
+                git_rev=step.version.git_rev,
+                repository=step.version.repository,
+                weight=own.weight,
+                tokens=own.tokens,
+                windows=own.windows,
+                contribution_version=None,
+                evaluation_digest=windows[new].evaluation_digest,
+                evaluation_tokens=_predicted(windows[new]),
+            )
+        )
     evaluation = Evaluation(
-        perplexity=after,
+        perplexity=found["after"],
         dense=dict(sorted(dense.items())),
         before=before,
         domains=tuple(sorted(domains, key=lambda domain: domain.name)),
@@ -390,14 +488,17 @@ def register_step(
     parent_record = registry.record(head)
     when_newest = _perplexity_when_newest(registry, step.earlier)
     now = {name: evaluation.perplexity[name] for name in when_newest}
+    withdrawn = [entry for entry in parent_record["withdrawn"] if entry["name"] != step.version.domain]
+    if step.withdraws:
+        withdrawn.append({"name": step.version.domain, "dvc_md5": step.version.md5})
     record = build_record(
         model=settings.model.name,
         parent={"version": step.head, "digest": record_digest(parent_record)},
         base=parent_record["base"],
         key=step.key,
-        step=next(domain for domain in evaluation.domains if domain.contribution_version is None),
+        step=next((domain for domain in evaluation.domains if domain.contribution_version is None), None),
         domains=evaluation.domains,
-        withdrawn=[entry for entry in parent_record["withdrawn"] if entry["name"] != step.version.domain],
+        withdrawn=withdrawn,
         settings=_recorded(settings),
         settings_fingerprint=settings.fingerprint(),
         sparsity={"target": settings.prune.sparsity, "counted": report.sparsity},
@@ -420,7 +521,7 @@ def register_step(
             }
             for layer in report.layers
         ],
-        **_surroundings(settings),
+        **surroundings(settings),
         files=file_digests(step.out / "model", step.out) | file_digests(step.out / "state", step.out),
     )
     metrics = [
@@ -436,7 +537,9 @@ def register_step(
         )
         for domain in evaluation.domains
     ]
-    registered = registry.register(step.out, record, metrics=metrics, parent=head, expected_head=step.head, seal=seal)
+    registered = registry.register(
+        step.out, record, metrics=metrics, parent=head, expected_head=step.head, seal=seal, why=step.why
+    )
     progress("register", 1, 1)
     return registered
 
@@ -474,7 +577,7 @@ def register_root(
             backward_transfer=None,
             seconds={"statistics": 0.0, "solve": 0.0, "evaluate": 0.0},
             layers=(),
-            **_surroundings(settings),
+            **surroundings(settings),
             files=file_digests(staged / "model", staged),
         )
         registered = registry.register(staged, record, metrics=[], parent=None, expected_head=None, seal=claim.seal)
@@ -551,7 +654,7 @@ def _recorded(settings: Settings) -> dict[str, Any]:
     return {section: values for section, values in settings.as_dict().items() if section not in ("registry", "watch")}
 
 
-def _surroundings(settings: Settings) -> dict[str, Any]:
+def surroundings(settings: Settings) -> dict[str, Any]:
     """What made a version beside data and settings: code, libraries, hardware, seeds, time."""
     import torch
 

@@ -21,11 +21,12 @@ def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
     """The state of a workspace as plain JSON values.
 
     `model`: the name of the lineage. `versions`, oldest first, each with version, parent, domain, dvc_md5, git_rev
-    (None at the root), sparsity (zeros as counted, a share), weights_back (None where the parent is dense), perplexity
-    and dense_perplexity ({domain: value}), seconds ({statistics, solve, evaluate}), gates (passed or failed; None where
-    they never ran), failed ({gate: why}) and aliases. `pending`, in the order
-    in which the watcher would take them, each with domain, dvc_md5 and git_rev. `waiting` for data that nobody has
-    pushed, the same with tries, since and next_try. `notes` and `problems`: see `flows.reconcile.Plan`.
+    (these three None at the root, and where it withdrew a domain), withdrawn (that domain, or None), sparsity (zeros as
+    counted, a share), weights_back (None where the parent is dense), perplexity and dense_perplexity ({domain: value}),
+    seconds ({statistics, solve, evaluate}), gates (passed or failed; None where they never ran), failed ({gate: why})
+    and aliases. `pending`, in the order in which the watcher would take them, each with domain, dvc_md5 and git_rev.
+    `waiting` for data that nobody has pushed, the same with tries, since and next_try. `notes` and `problems`: see
+    `flows.reconcile.Plan`.
 
     Raises:
         DatasetError: the repository cannot be read.
@@ -64,6 +65,7 @@ def _version(version: ModelVersion, record: Mapping[str, Any], entries: Sequence
         "domain": step.get("name"),
         "dvc_md5": step.get("dvc_md5"),
         "git_rev": step.get("git_rev"),
+        "withdrawn": version.withdrawn,
         "sparsity": record["sparsity"]["counted"],
         "weights_back": record["weights_back"],
         "perplexity": record["perplexity"],
@@ -130,14 +132,14 @@ def _table(model: str, versions: list[Mapping[str, Any]]) -> RenderableType:
         compares = compares and same
         table.add_row(
             str(version["version"]),
-            version["domain"] or "dense base",
+            _what(version),
             *cells,
             f"{version['sparsity']:.4f}",
             "" if version["weights_back"] is None else f"{version['weights_back']:,}",
-            f"{sum(version['seconds'].values()):.0f}" if version["domain"] else "",
+            f"{sum(version['seconds'].values()):.0f}" if version["parent"] else "",
             version["gates"] or "",
             ", ".join(version["aliases"]),
-            end_section=version["domain"] is None,
+            end_section=version["parent"] is None,
         )
     if not compares:
         table.caption = "* measured on another version of the domain's data"
@@ -145,9 +147,15 @@ def _table(model: str, versions: list[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def _what(version: Mapping[str, Any]) -> str:
+    if version["withdrawn"]:
+        return f"withdrew {version['withdrawn']}"
+    return str(version["domain"] or "dense base")
+
+
 def _cells(version: Mapping[str, Any], dense: Mapping[str, float]) -> tuple[list[str], bool]:
     """A version's cell for each domain, and whether all of them compare with the dense row."""
-    if version["domain"] is None:
+    if version["parent"] is None:
         return [f"{value:.2f}" for value in dense.values()], True
     cells, compares = [], True
     for domain, value in dense.items():

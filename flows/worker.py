@@ -29,7 +29,7 @@ from copal.evaluate import Score, evaluate
 from copal.files import write_atomic
 from copal.processes import device, is_main
 from copal.progress import Progress, silent
-from copal.step import Base, NewDomain, Parent, StepReport, prune_step, read_report
+from copal.step import Base, NewDomain, Parent, StepReport, WithdrawnDomain, prune_step, read_report
 from copal.streaming import compute_dtype
 from flows.settings import Settings
 
@@ -51,21 +51,22 @@ def prune_in_processes(
     settings: Settings,
     base: Base,
     parent: Parent | None,
-    domain: NewDomain,
+    domain: NewDomain | WithdrawnDomain,
     out: Path,
     progress: Progress,
 ) -> StepReport:
     """`copal.step.prune_step` in `model.processes` processes; `folder` is for what they are told and answer."""
+    arrives = domain if isinstance(domain, NewDomain) else None
     request = {
         "task": "prune",
         "base": asdict(base),
         "parent": asdict(parent) if parent else None,
-        "domain": {"name": domain.name, "md5": domain.md5, "weight": domain.weight},
+        "domain": {"name": domain.name} | ({"md5": arrives.md5, "weight": arrives.weight} if arrives else {}),
         "out": out,
         "calibration": asdict(settings.calibration),
         "prune": asdict(settings.prune),
     }
-    _in_processes(folder, settings, request, {domain.name: domain.windows}, progress)
+    _in_processes(folder, settings, request, {arrives.name: arrives.windows} if arrives else {}, progress)
     return read_report(out)
 
 
@@ -189,7 +190,7 @@ def _prune(request: dict[str, Any], windows: Mapping[str, Tensor], progress: Pro
     prune_step(
         Base(folder=Path(base["folder"]), fingerprint=base["fingerprint"]),
         _parent(parent) if parent else None,
-        NewDomain(**domain, windows=windows[domain["name"]]),
+        NewDomain(**domain, windows=windows[domain["name"]]) if windows else WithdrawnDomain(**domain),
         Path(request["out"]),
         calibration=CalibrationConfig(**request["calibration"]),
         prune=PruneConfig(**request["prune"]),

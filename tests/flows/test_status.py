@@ -16,6 +16,7 @@ def version(number: int, domain: str | None, perplexity: dict[str, float], dense
         "domain": domain,
         "dvc_md5": f"{number:032x}.dir" if domain else None,
         "git_rev": f"{number:040x}" if domain else None,
+        "withdrawn": None,
         "sparsity": 0.5 if domain else 0.0,
         "weights_back": None,
         "perplexity": perplexity,

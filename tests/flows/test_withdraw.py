@@ -1,0 +1,282 @@
+"""Withdrawing a domain: through the stages, on a tiny model, with real git, DVC and MLflow."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from copal.checkpoint import Checkpoint
+from copal.errors import DataError, StateError
+from flows import stages
+from flows.claims import claimed
+from flows.cli import main
+from flows.datasets import fetch
+from flows.gc import collect
+from flows.lineage import verify_files, withdrawal_of
+from flows.log import chain_problems
+from flows.reconcile import plan
+from flows.run import plain_stages, run_step, run_withdrawal
+from flows.stages import NoBaseError, WithdrawError
+from flows.status import status
+
+
+def step(bench, domain: str) -> int:
+    made = run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
+    assert made
+    return made.number
+
+
+def withdraw(bench, domain: str, why: str = "the licence ended", *, purge: bool = False):
+    return run_withdrawal(bench.workspace, bench.settings, bench.registry, domain, why, plain_stages(), purge=purge)
+
+
+def weights(bench, number: int) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint(bench.registry.folder(bench.registry.version(number)) / "model")
+    return {name: t for name, t in checkpoint.read(checkpoint.names()).items() if "layers" in name and t.ndim == 2}
+
+
+def other_masks(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    different = sum(int(((one[name] == 0) != (other[name] == 0)).sum()) for name in one)
+    return different / sum(weight.numel() for weight in one.values())
+
+
+def pending(bench) -> list[str]:
+    return [version.domain for version in plan(bench.workspace, bench.settings, bench.registry).pending]
+
+
+def kinds(bench) -> list[tuple[str, int | None]]:
+    assert chain_problems(*bench.registry.log_as_stored()) == []
+    return [(entry["kind"], entry["version"]) for entry in bench.registry.log()]
+
+
+def no_damage(bench) -> None:
+    for version in bench.registry.versions():
+        record, folder = bench.registry.record(version), bench.registry.folder(version)
+        dropped = {"sum_dropped": version.sum_dropped, "contribution_dropped": version.contribution_dropped}
+        assert verify_files(record, folder, **dropped) == []
+
+
+@pytest.fixture
+def lineage(bench):
+    """Versions 1 (base), 2 (code), 3 (legal) and 4 (medical, the head)."""
+    for seed, domain in enumerate(("code", "legal", "medical")):
+        bench.commit(domain, seed)
+        step(bench, domain)
+    return bench
+
+
+def never(bench, *domains: str) -> dict[str, torch.Tensor]:
+    """The weights of a lineage that saw these domains only."""
+    params = bench.workspace.params.read_text()
+    bench.workspace.params.write_text(params.replace("name: tiny", "name: never"))
+    bench.register_root()
+    number = [step(bench, domain) for domain in domains][-1]
+    found = weights(bench, number)
+    bench.workspace.params.write_text(params)
+    return found
+
+
+def test_the_version_is_that_of_a_lineage_that_never_had_the_domain(lineage, monkeypatch):
+    fetched: list[str] = []
+
+    def fetch_and_tell(root, version, cache):
+        fetched.append(version.domain)
+        return fetch(root, version, cache)
+
+    monkeypatch.setattr("flows.datasets.fetch", fetch_and_tell)
+    before = lineage.registry.record(lineage.registry.head())
+    done = withdraw(lineage, "legal")
+    assert done.made.number == 5
+    assert sorted(fetched) == ["code", "medical"]  # no text of the domain is needed
+    version = lineage.registry.head()
+    record = lineage.registry.record(version)
+    md5 = next(domain["dvc_md5"] for domain in before["domains"] if domain["name"] == "legal")
+    assert (record["step"], record["parent"]["version"]) == (None, 4)
+    assert record["withdrawn"] == [{"name": "legal", "dvc_md5": md5}]
+    assert withdrawal_of(record) == record["withdrawn"][0]
+    assert [(d["name"], d["contribution_version"]) for d in record["domains"]] == [("code", 2), ("medical", 4)]
+    assert record["perplexity"].keys() == record["dense_perplexity"].keys() == {"code", "medical"}
+    assert record["perplexity_before"] is None
+    assert record["weights_back"] > 0
+    assert [row["version"] for row in record["matrix"]] == [2, 3, 4, None]
+    assert version.tags["copal.withdrawn"] == "legal"
+    assert not {"copal.domain", "copal.dvc_md5", "copal.git_rev"} & version.tags.keys()
+    assert not list(lineage.workspace.runs.iterdir())
+    no_damage(lineage)
+    (entry,) = lineage.registry.log()
+    assert (entry["kind"], entry["version"], entry["why"]) == ("withdrawal", 5, "the licence ended")
+    assert entry["details"] == {"domain": "legal", "dvc_md5": md5}
+
+    expected, found = never(lineage, "code", "medical"), weights(lineage, 5)
+    assert other_masks(found, expected) <= 1e-4
+    assert all(torch.equal(found[name], expected[name]) for name in expected)  # the same order: not a bit differs
+    assert other_masks(found, weights(lineage, 4)) > 0.01
+
+
+def test_the_watcher_does_not_bring_it_back_another_version_does(lineage):
+    withdraw(lineage, "legal")
+    found = plan(lineage.workspace, lineage.settings, lineage.registry)
+    assert found.pending == ()
+    assert [note for note in found.notes if "data/legal at" in note and "was withdrawn; it comes back only" in note]
+    step_number = lineage.registry.head().number
+    assert withdraw(lineage, "legal").made is None  # nothing to do
+    assert lineage.registry.head().number == step_number
+    lineage.commit("legal", 7)
+    assert pending(lineage) == ["legal"]
+    assert step(lineage, "legal") == 6
+    record = lineage.registry.record(lineage.registry.head())
+    assert record["withdrawn"] == []
+    assert [domain["name"] for domain in record["domains"]] == ["code", "legal", "medical"]
+    assert pending(lineage) == []
+
+
+def test_adapt_brings_it_back_and_the_tombstone_goes(lineage):
+    withdraw(lineage, "medical")
+    assert step(lineage, "medical") == 6
+    found, expected = weights(lineage, 6), weights(lineage, 4)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert lineage.registry.record(lineage.registry.head())["withdrawn"] == []
+    assert pending(lineage) == []
+
+
+def test_steps_after_it_work_with_sums_dropped_and_after_a_purge(lineage):
+    withdraw(lineage, "code", purge=True)
+    collect(lineage.workspace, lineage.settings, lineage.registry)
+    shutil.rmtree(lineage.registry.folder(lineage.registry.head()) / "state" / "sum")  # as if the head had been dropped
+    lineage.commit("prose", 9)
+    assert step(lineage, "prose") == 6
+    found, expected = weights(lineage, 6), never(lineage, "legal", "medical", "prose")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_two_withdrawals_leave_two_tombstones(lineage):
+    withdraw(lineage, "code")
+    withdraw(lineage, "medical", why="they asked for it")
+    record = lineage.registry.record(lineage.registry.head())
+    assert [entry["name"] for entry in record["withdrawn"]] == ["code", "medical"]
+    assert [domain["name"] for domain in record["domains"]] == ["legal"]
+    assert weights(lineage, 6).keys() == weights(lineage, 3).keys()
+    assert kinds(lineage) == [("withdrawal", 5), ("withdrawal", 6)]
+    with pytest.raises(WithdrawError, match=r"legal is the only domain of version 6: .* the dense base, version 1"):
+        withdraw(lineage, "legal")
+
+
+def test_what_cannot_be_withdrawn_is_refused_and_nothing_changes(lineage):
+    before, versions = lineage.snapshot(), lineage.registry.versions()
+    for domain, why, error, match in (
+        ("prose", "x", WithdrawError, "version 4 of tiny does not know prose; it knows code, legal, medical"),
+        ("code", "  ", WithdrawError, "say why code is withdrawn"),
+        ("code", "x" * 1001, WithdrawError, "1 to 1000 characters"),
+        ("Code!", "x", DataError, "cannot name a domain"),
+    ):
+        with pytest.raises(error, match=match):
+            withdraw(lineage, domain, why)
+    assert lineage.snapshot() == before
+    assert lineage.registry.versions() == versions
+    lineage.set("name: tiny", "name: other")
+    with pytest.raises(NoBaseError):
+        withdraw(lineage, "code")
+
+
+def test_a_run_that_ended_half_way_is_gone_on_with(lineage, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.registry._log_results", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            withdraw(lineage, "legal")
+    assert lineage.registry.head().number == 4
+    (left,) = lineage.workspace.runs.iterdir()
+    assert sorted(path.name for path in left.iterdir()) == ["evaluation.json", "step.json", "version"]
+    monkeypatch.setattr(stages, "prune_domain", lambda *args: 1 / 0)  # it is not pruned again
+    assert withdraw(lineage, "legal").made.number == 5
+    assert kinds(lineage) == [("withdrawal", 5)]
+
+
+def test_a_log_entry_that_a_kill_prevented_is_made_by_the_next_one_who_holds_the_lineage(lineage, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.registry.Registry.complete_log", lambda self: 1 / 0 if self.head().withdrawn else None)
+        with pytest.raises(ZeroDivisionError):
+            withdraw(lineage, "legal", "privacy")
+    assert lineage.registry.head().number == 5
+    assert kinds(lineage) == []
+    with claimed(lineage.registry, "anything", lease=60):
+        assert kinds(lineage) == [("withdrawal", 5)]
+    assert lineage.registry.log()[0]["why"] == "privacy"
+    withdraw(lineage, "code")
+    assert kinds(lineage) == [("withdrawal", 5), ("withdrawal", 6)]
+
+
+def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_traces(lineage):
+    lineage.commit("legal", 7)  # another version of its data
+    step(lineage, "legal")
+    md5s = {entry["dvc_md5"] for number in (3, 5) for entry in lineage.registry.record(
+        lineage.registry.version(number))["domains"] if entry["name"] == "legal"}  # fmt: skip
+    assert len(md5s) == 2
+    assert all((lineage.workspace.cache / md5).is_dir() for md5 in md5s)
+    done = withdraw(lineage, "legal", purge=True)
+    assert (done.purged.deleted, done.purged.traces) == ((3, 5), (3, 4, 5))
+    assert done.purged.size > 0
+    assert not any((lineage.workspace.cache / md5).exists() for md5 in md5s)
+    for version in lineage.registry.versions():
+        state = lineage.registry.folder(version) / "state"
+        contribution, total = (sorted((state / part).glob("*")) for part in ("contribution", "sum"))
+        assert bool(contribution) == (version.number in (2, 4))
+        assert bool(total) == (version.number in (2, 6))
+        assert version.contribution_dropped == (version.number in (3, 5))
+    no_damage(lineage)
+    withdrawal, purge = lineage.registry.log()
+    assert (withdrawal["kind"], purge["kind"], purge["why"]) == ("withdrawal", "purge", "the licence ended")
+    assert purge["details"] == {
+        "domain": "legal", "dvc_md5": withdrawal["details"]["dvc_md5"], "deleted": [3, 5], "traces": [3, 4, 5],
+    }  # fmt: skip
+    withdraw(lineage, "legal", purge=True)  # again: nothing is there to purge, and it is not told twice
+    assert len(lineage.registry.log()) == 2
+    lineage.commit("code", 8)
+    assert step(lineage, "code") == 7  # reads contributions of the others
+
+
+def test_a_domain_that_was_withdrawn_earlier_can_be_purged(lineage):
+    withdraw(lineage, "legal")
+    lineage.commit("prose", 9)
+    step(lineage, "prose")
+    done = withdraw(lineage, "legal", "privacy", purge=True)
+    assert done.made is None
+    assert (done.purged.deleted, done.purged.traces) == ((3,), (3, 4))
+    assert kinds(lineage) == [("withdrawal", 5), ("purge", None)]
+    assert lineage.registry.head().number == 6
+
+
+def test_a_contribution_that_is_missing_without_a_purge_is_damage(lineage):
+    version = lineage.registry.version(4)
+    folder = lineage.registry.folder(version)
+    shutil.rmtree(folder / "state" / "contribution")
+    record = lineage.registry.record(version)
+    assert "missing: state/contribution/block-00000.safetensors" in verify_files(record, folder, sum_dropped=True)
+    with pytest.raises(StateError, match=r"contribution/block-00000\.safetensors cannot be read"):
+        withdraw(lineage, "legal")
+    assert lineage.registry.head().number == 4
+    assert kinds(lineage) == []
+
+
+@pytest.mark.usefixtures("prefect")
+def test_the_command_withdraws_and_says_so(lineage, capsys):
+    arguments = ["--workspace", str(lineage.root)]
+    with pytest.raises(SystemExit):
+        main(["withdraw", "legal", *arguments])  # no reason
+    assert "--why" in capsys.readouterr().err
+    assert main(["withdraw", "legal", "--why", "the licence ended", "--purge", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "version 5 of tiny: withdrew legal" in out
+    assert "purged legal: its contribution (version 3)" in out
+    assert "traces of legal stay in the weights of version 3, 4\n" in out
+    assert "problem" not in out
+    found = status(lineage.workspace, lineage.settings)
+    assert [version["withdrawn"] for version in found["versions"]] == [None, None, None, None, "legal"]
+    assert main(["withdraw", "legal", "--why", "again", *arguments]) == 0
+    assert capsys.readouterr().out == "nothing to do: version 5 of tiny is without legal already\n"
+    assert main(["withdraw", "prose", "--why", "again", *arguments]) == 2
+    assert "does not know prose" in capsys.readouterr().err
+    assert main(["watch", "--once", *arguments]) == 0
+    assert "was withdrawn; it comes back only" in capsys.readouterr().out
+    assert len(lineage.registry.versions()) == 5
