@@ -272,3 +272,27 @@ def test_a_step_that_was_taken_over_publishes_nothing(bench, monkeypatch):
         adapt(str(bench.root), "code")
     assert [v.tags.get("copal.domain") for v in bench.registry.versions()] == [None, "legal"]
     assert not list(bench.workspace.runs.iterdir())
+
+
+def test_the_flow_runs_the_gates_and_shows_them(make_learnt_bench, tmp_path):
+    from prefect.artifacts import Artifact
+
+    bench = make_learnt_bench(tmp_path / "learnt")
+    assert [adapt(str(bench.root), domain) for domain in ("code", "legal")] == [2, 3]
+    assert bench.registry.head().gates == "passed"
+    assert bench.registry.alias("challenger") == 3
+    assert bench.registry.alias("champion") is None
+    assert Artifact.get("gates").data.startswith("## Version 3: all 8 gates passed")
+
+
+def test_gates_that_a_run_did_not_come_to_are_run_by_the_next(bench, monkeypatch):
+    bench.commit("code", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.adapt.run_gates", lambda *_: 1 / 0)
+        patch.setattr("flows.adapt.conclude.retries", 0)
+        with pytest.raises(ZeroDivisionError):
+            adapt(str(bench.root), "code")
+    assert not bench.registry.head().concluded
+    assert adapt(str(bench.root), "code") is None
+    assert bench.registry.head().concluded
+    assert [entry["kind"] for entry in bench.registry.log()] == ["gates"]

@@ -1,0 +1,211 @@
+"""Who serves: promotions and rollbacks by the log, and what somebody moved by hand is not passed over."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from test_registry import a_record, a_registry, staged
+
+from copal.errors import CopalError
+from flows import promote as module
+from flows.cli import main
+from flows.promote import PromotionError, champions, promote, rollback, settle
+from flows.registry import AliasMovedError, Registry
+from flows.run import plain_stages, run_step
+from flows.settings import Settings
+
+SETTINGS = Settings()
+
+
+@pytest.fixture
+def registry(tmp_path: Path, mlflow_template: Path) -> Registry:
+    """The dense base, versions 2 to 4 whose gates passed, and 5 whose gates failed; 6 has not gone through them."""
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
+    made = a_registry(tmp_path)
+    for number in range(1, 7):
+        folder, parent = staged(tmp_path / str(number), str(number)), made.head()
+        record = a_record(folder, parent, [f"{letter}omain" for letter in "abcdef"[: number - 1]])
+        head = parent.number if parent else None
+        version = made.register(folder, record, metrics=[], parent=parent, expected_head=head)
+        if 1 < number < 6:
+            gates = [{"name": "dense", "passed": number < 5}]
+            details = {"record": version.tags["copal.lineage_digest"], "passed": number < 5, "gates": gates}
+            made.append_log("gates", version=number, details=details)
+    return made
+
+
+def by_hand(registry: Registry, alias: str, number: int) -> None:
+    client = MlflowClient(tracking_uri=registry.tracking_uri, registry_uri=registry.tracking_uri)
+    client.set_registered_model_alias(registry.model_name, alias, str(number))
+
+
+def moves(registry: Registry) -> list[tuple]:
+    kinds = ("promotion", "rollback")
+    return [(e["kind"], e["from"], e["to"]) for e in registry.log() if e["kind"] in kinds]
+
+
+def test_rollback_goes_back_again_and_again(registry):
+    with pytest.raises(PromotionError, match="nothing to go back to"):
+        rollback(registry, SETTINGS)
+    for number in (1, 2, 4):
+        promote(registry, SETTINGS, number, why=f"try {number}")
+    assert promote(registry, SETTINGS, 4) is None
+    rollback(registry, SETTINGS, why="4 is slow")
+    assert registry.alias("champion") == 2
+    rollback(registry, SETTINGS)
+    assert registry.alias("champion") == 1
+    with pytest.raises(PromotionError, match="nothing to go back to"):
+        rollback(registry, SETTINGS)
+    promote(registry, SETTINGS, 3)
+    rollback(registry, SETTINGS)
+    assert registry.alias("champion") == 1
+    assert moves(registry) == [
+        ("promotion", None, 1), ("promotion", 1, 2), ("promotion", 2, 4), ("rollback", 4, 2), ("rollback", 2, 1),
+        ("promotion", 1, 3), ("rollback", 3, 1),
+    ]  # fmt: skip
+    assert next(e["why"] for e in registry.log() if e["kind"] == "rollback") == "4 is slow"
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(5, r"failed its gates \(dense\)"), (6, "has not gone through its gates")]
+)
+def test_a_version_without_passed_gates_needs_force_and_a_reason(registry, number, says):
+    with pytest.raises(PromotionError, match=says):
+        promote(registry, SETTINGS, number, why="please")
+    with pytest.raises(PromotionError, match="add --why"):
+        promote(registry, SETTINGS, number, force=True)
+    with pytest.raises(PromotionError, match="add --why"):
+        promote(registry, SETTINGS, number, force=True, why="  ")
+    assert (registry.alias("champion"), moves(registry)) == (None, [])
+    entry = promote(registry, SETTINGS, number, force=True, why="the customer waits")
+    assert (entry["details"]["forced"], entry["why"], registry.alias("champion")) == (
+        True,
+        "the customer waits",
+        number,
+    )
+
+
+def test_an_alias_moved_by_hand_is_noticed(registry):
+    promote(registry, SETTINGS, 2)
+    promote(registry, SETTINGS, 3)
+    by_hand(registry, "champion", 2)  # where it was before: no sign of a killed promotion either
+    for move in (lambda: promote(registry, SETTINGS, 4), lambda: rollback(registry, SETTINGS)):
+        with pytest.raises(AliasMovedError, match="names version 2, the log says version 3"):
+            move()
+    assert registry.alias("champion") == 2
+    promote(registry, SETTINGS, 4, force=True, why="it was me")
+    assert moves(registry)[-1] == ("promotion", 2, 4)
+    rollback(registry, SETTINGS)
+    assert registry.alias("champion") == 2
+    by_hand(registry, "champion", 6)
+    rollback(registry, SETTINGS, force=True, why="who did that?")
+    assert moves(registry)[-1] == ("rollback", 6, 2)
+
+
+class KilledError(Exception):
+    """In place of kill -9; `test_crash.py` has the real one."""
+
+
+@pytest.mark.parametrize("place", ["alias", "tag"])
+@pytest.mark.parametrize("step", ["promote", "rollback"])
+def test_a_move_that_was_killed_is_made_by_the_next(registry, monkeypatch, place, step):
+    promote(registry, SETTINGS, 2)
+    promote(registry, SETTINGS, 3)
+
+    def killed(*_):
+        raise KilledError
+
+    name = {"alias": "set_registered_model_alias", "tag": "set_registered_model_tag"}[place]
+    real = getattr(MlflowClient, name)
+    only = {"alias": "champion", "tag": "copal.moved.champion"}[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, name, lambda self, *a: killed() if only in a else real(self, *a))
+        with pytest.raises(KilledError):
+            promote(registry, SETTINGS, 4) if step == "promote" else rollback(registry, SETTINGS)
+    wanted = 4 if step == "promote" else 2
+    assert registry.alias("champion") == (3 if place == "alias" else wanted)
+    settle(registry)
+    assert registry.alias("champion") == wanted
+    by_hand(registry, "champion", 3)  # now that it is settled, this is a hand's
+    settle(registry)
+    assert registry.alias("champion") == 3
+
+
+def test_of_promotions_at_the_same_time_one_wins_and_the_other_is_told(registry, monkeypatch):
+    both, real = threading.Barrier(2), module.claimed
+
+    def together(*args, **kwargs):
+        both.wait(60)  # both have looked, none has moved
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "claimed", together)
+
+    def work(number: int) -> object:
+        mine = Registry(registry.tracking_uri, registry.artifact_root, registry.model_name, registry.cache)
+        try:
+            return promote(mine, SETTINGS, number)
+        except CopalError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(work, (2, 3)))
+    (error,) = [one for one in found if isinstance(one, AliasMovedError)]
+    (entry,) = [one for one in found if isinstance(one, dict)]
+    assert f"was moved to version {entry['to']} by" in str(error)
+    assert moves(registry) == [("promotion", None, entry["to"])]
+    assert registry.alias("champion") == entry["to"]
+
+
+def test_a_move_looks_at_the_alias_once_more(registry):
+    by_hand(registry, "champion", 3)
+    with pytest.raises(AliasMovedError, match="names version 3, not 2"):
+        registry.move_alias("champion", 4, expected=2, entry=9)
+    assert (registry.alias("champion"), registry.moved_by("champion")) == (3, 0)
+
+
+def test_champions_by_the_log():
+    def entry(kind: str, before: int | None, to: int) -> dict:
+        return {"kind": kind, "from": before, "to": to}
+
+    assert champions([]) == []
+    assert champions([entry("gates", None, 2)]) == []
+    assert champions([entry("promotion", None, 2), entry("promotion", 2, 3), entry("promotion", 3, 2)]) == [2, 3, 2]
+    assert champions([entry("promotion", None, 2), entry("promotion", 5, 3)]) == [2, 5, 3]  # 5 by hand
+
+
+def test_the_command_line_promotes_and_rolls_back(make_learnt_bench, tmp_path, capsys):
+    bench = make_learnt_bench(tmp_path / "workspace")
+    for domain in ("code", "legal"):
+        made = run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
+    assert bench.registry.alias("challenger") == made.number == 3
+    here = ["--workspace", str(bench.root)]
+    assert main(["promote", "2", *here]) == 0
+    assert main(["promote", "challenger", "--why", "better", *here]) == 0
+    assert "champion of tiny: version 3, before it version 2 (log entry 4)" in capsys.readouterr().out
+    assert main(["promote", "3", *here]) == 0
+    assert "nothing to do: version 3 of tiny is the champion" in capsys.readouterr().out
+    assert bench.registry.head().aliases == ("challenger", "champion", "latest")
+    assert main(["rollback", *here]) == 0
+    assert main(["rollback", *here]) == 2
+    assert "nothing to go back to" in capsys.readouterr().err
+    assert main(["promote", "3", "--force", *here]) == 2
+    assert "add --why" in capsys.readouterr().err
+
+
+def test_auto_promotes_what_passed_and_leaves_a_hand_alone(make_learnt_bench, tmp_path):
+    bench = make_learnt_bench(tmp_path / "workspace")
+    bench.set("model: {name: tiny", "gates: {promote: auto}\nmodel: {name: tiny")
+    run_step(bench.workspace, bench.settings, bench.registry, "code", None, plain_stages())
+    assert bench.registry.alias("champion") == 2
+    by_hand(bench.registry, "champion", 1)
+    made = run_step(bench.workspace, bench.settings, bench.registry, "legal", None, plain_stages())
+    assert made.version.number == bench.registry.alias("challenger") == 3
+    assert bench.registry.alias("champion") == 1
+    run = MlflowClient(bench.registry.tracking_uri).get_run(bench.registry.head().run_id)
+    assert run.data.metrics["gate.lineage.passed"] == 1
+    assert run.data.metrics["gate.dense"] < 2
