@@ -184,6 +184,27 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from flows.verify import verify
+
+    workspace, settings, registry = _open(arguments)
+    found = verify(
+        workspace, settings, registry, _find_version(registry, arguments.version), data=not arguments.no_data
+    )
+    if arguments.json:
+        import json
+
+        print(json.dumps({"model": registry.model_name, **asdict(found)}, indent=2))
+    else:
+        for line in (*found.findings, *(f"not checked: {what}" for what in found.skipped)):
+            print(line)
+        said = f"{len(found.findings)} differences" if found.findings else "nothing differs"
+        print(f"version {found.version} of {registry.model_name}: {said}; checked {', '.join(found.checked)}")
+    return 2 if found.findings else 0
+
+
 def _gc(arguments: argparse.Namespace) -> int:
     from flows.gc import collect
 
@@ -509,6 +530,10 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "copy a version's model to a new folder, plain Hugging Face format")
     export.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
     export.add_argument("folder", type=Path, metavar="DIR")
+    verify = command("verify", _verify, "check files, records, log, data and signature of a version: what differs")
+    verify.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
+    verify.add_argument("--no-data", action="store_true", help="leave the data out: it is fetched and hashed")
+    verify.add_argument("--json", action="store_true", help="for programs")
     gc = command("gc", _gc, "delete what can be made again: running sums of old versions, and what killed runs left")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
     up = command("up", _up, "run servers, watcher and workers for a team, on this machine, until interrupted")

@@ -35,9 +35,9 @@ from flows.lineage import (
     DomainRecord,
     build_record,
     domain_records,
-    file_digests,
     record_digest,
     step_key,
+    version_files,
 )
 from flows.settings import Settings, Workspace, check_domain_name, load_settings
 
@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 _STEP, _EVALUATION = "step.json", "evaluation.json"
-LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "prefect", "mlflow", "dvc")
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "prefect", "mlflow", "dvc")
 
 
 class NoBaseError(CopalError):
@@ -139,6 +139,7 @@ def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain
         DatasetError: the domain is not tracked at `rev`.
         NoBaseError: no base is registered yet.
         LineageConflictError: the lineage has another sparsity.
+        SigningError: versions are to be signed, and cannot be.
     """
     from flows.datasets import data_root, dataset_version
 
@@ -151,6 +152,7 @@ def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain
         )
     record = registry.record(head)
     registry.check_sparsity(head, settings.prune.sparsity)
+    registry.check_signing()
     known = {name.name: name for name in domain_records(record, head.number)}
     settings_fingerprint = settings.fingerprint()
     same_data = domain in known and known[domain].dvc_md5 == version.md5
@@ -410,7 +412,7 @@ def register_step(
             for layer in report.layers
         ],
         **_surroundings(settings),
-        files=file_digests(step.out / "model", step.out) | file_digests(step.out / "state", step.out),
+        files=version_files(step.out),
     )
     metrics = [
         DomainMetrics(
@@ -464,7 +466,7 @@ def register_root(
             seconds={"statistics": 0.0, "solve": 0.0, "evaluate": 0.0},
             layers=(),
             **_surroundings(settings),
-            files=file_digests(staged / "model", staged),
+            files=version_files(staged),
         )
         registered = registry.register(staged, record, metrics=[], parent=None, expected_head=None, seal=claim.seal)
         claim.unseal()
@@ -536,8 +538,10 @@ def _matrix(parent: Mapping[str, Any], number: int, perplexity: Mapping[str, flo
 
 
 def _recorded(settings: Settings) -> dict[str, Any]:
-    """The settings without `registry` and `watch`: their URLs may hold a password and change nothing in a version."""
-    return {section: values for section, values in settings.as_dict().items() if section not in ("registry", "watch")}
+    """The settings without `registry`, `watch` and `signing`: they change nothing in a version, and URLs may hold a
+    password."""
+    left_out = ("registry", "watch", "signing")
+    return {section: values for section, values in settings.as_dict().items() if section not in left_out}
 
 
 def _surroundings(settings: Settings) -> dict[str, Any]:
