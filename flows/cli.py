@@ -406,18 +406,22 @@ def _show_versions(
 
 
 def export(registry: Registry, version: ModelVersion, target: Path, progress: Progress) -> None:
-    """Copy a version's model to the new folder `target`: a plain Hugging Face folder, checked file by file.
+    """Copy a version's model to the new folder `target`: a plain Hugging Face folder with a card, checked file by file.
+
+    A README that came with the base model is there as BASE_README.md.
 
     Raises:
         CommandError: `target` is taken, or a file is not the one that the version's record names.
         RegistryError: the version's files are not there.
     """
-    from copal.files import atomic_folder
+    from copal.files import atomic_folder, write_atomic
+    from flows.card import CARD_FILE, license_of, model_card
 
     target = target.expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CommandError(f"{target} exists and is not an empty folder; name a new one")
-    digests = registry.record(version)["files"]
+    record = registry.record(version)
+    digests = record["files"]
     folder = registry.folder(version)
     names = sorted(name for name in digests if name.startswith("model/"))
     sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
@@ -437,6 +441,10 @@ def export(registry: Registry, version: ModelVersion, target: Path, progress: Pr
                     progress("copy", done, sum(sizes.values()))
             if digest.hexdigest() != digests[name]:
                 raise CommandError(f"{folder / name} is damaged; bring version {version.number} back from a copy")
+        card = model_card(version.number, record, license_of(partial))
+        if (partial / CARD_FILE).exists():
+            (partial / CARD_FILE).rename(partial / f"BASE_{CARD_FILE}")
+        write_atomic(partial / CARD_FILE, card)
 
 
 def _find_version(registry: Registry, wanted: str) -> ModelVersion:
