@@ -162,16 +162,21 @@ def _say_known(registry: Registry, domain: str) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from flows.status import render, status
+    from flows.status import lineages, render, render_lineages, status
 
     workspace, settings, _ = _open(arguments)
-    found = status(workspace, settings)
+    if arguments.all:
+        every = lineages(workspace, settings)
+        found, shown = {"lineages": every}, render_lineages(every, settings.model.name)
+    else:
+        found = status(workspace, settings)
+        shown = render(found)
     if arguments.json:
         import json
 
         print(json.dumps(found, indent=2))
     else:
-        console().print(render(found))
+        console().print(shown)
     return 0
 
 
@@ -535,6 +540,7 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument("--rev", metavar="REV", help="git revision of its data; default: the watched branch")
     status = command("status", _status, "show the versions, their figures, and what is pending")
     status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("--all", action="store_true", help="instead: every lineage of the registry")
     export = command("export", _export, "copy a version's model to a new folder, plain Hugging Face format")
     export.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
     export.add_argument("folder", type=Path, metavar="DIR")

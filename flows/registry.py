@@ -556,6 +556,23 @@ class Registry:
         ):
             yield Path(download_artifacts(uri, dst_path=scratch, tracking_uri=self.tracking_uri))
 
+    def lineages(self) -> list[Registry]:
+        """Every lineage of the store, by name, this one included where it has versions.
+
+        Claims and what others registered have no versions of copal's, and so are no lineages.
+
+        Raises:
+            RegistryError: the store cannot be read.
+        """
+        path = self._sqlite_path()
+        if path is not None and not path.exists():
+            return []
+        with self._store() as client:
+            names = [entry.name for entry in _pages(lambda token: client.search_registered_models(page_token=token))]
+        named = (name for name in sorted(names) if _MODEL_NAME.fullmatch(name))
+        others = [Registry(self.tracking_uri, self.artifact_root, name, self.cache, self.key) for name in named]
+        return [other for other in others if other.head() is not None]
+
     # -- who works on the lineage: the log that `flows.claims` keeps --
 
     def claims(self) -> dict[int, dict[str, str]]:

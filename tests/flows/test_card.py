@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from test_lineage import arguments
 
 from flows.card import license_of, model_card
 from flows.cli import export
 from flows.lineage import build_record, record_digest
 from flows.run import plain_stages, run_step
-from tests.flows.test_lineage import arguments
 
 
 def card(**changes) -> ModelCard:
