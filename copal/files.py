@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "flush", "locked", "sha256_file", "write_atomic", "write_json"]
+__all__ = ["atomic_folder", "flush", "json_text", "locked", "sha256_file", "write_atomic", "write_json"]
 
 
 @contextmanager
@@ -69,7 +69,11 @@ def write_atomic(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def json_text(value: Any) -> str:
+    """The one spelling of a JSON file of copal's: indented, sorted keys, an end of line at the end; NaN is refused."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys; NaN is refused. Not atomic by itself: see `atomic_folder`."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Write `value` as `json_text`. Not atomic by itself: see `atomic_folder`."""
+    path.write_text(json_text(value), encoding="utf-8")

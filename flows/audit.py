@@ -19,7 +19,7 @@ from flows.history import (
     since_newest,
     step_texts,
 )
-from flows.lineage import SUM_FOLDER
+from flows.lineage import CONTRIBUTION_FOLDER, SUM_FOLDER
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["data", "diff", "render", "used", "whose", "worse"]
 
 _ALIASES = ("champion", "challenger")  # known even before a version has one
-_CARD = "README.md"  # an export adds it
+_CARD, _BASE_CARD = "README.md", "BASE_README.md"  # an export adds the first, and calls the base's own the second
 _MD5_PREFIX = 8  # hexadecimal digits that an abbreviated md5 must have at least
 
 
@@ -228,7 +228,7 @@ def whose(history: History, digests: Mapping[str, str], sizes: Mapping[str, int]
     for version in history["versions"]:
         for form, wanted, there in _forms(version, digests):
             same = [name for name in there if wanted.get(name) == there[name]]
-            differences = _differences(wanted, there, sum_dropped="copal.sum_dropped" in version["tags"])
+            differences = _differences(wanted, there, _dropped(version))
             if not differences and same:
                 exact.append((version["version"], form))
             score = (sum(sizes[name] for name in same), len(same), version["version"])
@@ -343,14 +343,20 @@ def _forms(
         {n: d for n, d in digests.items() if n in wanted or n.startswith(("model/", "state/"))},
     )
     model = {n.removeprefix("model/"): d for n, d in wanted.items() if n.startswith("model/") and n != f"model/{_CARD}"}
-    yield "exported", model, {name: digest for name, digest in digests.items() if name != _CARD}
+    yield "exported", model, {name: digest for name, digest in digests.items() if name not in (_CARD, _BASE_CARD)}
 
 
-def _differences(wanted: Mapping[str, str], there: Mapping[str, str], *, sum_dropped: bool) -> list[str]:
+def _dropped(version: Mapping[str, Any]) -> tuple[str, ...]:
+    """The folders of a version that were dropped: that a file of them is missing is no difference."""
+    tags = {"copal.sum_dropped": SUM_FOLDER, "copal.contribution_dropped": CONTRIBUTION_FOLDER}
+    return tuple(f"{folder}/" for tag, folder in tags.items() if tag in version["tags"])
+
+
+def _differences(wanted: Mapping[str, str], there: Mapping[str, str], dropped: tuple[str, ...]) -> list[str]:
     differences = []
     for name in sorted(wanted.keys() | there.keys()):
         if name not in there:
-            if not (sum_dropped and name.startswith(f"{SUM_FOLDER}/")):
+            if not name.startswith(dropped):
                 differences.append(f"missing: {name}")
         elif name not in wanted:
             differences.append(f"extra: {name}")

@@ -36,7 +36,7 @@ _VOCABULARIES = (
     "vocab.txt",
 )
 _TOKENIZER = (*_VOCABULARIES, "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
-_EXTRAS = ("chat_template.jinja", "generation_config.json")
+_EXTRAS = ("chat_template.jinja", "generation_config.json", "README.md", "LICENSE")  # README: tells the licence
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _COPY_BYTES = 16 << 20

@@ -233,11 +233,14 @@ def _say_known(registry: Registry, domain: str) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from flows.status import render, status
+    from flows.status import lineages, render, render_lineages, status
 
     workspace, settings, _ = _open(arguments)
-    found = status(workspace, settings)
-    _show(found, arguments.json, render)
+    if arguments.all:
+        every = lineages(workspace, settings)
+        _show({"lineages": every}, arguments.json, lambda _: render_lineages(every, settings.model.name))
+    else:
+        _show(status(workspace, settings), arguments.json, render)
     return 0
 
 
@@ -354,6 +357,27 @@ def _show(found: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str
         print(json.dumps(found, indent=2))
     else:
         console().print(render(found))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from flows.verify import verify
+
+    workspace, settings, registry = _open(arguments)
+    found = verify(
+        workspace, settings, registry, _find_version(registry, arguments.version), data=not arguments.no_data
+    )
+    if arguments.json:
+        import json
+
+        print(json.dumps({"model": registry.model_name, **asdict(found)}, indent=2))
+    else:
+        for line in (*found.findings, *(f"not checked: {what}" for what in found.skipped)):
+            print(line)
+        said = f"{len(found.findings)} differences" if found.findings else "nothing differs"
+        print(f"version {found.version} of {registry.model_name}: {said}; checked {', '.join(found.checked)}")
+    return 2 if found.findings else 0
 
 
 def _gc(arguments: argparse.Namespace) -> int:
@@ -561,18 +585,22 @@ def _show_versions(
 
 
 def export(registry: Registry, version: ModelVersion, target: Path, progress: Progress) -> None:
-    """Copy a version's model to the new folder `target`: a plain Hugging Face folder, checked file by file.
+    """Copy a version's model to the new folder `target`: a plain Hugging Face folder with a card, checked file by file.
+
+    A README that came with the base model is there as BASE_README.md.
 
     Raises:
         CommandError: `target` is taken, or a file is not the one that the version's record names.
         RegistryError: the version's files are not there.
     """
-    from copal.files import atomic_folder
+    from copal.files import atomic_folder, write_atomic
+    from flows.card import CARD_FILE, license_of, model_card
 
     target = target.expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CommandError(f"{target} exists and is not an empty folder; name a new one")
-    digests = registry.record(version)["files"]
+    record = registry.record(version)
+    digests = record["files"]
     folder = registry.folder(version)
     names = sorted(name for name in digests if name.startswith("model/"))
     sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
@@ -592,6 +620,10 @@ def export(registry: Registry, version: ModelVersion, target: Path, progress: Pr
                     progress("copy", done, sum(sizes.values()))
             if digest.hexdigest() != digests[name]:
                 raise CommandError(f"{folder / name} is damaged; bring version {version.number} back from a copy")
+        card = model_card(version.number, record, license_of(partial))
+        if (partial / CARD_FILE).exists():
+            (partial / CARD_FILE).rename(partial / f"BASE_{CARD_FILE}")
+        write_atomic(partial / CARD_FILE, card)
 
 
 def _find_version(registry: Registry, wanted: str) -> ModelVersion:
@@ -692,6 +724,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--json", action="store_true", help="for programs")
     status = command("status", _status, "show the versions, their figures, and what is pending")
     status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("--all", action="store_true", help="instead: every lineage of the registry")
     promote = command("promote", _promote, "make a version the champion: it passed its gates, and you want it to serve")
     promote.add_argument("version", metavar="VERSION", help="a number, or an alias such as challenger")
     rollback = command("rollback", _rollback, "make the champion before this one the champion again")
@@ -711,6 +744,10 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--html", type=Path, metavar="FILE", help="write a page that needs no network")
     form.add_argument("--openlineage", type=Path, metavar="FILE", help="write OpenLineage run events, a line each")
     _add_audit(commands, version_help)
+    verify = command("verify", _verify, "check files, records, log, data and signature of a version: what differs")
+    verify.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
+    verify.add_argument("--no-data", action="store_true", help="leave the data out: it is fetched and hashed")
+    verify.add_argument("--json", action="store_true", help="for programs")
     gc = command("gc", _gc, "delete what can be made again: running sums of old versions, and what killed runs left")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
     up = command("up", _up, "run servers, watcher and workers for a team, on this machine, until interrupted")

@@ -100,7 +100,7 @@ def _run_gates(
     record = registry.record(version)
     others, problems = _chain(registry, version, record)
     folder = registry.folder(version)
-    problems += verify_files(record, folder, sum_dropped=version.sum_dropped)
+    problems += verify_files(record, folder, **version.dropped)
     claim.check()
     written = _write(workspace, settings, version, record, folder / "model") if settings.gates.generation else {}
     champion = registry.alias(CHAMPION)

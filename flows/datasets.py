@@ -36,6 +36,7 @@ __all__ = [
     "DatasetVersion",
     "MissingDataError",
     "add_and_commit",
+    "check_stored",
     "data_root",
     "dataset_version",
     "dataset_versions",
@@ -240,12 +241,15 @@ def _parse_pointer(content: bytes) -> frozenset[tuple[str, str]]:
 # --- the data of a version
 
 
-def fetch(repo: Path, version: DatasetVersion, cache: Path) -> Path:
+def fetch(repo: Path, version: DatasetVersion, cache: Path, *, remote_only: bool = False) -> Path:
     """A folder with the data of `version`: `cache/<md5>`, fetched from DVC's cache or remote, checked, then renamed.
 
     Every file is hashed anew, and the hash of the folder is computed from those, so what is returned is what the
     pointer names, whatever a DVC cache holds. A folder that is there already is used as it is: only the rename that
     ends a fetch makes it, so it is whole. Processes that want the same version wait for the first.
+
+    Args:
+        remote_only: where the repository has a default remote, pass by DVC's cache.
 
     Raises:
         MissingDataError: a file is neither in DVC's cache nor on a remote that answers.
@@ -257,12 +261,12 @@ def fetch(repo: Path, version: DatasetVersion, cache: Path) -> Path:
         return cache / version.md5
     root = _git_root(repo)
     try:
-        return _fetch_once(root, version, cache)
+        return _fetch_once(root, version, cache, remote_only=remote_only)
     except OSError as error:
         raise DatasetError(f"cannot fetch {version.path} into {cache}: {_one_line(error)}") from error
 
 
-def _fetch_once(root: Path, version: DatasetVersion, cache: Path) -> Path:
+def _fetch_once(root: Path, version: DatasetVersion, cache: Path, *, remote_only: bool) -> Path:
     target = cache / version.md5
     partial = cache / f".{version.md5}.partial"
     cache.mkdir(parents=True, exist_ok=True)
@@ -274,7 +278,7 @@ def _fetch_once(root: Path, version: DatasetVersion, cache: Path) -> Path:
         partial.mkdir()
         try:
             files = partial / "files"
-            _download(root, version, files, scratch=partial / "dvc")
+            _download(root, version, files, scratch=partial / "dvc", remote_only=remote_only)
             files.rename(target)
             flush(cache)
         finally:
@@ -282,7 +286,7 @@ def _fetch_once(root: Path, version: DatasetVersion, cache: Path) -> Path:
     return target
 
 
-def _download(root: Path, version: DatasetVersion, files: Path, scratch: Path) -> None:
+def _download(root: Path, version: DatasetVersion, files: Path, *, scratch: Path, remote_only: bool) -> None:
     from dvc.api import DVCFileSystem
     from dvc_data.index import DataIndexDirError
 
@@ -291,7 +295,7 @@ def _download(root: Path, version: DatasetVersion, files: Path, scratch: Path) -
         f"the pointer of {where} names md5 {version.md5}, but its data is neither in DVC's cache nor on a remote "
         "that answers: run `dvc push` where the data is"
     )
-    with _dvc_errors(f"DVC cannot read {where}"), _open_dvc(root, version.git_rev, scratch) as dvc:
+    with _dvc_errors(f"DVC cannot read {where}"), _open_dvc(root, version.git_rev, scratch, remote_only) as dvc:
         try:
             listed = _listing(dvc, version)
             if any(part in ("", ".", "..") for name in listed for part in name.split("/")):
@@ -358,6 +362,16 @@ def fetch_version(workspace: Workspace, watch: WatchSettings, version: DatasetVe
     cached = (workspace.cache / version.md5).is_dir()  # then no repository is asked, and none has to answer
     root = workspace.root if cached else _root_of(workspace, watch, version)
     return fetch(root, version, workspace.cache)
+
+
+def check_stored(workspace: Workspace, watch: WatchSettings, version: DatasetVersion, scratch: Path) -> None:
+    """Fetch a version anew, from DVC's remote where one is set, into the folder `scratch`, and hash it.
+
+    Raises:
+        MissingDataError: the data is not there any more.
+        DatasetError: it is not what the md5 says, or as `fetch` and `data_root`.
+    """
+    fetch(_root_of(workspace, watch, version), version, scratch, remote_only=True)
 
 
 def _root_of(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> Path:
@@ -496,12 +510,13 @@ def _stage(root: Path, *paths: str) -> None:
 # --- DVC
 
 
-def _open_dvc(root: Path, commit: str, scratch: Path | None = None) -> Any:
+def _open_dvc(root: Path, commit: str, scratch: Path | None = None, remote_only: bool = False) -> Any:
     """The DVC repository as it is at `commit`, with the storage that is configured today.
 
     At an old commit the remote or the cache folder may not have been what it is now. Files are copied out of DVC's
     cache, never linked: a link would break, or change, with the cache. `scratch` takes DVC's index of the data, which
-    otherwise lies in a database that all processes of the machine share, and that remembers damaged listings.
+    otherwise lies in a database that all processes of the machine share, and that remembers damaged listings. With
+    `remote_only` the cache is an empty folder in there, where the repository has a default remote.
     """
     from dvc.repo import Repo
 
@@ -514,6 +529,8 @@ def _open_dvc(root: Path, commit: str, scratch: Path | None = None) -> Any:
             remote = today.config["core"].get("remote")
     if scratch is not None:
         config["core"]["site_cache_dir"] = str(scratch)
+        if remote_only and remote:
+            config["cache"]["dir"] = str(scratch / "cache")
     # uninitialized: the first pointer may have been committed before .dvc was.
     return Repo(str(root), rev=commit, uninitialized=True, config=config, remote=remote)
 

@@ -8,21 +8,21 @@ does not hold what comes later (gates, aliases, its own version number). Pure: k
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime, timedelta
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from copal.config import canonical_json, fingerprint
 from copal.errors import CopalError
-from copal.files import sha256_file, write_atomic
+from copal.files import json_text, sha256_file, write_atomic
+from flows.schema import problem_with, shown
 
 __all__ = [
     "CONTRIBUTION_FOLDER",
     "RECORD_FILE",
     "SCHEMA",
+    "SIGNATURE_FILE",
     "SUM_FOLDER",
     "DomainRecord",
     "LineageError",
@@ -34,6 +34,7 @@ __all__ = [
     "step_key",
     "validate",
     "verify_files",
+    "version_files",
     "withdrawal_key",
     "withdrawal_of",
     "write_record",
@@ -41,6 +42,7 @@ __all__ = [
 
 SCHEMA = "copal.lineage/2"  # 2: withdrawn, matrix; damping and tokens of a layer
 RECORD_FILE = "lineage.json"
+SIGNATURE_FILE = "model.sig"  # see flows.signing
 SUM_FOLDER = "state/sum"  # the part of a version that can be made again, see copal.state
 CONTRIBUTION_FOLDER = "state/contribution"  # what a version keeps of its own domain; deleted by a purge alone
 _HASHED_FOLDERS = ("model", "state")
@@ -126,7 +128,7 @@ def build_record(
             damping, tokens (of the new domain that it read).
         code: {version, git_commit, dirty}; libraries: {name: version}.
         created: UTC time in ISO 8601.
-        files: {path relative to the version's folder: SHA-256}, see `file_digests`.
+        files: {path relative to the version's folder: SHA-256}, see `version_files`.
 
     Raises:
         LineageError: a field is missing, of the wrong type, NaN or infinite (the field is named).
@@ -178,13 +180,13 @@ def validate(record: object, where: str = "lineage record") -> None:
         raise LineageError(
             f"{where}: schema is {record.get('schema')!r}, this copal reads {SCHEMA!r}; use the copal that wrote it"
         )
-    problem = _record_check()(record)
+    problem = problem_with(record, SCHEMA)
     if problem:
-        raise LineageError(f"{where}: {problem.lstrip('. ')}")
+        raise LineageError(f"{where}: {problem}")
     assert isinstance(record, dict)
     names = [domain["name"] for domain in record["domains"]]
     if names != sorted(set(names)):
-        raise LineageError(f"{where}: domains must be sorted by name, each name once, not {_shown(names)}")
+        raise LineageError(f"{where}: domains must be sorted by name, each name once, not {shown(names)}")
     if record["step"] is not None and record["step"] not in record["domains"]:
         raise LineageError(f"{where}: step must be one of the domains, and {record['step']['name']!r} is not")
     if set(record["perplexity"]) != set(record["dense_perplexity"]):
@@ -205,8 +207,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
         LineageError: the record is not valid.
     """
     validate(record, str(path))
-    text = json.dumps(record, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(path, text)
+    write_atomic(path, json_text(record))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -247,12 +248,15 @@ def domain_records(record: Mapping[str, Any], version: int) -> list[DomainRecord
 
 
 def file_digests(folder: Path, relative_to: Path) -> dict[str, str]:
-    """SHA-256 of every file below `folder`, by POSIX path relative to `relative_to`; {} where there is no folder.
-
-    For a version's folder: `file_digests(v / "model", v) | file_digests(v / "state", v)`.
-    """
+    """SHA-256 of every file below `folder`, by POSIX path relative to `relative_to`; {} where there is no folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(relative_to).as_posix(): sha256_file(path) for path in paths}
+
+
+def version_files(folder: Path) -> dict[str, str]:
+    """`file_digests` of a version's folder: of all in it but the record itself and the signature."""
+    found = file_digests(folder, folder)
+    return {name: digest for name, digest in found.items() if name not in (RECORD_FILE, SIGNATURE_FILE)}
 
 
 def verify_files(
@@ -294,153 +298,3 @@ def step_key(parent_version: int, domain: str, dvc_md5: str, settings_fingerprin
 def withdrawal_key(parent_version: int, domain: str, dvc_md5: str, settings_fingerprint: str) -> str:
     """SHA-256 that names the step that takes a domain out; never that of a `step_key`."""
     return fingerprint([parent_version, domain, dvc_md5, settings_fingerprint, "withdrawn"])
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-_Check = Callable[[Any], str | None]  # None where the value is right, else what is wrong, after the name of the field
-
-
-def _record_check() -> _Check:
-    perplexities = _map_of(_number)
-    domain = _domain_check()
-    layer = _object(
-        name=_text,
-        sparsity=_number,
-        layer_error_before=_or_null(_number),
-        layer_error_after=_or_null(_number),
-        response_shift=_or_null(_number),
-        damping=_or_null(_number),
-        tokens=_whole,
-    )
-    return _object(
-        schema=_text,
-        model=_text,
-        parent=_or_null(_object(version=_whole, digest=_sha256_text)),
-        base=_object(fingerprint=_text, source=_text),
-        key=_or_null(_sha256_text),
-        step=_or_null(domain),
-        domains=_list_of(domain),
-        withdrawn=_list_of(_object(name=_text, dvc_md5=_text)),
-        settings=_plain,
-        settings_fingerprint=_text,
-        sparsity=_object(target=_or_null(_number_or_text), counted=_number),
-        weights_back=_or_null(_whole),
-        perplexity=perplexities,
-        dense_perplexity=perplexities,
-        matrix=_list_of(_object(version=_or_null(_whole), perplexity=perplexities)),
-        perplexity_before=_or_null(_number),
-        backward_transfer=_or_null(_number),
-        seconds=_object(statistics=_number, solve=_number, evaluate=_number),
-        layers=_list_of(layer),
-        code=_object(version=_text, git_commit=_or_null(_text), dirty=_or_null(_boolean)),
-        libraries=_map_of(_text),
-        hardware=_plain,
-        seeds=_plain,
-        created=_utc,
-        files=_files,
-    )
-
-
-def _domain_check() -> _Check:
-    checks = {"str": _text, "int": _whole, "float": _number, "int | None": _or_null(_whole)}
-    return _object(**{field.name: checks[str(field.type)] for field in fields(DomainRecord)})
-
-
-def _must(be: str, value: Any) -> str:
-    return f" must be {be}, not {_shown(value)}"
-
-
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) and value else _must("text", value)
-
-
-def _boolean(value: Any) -> str | None:
-    return None if isinstance(value, bool) else _must("true or false", value)
-
-
-def _whole(value: Any) -> str | None:
-    right = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return None if right else _must("a whole number of at least 0", value)
-
-
-def _number(value: Any) -> str | None:
-    right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return None if right else _must("a finite number", value)
-
-
-def _number_or_text(value: Any) -> str | None:
-    return None if _number(value) is None or _text(value) is None else _must("a share or a pattern", value)
-
-
-def _sha256_text(value: Any) -> str | None:
-    right = isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-    return None if right else _must("a SHA-256 in hexadecimal", value)
-
-
-def _utc(value: Any) -> str | None:
-    try:
-        if isinstance(value, str) and datetime.fromisoformat(value).utcoffset() == timedelta(0):
-            return None
-    except ValueError:
-        pass
-    return _must("a UTC time in ISO 8601", value)
-
-
-def _plain(value: Any) -> str | None:
-    try:
-        canonical_json(value)
-    except (TypeError, ValueError) as error:
-        return f" cannot be written as JSON: {error}"
-    return None if isinstance(value, dict) else _must("a JSON object", value)
-
-
-def _files(value: Any) -> str | None:
-    problem = _map_of(_sha256_text)(value)
-    if problem:
-        return problem
-    for name in value:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:  # names are joined to a folder when files are verified
-            return f" must name files inside the version's folder, not {_shown(name)}"
-    return None
-
-
-def _or_null(check: _Check) -> _Check:
-    return lambda value: None if value is None else check(value)
-
-
-def _list_of(check: _Check) -> _Check:
-    def checked(value: Any) -> str | None:
-        if not isinstance(value, list):
-            return _must("a list", value)
-        return next((f"[{i}]{problem}" for i, item in enumerate(value) if (problem := check(item))), None)
-
-    return checked
-
-
-def _map_of(check: _Check) -> _Check:
-    def checked(value: Any) -> str | None:
-        if not isinstance(value, dict):
-            return _must("a JSON object", value)
-        return next((f".{name}{problem}" for name, item in value.items() if (problem := check(item))), None)
-
-    return checked
-
-
-def _object(**checks: _Check) -> _Check:
-    """An object with exactly these fields."""
-
-    def checked(value: Any) -> str | None:
-        if not isinstance(value, dict):
-            return _must(f"a JSON object with {', '.join(checks)}", value)
-        for name in sorted(set(checks) - set(value)):
-            return f".{name} is missing"
-        for name in sorted(set(value) - set(checks)):
-            return f".{name} is not a field of {SCHEMA}"
-        return next((f".{name}{problem}" for name, check in checks.items() if (problem := check(value[name]))), None)
-
-    return checked

@@ -15,24 +15,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from copal.config import canonical_json, fingerprint
+from flows.schema import problem_with
 
 __all__ = ["KINDS", "SCHEMA", "anchor_of", "chain_problems", "next_entry"]
 
 SCHEMA = "copal.log/1"
 KINDS = ("gates", "promotion", "rollback", "withdrawal", "purge")
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "schema": str,
-    "number": int,
-    "previous": (str, type(None)),
-    "kind": str,
-    "when": str,
-    "who": str,
-    "why": (str, type(None)),
-    "version": (int, type(None)),
-    "from": (int, type(None)),
-    "to": (int, type(None)),
-    "details": dict,
-}
 
 
 def next_entry(
@@ -79,7 +67,7 @@ def chain_problems(entries: Sequence[Any], anchor: str) -> list[str]:
     """What is wrong with a log, a line each; nothing where it is whole and ends at its anchor."""
     problems = []
     for place, entry in enumerate(entries, start=1):
-        problem = _entry_problem(entry)
+        problem = problem_with(entry, SCHEMA)
         if problem:
             problems.append(f"log entry {place}: {problem}")
             continue
@@ -91,19 +79,6 @@ def chain_problems(entries: Sequence[Any], anchor: str) -> list[str]:
     if not problems and anchor != anchor_of(entries):
         problems.append(f"the log has {len(entries)} entries and does not end where the registry says ({anchor!r})")
     return problems
-
-
-def _entry_problem(entry: Any) -> str | None:
-    if not isinstance(entry, dict) or entry.get("schema") != SCHEMA:
-        return f"is not of schema {SCHEMA}"
-    if entry.keys() != _FIELDS.keys():
-        return f"must have the fields {', '.join(_FIELDS)}"
-    wrong = [
-        name for name, kind in _FIELDS.items() if not isinstance(entry[name], kind) or isinstance(entry[name], bool)
-    ]
-    if wrong:
-        return f"{wrong[0]} is of the wrong type"
-    return None if entry["kind"] in KINDS else f"kind {entry['kind']!r} is unknown"
 
 
 def _user() -> str:

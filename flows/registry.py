@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from copal.errors import CopalError
-from copal.files import flush, write_json
+from copal.files import flush, json_text, sha256_file, write_json
 from flows.lineage import (
     CONTRIBUTION_FOLDER,
     RECORD_FILE,
+    SIGNATURE_FILE,
     SUM_FOLDER,
     LineageError,
     read_record,
@@ -41,6 +42,7 @@ from flows.lineage import (
     write_record,
 )
 from flows.log import anchor_of, chain_problems, next_entry
+from flows.signing import check_key, sign
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,6 +58,7 @@ __all__ = [
     "Registry",
     "RegistryError",
     "open_registry",
+    "tags_of",
 ]
 
 _log = logging.getLogger(__name__)
@@ -97,10 +100,11 @@ class ModelVersion:
         aliases: `latest` at the head of the lineage, and what else was set.
         tags: `copal.domain`, `copal.dvc_md5`, `copal.git_rev`, `copal.parent_version`, `copal.key` (these five not at
             the root), `copal.settings_fingerprint`, `copal.sparsity` (as counted), `copal.base_fingerprint`,
-            `copal.lineage_digest`, `copal.logged_model` (MLflow's id of the artifacts); `copal.gates` (passed or
-            failed) and `copal.log_entry` (its number) from `Registry.conclude` on, `copal.sum_dropped` from
-            `Registry.drop_sum` on, and `copal.contribution_dropped` from `Registry.drop_contribution` on. A version
-            that withdrew a domain has `copal.withdrawn` (its name) and `copal.why` in place of the first three.
+            `copal.lineage_digest`, `copal.logged_model` (MLflow's id of the artifacts), `copal.signature` where it was
+            signed (SHA-256 of the file); `copal.gates` (passed or failed) and `copal.log_entry` (its number) from
+            `Registry.conclude` on, `copal.sum_dropped` from `Registry.drop_sum` on, and `copal.contribution_dropped`
+            from `Registry.drop_contribution` on. A version that withdrew a domain has `copal.withdrawn` (its name) and
+            `copal.why` in place of the first three.
         run_id: of the MLflow run that made it.
         location: URI of the folder with `model/`, `state/` and `lineage.json`; see `Registry.folder`.
     """
@@ -126,6 +130,11 @@ class ModelVersion:
     def concluded(self) -> bool:
         """Whether nothing is left to do for it; the dense base has no gates."""
         return self.parent is None or self.gates is not None
+
+    @property
+    def dropped(self) -> dict[str, bool]:
+        """What `flows.lineage.verify_files` has to know of what was dropped."""
+        return {"sum_dropped": self.sum_dropped, "contribution_dropped": self.contribution_dropped}
 
     @property
     def sum_dropped(self) -> bool:
@@ -160,7 +169,11 @@ class DomainMetrics:
 def open_registry(workspace: Workspace, settings: Settings) -> Registry:
     """The registry that the settings name; nothing is opened before the first call."""
     return Registry(
-        workspace.registry_uri(settings), workspace.artifacts, settings.model.name, workspace.cache / "registry"
+        workspace.registry_uri(settings),
+        workspace.artifacts,
+        settings.model.name,
+        workspace.cache / "registry",
+        workspace.path(settings.signing.key),
     )
 
 
@@ -170,7 +183,9 @@ class Registry:
     Reading never creates a store: where the SQLite file of `tracking_uri` is not there, there are no versions.
     """
 
-    def __init__(self, tracking_uri: str, artifact_root: Path | str, model_name: str, cache: Path) -> None:
+    def __init__(
+        self, tracking_uri: str, artifact_root: Path | str, model_name: str, cache: Path, key: Path | None = None
+    ) -> None:
         """Nothing is opened yet.
 
         Args:
@@ -178,6 +193,7 @@ class Registry:
             artifact_root: folder or URI under which the artifacts of new versions go.
             model_name: registered model; the experiment has the same name.
             cache: folder for what is fetched from a remote artifact store.
+            key: the private key that new versions are signed with; None: they are not.
 
         Raises:
             RegistryError: `model_name` cannot name a model.
@@ -191,6 +207,7 @@ class Registry:
         self.artifact_root = artifact_root
         self.model_name = model_name
         self.cache = cache
+        self.key = key
         self._client: MlflowClient | None = None
 
     def head(self) -> ModelVersion | None:
@@ -283,6 +300,32 @@ class Registry:
                 write_record(path, self._checked(version, folder / RECORD_FILE))
         return self._checked(version, path)
 
+    @contextlib.contextmanager
+    def stored(self, version: ModelVersion, file: str | None = None) -> Iterator[Path]:
+        """A folder with the version's artifacts as the store has them now, past any cache; nothing is checked.
+
+        Args:
+            file: the only one that is wanted.
+
+        Raises:
+            RegistryError: they cannot be fetched.
+        """
+        local = _local_path(version.location)
+        if local is not None:
+            yield local
+            return
+        with self._fetched(version, file) as folder:
+            yield folder
+
+    def check_signing(self) -> None:
+        """Nothing where new versions can be signed, or are not to be: better known before a step than after it.
+
+        Raises:
+            SigningError: the key cannot be used, or the library is not installed.
+        """
+        if self.key is not None:
+            check_key(self.key)
+
     def drop_sum(self, version: ModelVersion, *, dry_run: bool = False) -> int:
         """Delete the running sum in the state of `version`; a step that needs it makes it again from contributions.
 
@@ -361,7 +404,7 @@ class Registry:
 
         Args:
             folder: `model/`, `state/` (not at the root) and report files; all of it becomes the version's artifacts.
-                `lineage.json` is written into it.
+                `lineage.json` is written into it, and the signature.
             record: of the version, see `flows.lineage`.
             metrics: of every domain of the record.
             parent: None for the root of a lineage. Where the lineage has a root of the same base, nothing is made and
@@ -377,6 +420,7 @@ class Registry:
             LineageConflictError: another base or sparsity pattern under the same model name.
             LineageError: the record is not valid.
             RegistryError: the files are not those of the record, or the store fails.
+            SigningError: the version cannot be signed.
         """
         validate(record)
         if record["model"] != self.model_name:
@@ -391,6 +435,11 @@ class Registry:
         if differences:
             raise RegistryError(f"{folder}: not the files of its record: {differences[0]} ({len(differences)} such)")
         write_record(folder / RECORD_FILE, record)
+        tags = tags_of(record)
+        (folder / SIGNATURE_FILE).unlink(missing_ok=True)  # of an attempt before
+        if self.key is not None:
+            sign(folder, self.key)
+            tags["copal.signature"] = sha256_file(folder / SIGNATURE_FILE)
         with self._store() as client:
             experiment_id = self._experiment(client)
             run_id = client.create_run(experiment_id, run_name=_run_name(record), tags=_run_tags(record)).info.run_id
@@ -400,7 +449,7 @@ class Registry:
                     experiment_id,
                     name=_run_name(record).removeprefix("adapt ").replace(" ", "-"),
                     source_run_id=run_id,
-                    tags=_tags(record) | ({} if why is None else {_WHY: why}),
+                    tags=tags | ({} if why is None else {_WHY: why}),
                 )
                 client.log_model_artifacts(model.model_id, str(folder))
                 _flush_all(_local_path(model.artifact_location))
@@ -488,7 +537,8 @@ class Registry:
             if _LOG_RUN not in tags:
                 return [], tags.get(_LOG_ANCHOR, "")
             anchor = tags.get(_LOG_ANCHOR, "")
-            count = int(anchor.split()[0]) if anchor else 0
+            number = anchor.partition(" ")[0]
+            count = int(number) if number.isdecimal() else None if anchor else 0  # None: the anchor was altered
             with self._log_files(client, tags[_LOG_RUN]) as folder:
                 names = sorted(folder.glob("*.json"))[:count]
                 return [_read_json(name) for name in names], anchor
@@ -586,6 +636,23 @@ class Registry:
             contextlib.redirect_stderr(io.StringIO()),  # of a progress bar
         ):
             yield Path(download_artifacts(uri, dst_path=scratch, tracking_uri=self.tracking_uri))
+
+    def lineages(self) -> list[Registry]:
+        """Every lineage of the store, by name, this one included where it has versions.
+
+        Claims and what others registered have no versions of copal's, and so are no lineages.
+
+        Raises:
+            RegistryError: the store cannot be read.
+        """
+        path = self._sqlite_path()
+        if path is not None and not path.exists():
+            return []
+        with self._store() as client:
+            names = [entry.name for entry in _pages(lambda token: client.search_registered_models(page_token=token))]
+        named = (name for name in sorted(names) if _MODEL_NAME.fullmatch(name))
+        others = [Registry(self.tracking_uri, self.artifact_root, name, self.cache, self.key) for name in named]
+        return [other for other in others if other.head() is not None]
 
     # -- what the log says and MLflow shows: see `flows.promote` --
 
@@ -968,7 +1035,8 @@ def _run_tags(record: Mapping[str, Any]) -> dict[str, str]:
     return {"mlflow.source.name": "copal", **({"mlflow.source.git.commit": commit} if commit else {})}
 
 
-def _tags(record: Mapping[str, Any]) -> dict[str, str]:
+def tags_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """The tags of a version that say what its record says."""
     step, parent = record["step"] or {}, record["parent"] or {}
     tags = {
         "copal.domain": step.get("name"),
@@ -1081,12 +1149,15 @@ def _local_path(uri: str) -> Path | None:
 
 
 def _read_json(path: Path) -> Any:
-    """What a file holds; what is no JSON comes as text, for whoever checks it."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    """What a file holds; what is not JSON as `write_json` spells it comes as text, for whoever checks it."""
+    content = path.read_bytes()
     try:
-        return json.loads(text)
+        value = json.loads(content)
+        if json_text(value).encode() == content:
+            return value
     except ValueError:
-        return text
+        pass
+    return content.decode(errors="replace")
 
 
 def _flush_all(folder: Path | None) -> None:

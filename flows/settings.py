@@ -23,6 +23,7 @@ __all__ = [
     "RegistrySettings",
     "RunSettings",
     "Settings",
+    "SigningSettings",
     "WatchSettings",
     "Workspace",
     "WorkspaceError",
@@ -34,7 +35,7 @@ __all__ = [
 
 PROMOTE = ("manual", "auto")
 DTYPES = ("auto", "bfloat16", "float32")
-SECTIONS = ("model", "calibration", "prune", "domains", "gates", "watch", "run", "registry")
+SECTIONS = ("model", "calibration", "prune", "domains", "gates", "watch", "run", "registry", "signing")
 IGNORED_SECTIONS = ("benchmark",)  # read by a stage of dvc.yaml, not by copal
 
 _T = TypeVar("_T")
@@ -168,6 +169,24 @@ class RegistrySettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SigningSettings:
+    """Whether versions are signed. Paths are relative to the workspace.
+
+    Attributes:
+        key: the private key, a PEM file of an elliptic curve without a password; None: versions are not signed.
+        public_key: the PEM file that `copal verify` checks signatures with; None: the public half of `key`.
+    """
+
+    key: str | None = None
+    public_key: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("key", self.key), ("public_key", self.public_key)):
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise SettingsError(f"signing.{name} must be the path of a PEM file or null, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _DomainSettings:
     weight: float = 1.0
 
@@ -187,6 +206,7 @@ class Settings:
     watch: WatchSettings = field(default_factory=WatchSettings)
     run: RunSettings = field(default_factory=RunSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
+    signing: SigningSettings = field(default_factory=SigningSettings)
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -230,6 +250,7 @@ class Settings:
             "watch": asdict(self.watch),
             "run": asdict(self.run),
             "registry": asdict(self.registry),
+            "signing": asdict(self.signing),
         }
 
 
@@ -273,6 +294,10 @@ class Workspace:
     def lock(self) -> Path:
         """Held by the process that adapts."""
         return self.private / "lock"
+
+    def path(self, text: str | None) -> Path | None:
+        """A path of the settings: relative ones begin at the workspace."""
+        return None if text is None else self.root / Path(text).expanduser()
 
     def registry_uri(self, settings: Settings) -> str:
         """The MLflow tracking URI: the one that is set, else SQLite in the workspace."""
@@ -372,6 +397,7 @@ def _settings(content: dict[Any, Any]) -> Settings:
         watch=_section(WatchSettings, "watch", content.get("watch")),
         run=_section(RunSettings, "run", content.get("run")),
         registry=replace(registry, uri=uri) if uri else registry,
+        signing=_section(SigningSettings, "signing", content.get("signing")),
         weights={name: _section(_DomainSettings, f"domains.{name}", domains[name]).weight for name in domains},
     )
 

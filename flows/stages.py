@@ -35,9 +35,9 @@ from flows.lineage import (
     DomainRecord,
     build_record,
     domain_records,
-    file_digests,
     record_digest,
     step_key,
+    version_files,
     withdrawal_key,
 )
 from flows.settings import Settings, Workspace, check_domain_name, load_settings
@@ -77,7 +77,7 @@ __all__ = [
 
 _STEP, _EVALUATION = "step.json", "evaluation.json"
 _LONGEST_WHY = 1000  # characters
-LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "prefect", "mlflow", "dvc")
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "prefect", "mlflow", "dvc")
 
 
 class NoBaseError(CopalError):
@@ -161,6 +161,7 @@ def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain
         DatasetError: the domain is not tracked at `rev`.
         NoBaseError: no base is registered yet.
         LineageConflictError: the lineage has another sparsity.
+        SigningError: versions are to be signed, and cannot be.
     """
     from flows.datasets import data_root, dataset_version
 
@@ -224,6 +225,7 @@ def _head(workspace: Workspace, settings: Settings, registry: Registry) -> Model
             f"{settings.model.name} has no base model yet: run `copal init {workspace.root} --base SOURCE`"
         )
     registry.check_sparsity(head, settings.prune.sparsity)
+    registry.check_signing()
     return head
 
 
@@ -522,7 +524,7 @@ def register_step(
             for layer in report.layers
         ],
         **surroundings(settings),
-        files=file_digests(step.out / "model", step.out) | file_digests(step.out / "state", step.out),
+        files=version_files(step.out),
     )
     metrics = [
         DomainMetrics(
@@ -578,7 +580,7 @@ def register_root(
             seconds={"statistics": 0.0, "solve": 0.0, "evaluate": 0.0},
             layers=(),
             **surroundings(settings),
-            files=file_digests(staged / "model", staged),
+            files=version_files(staged),
         )
         registered = registry.register(staged, record, metrics=[], parent=None, expected_head=None, seal=claim.seal)
         claim.unseal()
@@ -650,8 +652,10 @@ def _matrix(parent: Mapping[str, Any], number: int, perplexity: Mapping[str, flo
 
 
 def _recorded(settings: Settings) -> dict[str, Any]:
-    """The settings without `registry` and `watch`: their URLs may hold a password and change nothing in a version."""
-    return {section: values for section, values in settings.as_dict().items() if section not in ("registry", "watch")}
+    """The settings without `registry`, `watch` and `signing`: they change nothing in a version, and URLs may hold a
+    password."""
+    left_out = ("registry", "watch", "signing")
+    return {section: values for section, values in settings.as_dict().items() if section not in left_out}
 
 
 def surroundings(settings: Settings) -> dict[str, Any]:

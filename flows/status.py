@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flows.datasets import DatasetVersion
     from flows.registry import ModelVersion
 
-__all__ = ["render", "status", "waits"]
+__all__ = ["lineages", "render", "render_lineages", "status", "waits"]
 
 
 def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
@@ -47,6 +47,51 @@ def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
         "notes": list(found.notes),
         "problems": list(found.problems),
     }
+
+
+def lineages(workspace: Workspace, settings: Settings) -> list[dict[str, Any]]:
+    """Every lineage of the registry as plain JSON values, by name.
+
+    Each with model, head and versions (numbers), domains (of the head, by name) and aliases ({alias: number}).
+
+    Raises:
+        RegistryError: the registry cannot be read.
+        LineageError: the record of a head is damaged.
+    """
+    from flows.registry import open_registry
+
+    found = []
+    for registry in open_registry(workspace, settings).lineages():
+        versions = registry.versions()
+        head = versions[-1]
+        found.append(
+            {
+                "model": registry.model_name,
+                "head": head.number,
+                "versions": [version.number for version in versions],
+                "domains": [domain["name"] for domain in registry.record(head)["domains"]],
+                "aliases": {alias: version.number for version in versions for alias in version.aliases},
+            }
+        )
+    return found
+
+
+def render_lineages(found: list[dict[str, Any]], own: str) -> RenderableType:
+    """`lineages` for people: a row each; `own` is the lineage of the workspace."""
+    from rich.table import Table
+
+    if not found:
+        return "no lineage in this registry yet: register a base with `copal init DIR --base SOURCE`"
+    table = Table(title="lineages of the registry (*: of this workspace)", title_justify="left")
+    for heading in ("model", "head", "domains", "aliases"):
+        table.add_column(heading, justify="right" if heading == "head" else "left")
+    for lineage in found:
+        aliases = ", ".join(f"{alias}: {number}" for alias, number in sorted(lineage["aliases"].items()))
+        mark = "*" if lineage["model"] == own else ""
+        table.add_row(
+            f"{lineage['model']}{mark}", str(lineage["head"]), ", ".join(lineage["domains"]) or "dense base", aliases
+        )
+    return table
 
 
 def _dataset(version: DatasetVersion) -> dict[str, Any]:

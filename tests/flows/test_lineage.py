@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flows.lineage import (
     verify_files,
     write_record,
 )
+from flows.schema import problem_with, schema_of
 
 
 def a_domain(name: str = "code", contribution_version: int | None = None) -> DomainRecord:
@@ -117,7 +119,7 @@ def test_the_digest_follows_every_field() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights_back": -1}, "weights_back must be a whole number of at least 0, not -1"),
+        ({"weights_back": -1}, "weights_back must be a whole number of at least 0 or null, not -1"),
         ({"weights_back": True}, "weights_back must be a whole number"),
         ({"created": "2026-01-02T03:04:05"}, "created must be a UTC time"),
         ({"perplexity_before": float("nan")}, "perplexity_before cannot be written as JSON"),
@@ -126,7 +128,7 @@ def test_the_digest_follows_every_field() -> None:
         ({"seconds": {"statistics": 1, "solve": 2}}, r"seconds\.evaluate is missing"),
         ({"base": {"fingerprint": "b", "source": "s", "more": 1}}, r"base\.more is not a field"),
         ({"parent": {"version": 2, "digest": "short"}}, r"parent\.digest must be a SHA-256"),
-        ({"files": {"../other": "0" * 64}}, "files must name files inside the version's folder"),
+        ({"files": {"../other": "0" * 64}}, "files must be paths of files inside the version.s folder"),
         ({"perplexity": {"code": 8.6}}, "must name the same domains"),
         ({"step": a_domain("medical")}, "step must be one of the domains"),
         ({"domains": [a_domain("legal"), a_domain("legal")]}, "each name once"),
@@ -239,3 +241,22 @@ def test_a_key_follows_each_of_its_parts() -> None:
     }
     assert len(keys) == 5
     assert step_key(2, "legal", "a", "f") in keys
+
+
+def test_the_published_schemas_are_json_schemas() -> None:
+    from jsonschema import Draft202012Validator
+
+    record = build_record(**arguments())
+    for name in ("copal.lineage/2", "copal.log/1"):
+        Draft202012Validator.check_schema(schema_of(name))
+    Draft202012Validator(schema_of("copal.lineage/2")).validate(record)  # as anybody would, without this code
+    domain = schema_of("copal.lineage/2")["$defs"]["domain"]
+    assert sorted(domain["properties"]) == domain["required"] == sorted(field.name for field in fields(DomainRecord))
+
+
+@pytest.mark.parametrize("field", sorted(build_record(**arguments())))
+def test_a_field_that_is_missing_or_of_another_type_is_named(field: str) -> None:
+    record = build_record(**arguments())
+    assert problem_with({**record, field: 1.0 if field == "weights_back" else True}, record["schema"]).startswith(field)
+    del record[field]
+    assert problem_with(record, "copal.lineage/2") == f"{field} is missing"

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from flows.lineage import LineageError
-from flows.log import anchor_of, chain_problems, next_entry
+from flows.log import KINDS, anchor_of, chain_problems, next_entry
+from flows.schema import schema_of
 
 
 def three() -> list[dict]:
@@ -82,3 +83,11 @@ def test_the_log_of_a_remote_store_is_fetched(bench, monkeypatch):
     monkeypatch.setattr("flows.registry._local_path", lambda uri: None)
     assert bench.registry.log() == [written]
     assert json.dumps(bench.registry.log_as_stored()[0]) == json.dumps([written])
+
+
+def test_the_published_schema_knows_every_kind_of_entry():
+    assert schema_of("copal.log/1")["properties"]["kind"]["enum"] == list(KINDS)
+    broken = three()
+    broken[1]["kind"] = "party"
+    (problem, *_) = chain_problems(broken, anchor_of(broken))
+    assert problem == ("log entry 2: kind must be one of gates, promotion, rollback, withdrawal and purge, not 'party'")

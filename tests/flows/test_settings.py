@@ -15,6 +15,7 @@ from flows.settings import (
     RegistrySettings,
     RunSettings,
     Settings,
+    SigningSettings,
     WatchSettings,
     Workspace,
     WorkspaceError,
@@ -63,6 +64,7 @@ def test_every_setting_is_read(params: Path) -> None:
         watch: {repository: ../data, branch: release/1, interval: 5, cron: "*/15 7-19,22 * jan,Mar-12 mon-fri/2"}
         run: {lease: 30, time_limit: 3600}
         registry: {uri: "http://localhost:5000"}
+        signing: {key: keys/private.pem, public_key: ~/public.pem}
         """,
     )
     assert settings == Settings(
@@ -78,6 +80,7 @@ def test_every_setting_is_read(params: Path) -> None:
         ),
         run=RunSettings(lease=30, time_limit=3600),
         registry=RegistrySettings(uri="http://localhost:5000"),
+        signing=SigningSettings(key="keys/private.pem", public_key="~/public.pem"),
     )
     assert settings.weight("legal") == 2.0
     assert settings.weight("never-named") == 1.0
@@ -129,6 +132,8 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("run: {lease: 0.5}", "run.lease"),
         ("run: {lease: soon}", "run.lease"),
         ("run: {time_limit: 0}", "run.time_limit"),
+        ("signing: {key: 1}", "signing.key"),
+        ("signing: {public_key: ' '}", "signing.public_key"),
         ("registry: {uri: ''}", "registry.uri"),
         ("domains: [legal]", "domains must be a mapping"),
         ("domains: {legal: 2.0}", "domains.legal must be a mapping"),

@@ -46,9 +46,14 @@ def pending(bench) -> list[str]:
     return [version.domain for version in plan(bench.workspace, bench.settings, bench.registry).pending]
 
 
-def kinds(bench) -> list[tuple[str, int | None]]:
+def told(bench) -> list[dict]:
+    """The log without the gates."""
     assert chain_problems(*bench.registry.log_as_stored()) == []
-    return [(entry["kind"], entry["version"]) for entry in bench.registry.log()]
+    return [entry for entry in bench.registry.log() if entry["kind"] != "gates"]
+
+
+def kinds(bench) -> list[tuple[str, int | None]]:
+    return [(entry["kind"], entry["version"]) for entry in told(bench)]
 
 
 def no_damage(bench) -> None:
@@ -89,7 +94,7 @@ def test_the_version_is_that_of_a_lineage_that_never_had_the_domain(lineage, mon
     before = lineage.registry.record(lineage.registry.head())
     done = withdraw(lineage, "legal")
     assert done.made.number == 5
-    assert sorted(fetched) == ["code", "medical"]  # no text of the domain is needed
+    assert set(fetched) == {"code", "medical"}  # no text of the domain is needed
     version = lineage.registry.head()
     record = lineage.registry.record(version)
     md5 = next(domain["dvc_md5"] for domain in before["domains"] if domain["name"] == "legal")
@@ -105,7 +110,7 @@ def test_the_version_is_that_of_a_lineage_that_never_had_the_domain(lineage, mon
     assert not {"copal.domain", "copal.dvc_md5", "copal.git_rev"} & version.tags.keys()
     assert not list(lineage.workspace.runs.iterdir())
     no_damage(lineage)
-    (entry,) = lineage.registry.log()
+    (entry,) = told(lineage)
     assert (entry["kind"], entry["version"], entry["why"]) == ("withdrawal", 5, "the licence ended")
     assert entry["details"] == {"domain": "legal", "dvc_md5": md5}
 
@@ -202,7 +207,7 @@ def test_a_log_entry_that_a_kill_prevented_is_made_by_the_next_one_who_holds_the
     assert kinds(lineage) == []
     with claimed(lineage.registry, "anything", lease=60):
         assert kinds(lineage) == [("withdrawal", 5)]
-    assert lineage.registry.log()[0]["why"] == "privacy"
+    assert told(lineage)[0]["why"] == "privacy"
     withdraw(lineage, "code")
     assert kinds(lineage) == [("withdrawal", 5), ("withdrawal", 6)]
 
@@ -225,13 +230,13 @@ def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_tr
         assert bool(total) == (version.number in (2, 6))
         assert version.contribution_dropped == (version.number in (3, 5))
     no_damage(lineage)
-    withdrawal, purge = lineage.registry.log()
+    withdrawal, purge = told(lineage)
     assert (withdrawal["kind"], purge["kind"], purge["why"]) == ("withdrawal", "purge", "the licence ended")
     assert purge["details"] == {
         "domain": "legal", "dvc_md5": withdrawal["details"]["dvc_md5"], "deleted": [3, 5], "traces": [3, 4, 5],
     }  # fmt: skip
     withdraw(lineage, "legal", purge=True)  # again: nothing is there to purge, and it is not told twice
-    assert len(lineage.registry.log()) == 2
+    assert len(told(lineage)) == 2
     lineage.commit("code", 8)
     assert step(lineage, "code") == 7  # reads contributions of the others
 

@@ -1,0 +1,100 @@
+"""Several lineages in one registry do not touch one another."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from mlflow import MlflowClient
+
+from flows.claims import claimed
+from flows.cli import main
+from flows.gc import collect
+from flows.registry import open_registry
+from flows.run import plain_stages, run_step
+from flows.verify import verify
+
+
+def step(bench, domain: str) -> None:
+    assert run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
+
+
+@pytest.fixture
+def two(bench):
+    """The lineages tiny (base, code, legal) and tiny.b (base, legal) in one store; the settings name tiny."""
+    for seed, domain in enumerate(("code", "legal")):
+        bench.commit(domain, seed)
+        step(bench, domain)
+    bench.set("name: tiny", "name: tiny.b")
+    bench.register_root()
+    step(bench, "legal")
+    bench.set("name: tiny.b", "name: tiny")
+    return bench
+
+
+@pytest.fixture
+def other(two):
+    two.set("name: tiny", "name: tiny.b")
+    settings = two.settings
+    two.set("name: tiny.b", "name: tiny")
+    return open_registry(two.workspace, settings)
+
+
+def test_versions_logs_and_sums_of_two_names_are_apart(two, other):
+    assert [(v.number, v.tags.get("copal.domain")) for v in two.registry.versions()] == [
+        (1, None),
+        (2, "code"),
+        (3, "legal"),
+    ]
+    assert [(v.number, v.tags.get("copal.domain")) for v in other.versions()] == [(1, None), (2, "legal")]
+    two.registry.append_log("promotion", to_version=3, details={"alias": "champion"})
+    assert other.log() == []
+    other.append_log("promotion", to_version=2, why="of the other", details={"alias": "champion"})
+    assert [entry["to"] for entry in two.registry.log()] == [3]
+    assert [entry["to"] for entry in other.log()] == [2]
+
+    before = {path: path.stat().st_size for path in other.folder(other.version(2)).rglob("*") if path.is_file()}
+    assert collect(two.workspace, two.settings, two.registry)  # the sum of version 2 of tiny, not of tiny.b
+    assert {path: path.stat().st_size for path in before if path.exists()} == before
+    assert two.registry.version(2).sum_dropped
+    assert not other.version(2).sum_dropped
+    for registry in (two.registry, other):
+        for version in registry.versions():
+            assert verify(two.workspace, two.settings, registry, version, data=False).findings == ()
+
+
+def test_who_holds_one_lineage_does_not_keep_others_waiting(two, other):
+    with claimed(two.registry, "a long step", lease=60) as held, claimed(other, "another", lease=60) as claim:
+        held.check()
+        claim.check()
+        assert {entry["what"] for entry in two.registry.claims().values() if entry["held"] == "yes"} == {"a long step"}
+        assert {entry["what"] for entry in other.claims().values() if entry["held"] == "yes"} == {"another"}
+
+
+def test_status_all_shows_every_lineage_and_nothing_else(two, capsys):
+    uri = two.registry.tracking_uri
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client.create_registered_model("somebody-elses")
+    client.set_registered_model_alias("tiny", "champion", "2")
+    assert len(list(client.search_registered_models())) > 3  # claims too
+    here = ["--workspace", str(two.root)]
+    assert main(["status", "--all", "--json", *here]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "lineages": [
+            {
+                "model": "tiny",
+                "head": 3,
+                "versions": [1, 2, 3],
+                "domains": ["code", "legal"],
+                "aliases": {"champion": 2, "latest": 3},
+            },
+            {"model": "tiny.b", "head": 2, "versions": [1, 2], "domains": ["legal"], "aliases": {"latest": 2}},
+        ]
+    }
+    assert main(["status", "--all", *here]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny*" in shown
+    assert "tiny.b" in shown
+    assert "champion: 2, latest: 3" in shown
+    assert "claim" not in shown
+    assert "somebody-elses" not in shown
