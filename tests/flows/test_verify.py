@@ -56,8 +56,6 @@ def signed(make_bench, tmp_path_factory):
         assert run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
     with Repo(str(bench.root)) as dvc:
         dvc.push()
-    bench.registry.append_log("gates", version=3, details={"gates": [{"name": "sparsity", "value": 0.5, "ok": True}]})
-    bench.registry.append_log("promotion", from_version=2, to_version=3, why="better", details={"alias": "champion"})
     return bench
 
 
@@ -233,7 +231,9 @@ def test_a_signature_by_another_key_or_over_other_files_is_refused(signed, tmp_p
     assert signature_problem(copied, key=keys / "own.pem", public_key=None) is None
     (copied / "report.json").write_text("{}")
     problem = signature_problem(copied, key=keys / "own.pem", public_key=None)
-    assert problem == "model.sig: Signature mismatch: [\"Hash mismatch for 'report.json'\"]"
+    assert problem is not None
+    assert problem.startswith("model.sig: Signature mismatch")
+    assert "report.json" in problem
 
 
 def test_a_signature_that_is_gone_or_was_not_there_is_found(signed):

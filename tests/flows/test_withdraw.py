@@ -17,7 +17,7 @@ from flows.gc import collect
 from flows.lineage import verify_files, withdrawal_of
 from flows.log import chain_problems
 from flows.reconcile import plan
-from flows.run import plain_stages, run_step, run_withdrawal
+from flows.run import finish, plain_stages, run_step, run_withdrawal
 from flows.stages import NoBaseError, WithdrawError
 from flows.status import status
 
@@ -205,7 +205,8 @@ def test_a_log_entry_that_a_kill_prevented_is_made_by_the_next_one_who_holds_the
             withdraw(lineage, "legal", "privacy")
     assert lineage.registry.head().number == 5
     assert kinds(lineage) == []
-    with claimed(lineage.registry, "anything", lease=60):
+    with claimed(lineage.registry, "anything", lease=60) as claim:
+        finish(lineage.workspace, lineage.settings, lineage.registry, claim, plain_stages())
         assert kinds(lineage) == [("withdrawal", 5)]
     assert told(lineage)[0]["why"] == "privacy"
     withdraw(lineage, "code")
