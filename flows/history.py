@@ -37,7 +37,7 @@ __all__ = [
     "up_to",
 ]
 
-# {model, versions: oldest first, each {version, parent, aliases, tags, digest, record, and where signed: signature},
+# {model, versions: oldest first, each {version, parent, aliases, tags, digest, record, signature (SHA-256 or None)},
 #  log: as `Registry.log` gives it}
 History = Mapping[str, Any]
 Measure = dict[str, Any]  # one perplexity, see `measures`
@@ -66,6 +66,7 @@ def read_history(registry: Registry) -> dict[str, Any]:
                 "tags": dict(version.tags),
                 "digest": record_digest(record),
                 "record": record,
+                "signature": version.tags.get("copal.signature"),
             }
         )
     return {"model": registry.model_name, "versions": versions, "log": registry.log()}

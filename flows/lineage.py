@@ -125,7 +125,7 @@ def build_record(
         perplexity_before: of the new domain on the parent, before the step.
         seconds: {statistics, solve, evaluate}.
         layers: a dict per pruned linear: name, sparsity, layer_error_before, layer_error_after, response_shift,
-            damping, tokens (of the new domain that it read).
+            weights_back (None where the parent is dense), damping, tokens (of the new domain that it read).
         code: {version, git_commit, dirty}; libraries: {name: version}.
         created: UTC time in ISO 8601.
         files: {path relative to the version's folder: SHA-256}, see `version_files`.

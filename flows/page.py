@@ -58,6 +58,7 @@ def render_page(history: History) -> str:
         forgetting=_forgetting(history),
         by_version=_by_version(history),
         sparsity=_sparsity(newest),
+        back=_back(newest),
         linears=_linears(newest),
         linears_left_out=max(0, len(newest["record"]["layers"]) - _LINEARS_SHOWN) if newest else 0,
         layers=list(_layers(history)),
@@ -188,6 +189,16 @@ def _sparsity(version: Mapping[str, Any] | None) -> dict[str, Any] | None:
         points = [(place, of([layer["sparsity"] for layer in layers])) for place, layers in enumerate(blocks.values())]
         lines.append({"name": name, "kind": kind, "points": points})
     return _chart(lines, list(blocks), _percent_plain)
+
+
+def _back(version: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A chart of the weights that came back, by block."""
+    blocks = _blocks(version["record"]["layers"]) if version else {}
+    sums = [sum(layer["weights_back"] or 0 for layer in layers) for layers in blocks.values()]
+    if not any(sums):
+        return None
+    line = {"name": "weights back", "kind": "mean", "points": list(enumerate(sums))}
+    return _chart([line], list(blocks), _count, zero=True)
 
 
 def _layers(history: History) -> Iterator[dict[str, Any]]:

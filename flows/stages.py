@@ -516,6 +516,7 @@ def register_step(
                 "name": layer.name,
                 "tokens": layer.tokens,
                 "sparsity": layer.zeros / layer.weights,
+                "weights_back": layer.weights_back if step.parent else None,
                 "layer_error_before": layer.error_before,
                 "layer_error_after": layer.error_after,
                 "response_shift": layer.response_shift,

@@ -121,6 +121,7 @@ def layers(blocks: int = 4, scale: float = 1.0, first: bool = False) -> list[dic
             "layer_error_before": None if first else 0.02 * scale * (block + 1),
             "layer_error_after": 0.01 * scale * (block + 1),
             "response_shift": None if first else 1.2 + 0.1 * block,
+            "weights_back": None if first else 40 + block,
             "damping": 0.1,
             "tokens": 12288,
         }

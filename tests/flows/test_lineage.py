@@ -70,6 +70,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
                 "layer_error_before": 0.2,
                 "layer_error_after": 0.1,
                 "response_shift": None,
+                "weights_back": 17,
                 "damping": 0.1,
                 "tokens": 512,
             }
