@@ -315,6 +315,7 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
     assert set(found) == {"model", "versions", "pending", "waiting", "notes", "problems"}
     first, _, last = found["versions"]
     assert set(last) == {
+        "withdrawn",
         "version", "parent", "domain", "dvc_md5", "git_rev", "sparsity", "weights_back",
         "perplexity", "dense_perplexity", "seconds", "gates", "failed", "aliases",
     }  # fmt: skip
