@@ -58,7 +58,7 @@ def test_the_lineage_holds_a_half_sparse_version_a_domain(lineage, capsys):
     assert second["perplexity"].keys() == {"code", "legal"}
     assert [version["sparsity"] for version in (first, second)] == [pytest.approx(0.5, abs=1e-4)] * 2
     assert second["weights_back"] > 100_000
-    assert second["aliases"] == ["latest"]
+    assert second["aliases"] == ["challenger", "latest"]  # it passed its gates
     assert status["pending"] == []
 
 
