@@ -245,7 +245,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    from flows.promote import promote
+    from flows.aliases import promote
 
     _, settings, registry = _open(arguments)
     version = _find_version(registry, arguments.version)
@@ -258,7 +258,7 @@ def _promote(arguments: argparse.Namespace) -> int:
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    from flows.promote import rollback
+    from flows.aliases import rollback
 
     _, settings, registry = _open(arguments)
     _say_moved(registry, rollback(registry, settings, why=arguments.why, force=arguments.force, tell=_say))
@@ -312,27 +312,27 @@ def _lineage(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from flows import audit
+    from flows import questions
 
     if arguments.question == "whose":
         answer = _whose(arguments)
     else:
         history = _history(arguments)
         if arguments.question == "used":
-            answer = audit.used(history, arguments.dataset)
+            answer = questions.used(history, arguments.dataset)
         elif arguments.question == "data":
-            answer = audit.data(history, arguments.alias, arguments.on)
+            answer = questions.data(history, arguments.alias, arguments.on)
         elif arguments.question == "diff":
-            answer = audit.diff(history, arguments.a, arguments.b)
+            answer = questions.diff(history, arguments.a, arguments.b)
         else:
-            answer = audit.worse(history, arguments.domain)
-    _show(answer, arguments.json, audit.render)
+            answer = questions.worse(history, arguments.domain)
+    _show(answer, arguments.json, questions.render)
     return 0
 
 
 def _whose(arguments: argparse.Namespace) -> dict[str, Any]:
-    from flows.audit import whose
     from flows.lineage import file_digests
+    from flows.questions import whose
 
     folder = arguments.folder.expanduser().resolve()
     if not folder.is_dir():

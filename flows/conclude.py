@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError, StateError
+from flows.aliases import CHALLENGER, CHAMPION, gates_entry, move_champion, settle
 from flows.gates import GateResult, judge
 from flows.history import read_history
 from flows.lineage import LineageError, domain_records, record_digest, verify_files
 from flows.page import render_page
-from flows.promote import CHALLENGER, CHAMPION, gates_entry, move_champion, settle
 from flows.registry import AliasMovedError
 from flows.stages import dataset_of
 

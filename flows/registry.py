@@ -654,7 +654,7 @@ class Registry:
         others = [Registry(self.tracking_uri, self.artifact_root, name, self.cache, self.key) for name in named]
         return [other for other in others if other.head() is not None]
 
-    # -- what the log says and MLflow shows: see `flows.promote` --
+    # -- what the log says and MLflow shows: see `flows.aliases` --
 
     def alias(self, name: str) -> int | None:
         """The number of the version that an alias names; None where it names none.

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from copal.progress import Progress, silent
 from flows import stages
+from flows.aliases import settle
 from flows.claims import Claim, claimed
 from flows.conclude import conclude
-from flows.promote import settle
 from flows.purge import Purged, purge_domain
 from flows.registry import HeadMovedError
 from flows.stages import Evaluation, Step

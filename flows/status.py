@@ -99,7 +99,7 @@ def _dataset(version: DatasetVersion) -> dict[str, Any]:
 
 
 def _version(version: ModelVersion, record: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from flows.promote import gates_entry
+    from flows.aliases import gates_entry
 
     step = record["step"] or {}
     entry = gates_entry(version, entries)

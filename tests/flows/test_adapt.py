@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from toys import other_masks, weights
 
 from copal.errors import CopalError, DataError
 from flows import stages
@@ -22,17 +22,6 @@ pytestmark = pytest.mark.usefixtures("prefect")
 
 def pending(bench) -> list[str]:
     return [version.domain for version in plan(bench.workspace, bench.settings, bench.registry).pending]
-
-
-def weights(bench, number: int) -> dict[str, torch.Tensor]:
-    folder = bench.registry.folder(bench.registry.version(number)) / "model"
-    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    return {name: weight for name, weight in state.items() if "layers" in name and weight.ndim == 2}
-
-
-def other_masks(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    different = sum(int(((one[name] == 0) != (other[name] == 0)).sum()) for name in one)
-    return different / sum(weight.numel() for weight in one.values())
 
 
 def test_three_commits_end_in_three_versions_in_the_order_of_the_commits(bench):

@@ -9,18 +9,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from toys import other_masks, step, weights
 
-from copal.checkpoint import Checkpoint
 from flows.cli import main
 from flows.gc import collect
 from flows.lineage import verify_files
 from flows.registry import RegistryError
-from flows.run import plain_stages, run_step
-
-
-def step(bench, domain: str) -> None:
-    """One step without Prefect."""
-    assert run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
 
 
 @pytest.fixture
@@ -39,16 +33,6 @@ def folder(bench, number: int) -> Path:
 
 def sums(bench, number: int) -> list[Path]:
     return sorted((folder(bench, number) / "state" / "sum").glob("*"))
-
-
-def weights(bench, number: int) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint(folder(bench, number) / "model")
-    return {name: t for name, t in checkpoint.read(checkpoint.names()).items() if "layers" in name and t.ndim == 2}
-
-
-def other_masks(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    different = sum(int(((one[name] == 0) != (other[name] == 0)).sum()) for name in one)
-    return different / sum(weight.numel() for weight in one.values())
 
 
 def test_old_sums_go_and_the_next_step_gives_the_same_weights(lineage):

@@ -6,17 +6,13 @@ import json
 
 import pytest
 from mlflow import MlflowClient
+from toys import step
 
 from flows.claims import claimed
 from flows.cli import main
 from flows.gc import collect
 from flows.registry import open_registry
-from flows.run import plain_stages, run_step
 from flows.verify import verify
-
-
-def step(bench, domain: str) -> None:
-    assert run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
 
 
 @pytest.fixture

@@ -12,15 +12,11 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from toys import step
 
 from flows import stages
 from flows.gc import collect
 from flows.registry import RegistryError
-from flows.run import plain_stages, run_step
-
-
-def step(bench, domain: str = "code"):
-    return run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
 
 
 def domains(bench) -> list[str | None]:

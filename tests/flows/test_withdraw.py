@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
+from toys import other_masks, weights
 
-from copal.checkpoint import Checkpoint
 from copal.errors import DataError, StateError
 from flows import stages
 from flows.claims import claimed
@@ -30,16 +30,6 @@ def step(bench, domain: str) -> int:
 
 def withdraw(bench, domain: str, why: str = "the licence ended", *, purge: bool = False):
     return run_withdrawal(bench.workspace, bench.settings, bench.registry, domain, why, plain_stages(), purge=purge)
-
-
-def weights(bench, number: int) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint(bench.registry.folder(bench.registry.version(number)) / "model")
-    return {name: t for name, t in checkpoint.read(checkpoint.names()).items() if "layers" in name and t.ndim == 2}
-
-
-def other_masks(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    different = sum(int(((one[name] == 0) != (other[name] == 0)).sum()) for name in one)
-    return different / sum(weight.numel() for weight in one.values())
 
 
 def pending(bench) -> list[str]:

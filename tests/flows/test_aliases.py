@@ -12,9 +12,9 @@ from mlflow import MlflowClient
 from test_registry import a_record, a_registry, staged
 
 from copal.errors import CopalError
-from flows import promote as module
+from flows import aliases as module
+from flows.aliases import PromotionError, champions, promote, rollback, settle
 from flows.cli import main
-from flows.promote import PromotionError, champions, promote, rollback, settle
 from flows.registry import AliasMovedError, Registry
 from flows.run import plain_stages, run_step
 from flows.settings import Settings

@@ -9,10 +9,10 @@ import shutil
 import pytest
 from rich.console import Console
 
-from flows.audit import data, diff, render, used, whose, worse
 from flows.cli import main
 from flows.history import HistoryError, find_version
 from flows.lineage import file_digests
+from flows.questions import data, diff, render, used, whose, worse
 from tests.flows.histories import a_history, log, md5, three_domains
 
 

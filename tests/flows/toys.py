@@ -1,0 +1,27 @@
+"""What several tests of the flows do with a workspace of a toy model: a step without Prefect, weights, masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from copal.checkpoint import Checkpoint
+from flows.run import Made, plain_stages, run_step
+
+
+def step(bench: Any, domain: str = "code") -> Made | None:
+    """One step, at the watched branch."""
+    return run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
+
+
+def weights(bench: Any, number: int) -> dict[str, torch.Tensor]:
+    """The pruned linears of a version, as stored."""
+    checkpoint = Checkpoint(bench.registry.folder(bench.registry.version(number)) / "model")
+    return {name: t for name, t in checkpoint.read(checkpoint.names()).items() if "layers" in name and t.ndim == 2}
+
+
+def other_masks(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The share of weights that are zero in one of the two and not in the other."""
+    different = sum(int(((one[name] == 0) != (other[name] == 0)).sum()) for name in one)
+    return different / sum(weight.numel() for weight in one.values())
