@@ -1,8 +1,8 @@
 """Which version serves: `challenger` is the newest that passed its gates, `champion` the one that somebody promoted.
 
-An alias moves under the claim of its lineage, in three writes: the log entry that says so, the alias, and a tag with
-the number of that entry. The log comes first, for only so can a move that a process was killed in be told from one that
-somebody made by hand in MLflow's UI:
+An alias moves under a claim on the aliases of its lineage, in three writes: the log entry that says so, the alias, and
+a tag with the number of that entry. The log comes first, for only so can a move that a process was killed in be told
+from one that somebody made by hand in MLflow's UI:
 
     tag older than the entry, alias as the entry found it     killed: `settle` makes the move
     tag older than the entry, alias as the entry wants it     killed: `settle` sets the tag
@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError
-from flows.claims import claimed
+from flows.claims import ALIASES, claimed
+from flows.log import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias
 from flows.registry import AliasMovedError
 
 if TYPE_CHECKING:
@@ -24,19 +25,16 @@ if TYPE_CHECKING:
     from flows.settings import Settings
 
 __all__ = [
-    "CHALLENGER",
-    "CHAMPION",
     "PromotionError",
-    "champions",
     "gates_entry",
+    "judged",
     "move_champion",
+    "named",
     "promote",
     "rollback",
     "settle",
+    "unsettled",
 ]
-
-CHAMPION, CHALLENGER = "champion", "challenger"
-_MOVES = ("promotion", "rollback")
 
 Entry = Mapping[str, Any]
 
@@ -59,7 +57,7 @@ def promote(
     Args:
         why: for the log.
         force: even if its gates failed or never ran, or the alias was moved by hand; wants a reason.
-        tell: called with a line where another process has the lineage.
+        tell: called with a line where another process moves an alias.
 
     Returns:
         The log entry; None where the version is the champion already.
@@ -71,8 +69,8 @@ def promote(
         LineageError: the log was altered.
     """
     _check_reason(force, why)
-    seen = _moves(registry.log())
-    with claimed(registry, f"promote version {number}", lease=settings.run.lease, tell=tell) as claim:
+    seen = len(alias_moves(registry.log(), CHAMPION))
+    with claimed(registry, f"promote version {number}", lease=settings.run.lease, on=ALIASES, tell=tell) as claim:
         settle(registry)
         refusal = _refusal(registry.version(number), registry.log())
         if refusal and not force:
@@ -105,8 +103,8 @@ def rollback(
         AliasMovedError, RegistryError, LineageError: see `promote`.
     """
     _check_reason(force, why)
-    seen = _moves(registry.log())
-    with claimed(registry, "roll back", lease=settings.run.lease, tell=tell) as claim:
+    seen = len(alias_moves(registry.log(), CHAMPION))
+    with claimed(registry, "roll back", lease=settings.run.lease, on=ALIASES, tell=tell) as claim:
         settle(registry)
         there = {version.number for version in registry.versions()}
         now = registry.alias(CHAMPION)  # by force also from where somebody set it by hand, to the champion by the log
@@ -122,20 +120,48 @@ def rollback(
 
 
 def settle(registry: Registry) -> None:
-    """Make the alias moves that the log names and a killed process did not make. Only for who holds the lineage.
+    """Make the alias moves that the log names and a killed process did not make. Only for who holds the aliases.
 
     Raises:
         RegistryError: the registry fails.
         LineageError: the log was altered.
     """
+    for alias, entry, actual in unsettled(registry):
+        if actual in (entry["from"], entry["to"]):
+            registry.move_alias(alias, entry["to"], expected=actual, entry=entry["number"])
+
+
+def unsettled(registry: Registry) -> list[tuple[str, Entry, int | None]]:
+    """(alias, the log entry that moves it, the version that it names now) of moves that were not made to their end."""
     entries = registry.log()
-    challenges = [entry for entry in entries if entry["kind"] == "gates" and entry["to"] is not None]
-    for alias, moves in ((CHALLENGER, challenges), (CHAMPION, _champion_moves(entries))):
-        if not moves or registry.moved_by(alias) >= moves[-1]["number"]:
-            continue
-        last, actual = moves[-1], registry.alias(alias)
-        if actual in (last["from"], last["to"]):
-            registry.move_alias(alias, last["to"], expected=actual, entry=last["number"])
+    return [
+        (alias, moves[-1], registry.alias(alias))
+        for alias in (CHALLENGER, CHAMPION)
+        if (moves := alias_moves(entries, alias)) and registry.moved_by(alias) < moves[-1]["number"]
+    ]
+
+
+def judged(registry: Registry, version: ModelVersion, details: Mapping[str, Any]) -> dict[str, Any]:
+    """Log the gate results of a version, and with them where `challenger` goes. Only for who holds the aliases.
+
+    The newest version that passed is the challenger. One that passed and was judged again and failed is it no more.
+    """
+    entries, now = registry.log(), registry.alias(CHALLENGER)
+    to = now
+    if details["passed"] and (now is None or now < version.number):
+        to = version.number
+    elif not details["passed"] and now == version.number:
+        others = (other for other in registry.versions() if other.number != version.number)
+        passed = [other.number for other in others if _has_passed(other, entries)]
+        to = max(passed, default=None)
+    moves = to != now
+    return registry.append_log(
+        "gates",
+        version=version.number,
+        from_version=now if moves else None,
+        to_version=to if moves else None,
+        details=details,
+    )
 
 
 def move_champion(
@@ -145,14 +171,14 @@ def move_champion(
 
     Raises:
         AliasMovedError: it was moved by hand since the last entry, and `force` is not set.
-        ClaimLostError: the lineage was taken over; nothing changed.
+        ClaimLostError: the aliases were taken over; nothing changed.
     """
     entries = registry.log()
-    logged, actual = _logged_champion(entries), registry.alias(CHAMPION)
+    logged, actual = logged_alias(entries, CHAMPION), registry.alias(CHAMPION)
     if actual != logged and not force:
         raise AliasMovedError(
-            f"{CHAMPION} of {registry.model_name} was moved by hand: it names {_named(actual)}, the log says "
-            f"{_named(logged)}; set it back in MLflow, or go on from there with --force --why TEXT"
+            f"{CHAMPION} of {registry.model_name} was moved by hand: it names {named(actual)}, the log says "
+            f"{named(logged)}; set it back in MLflow, or go on from there with --force --why TEXT"
         )
     if actual == number == logged:
         return None
@@ -177,40 +203,17 @@ def gates_entry(version: ModelVersion, entries: Sequence[Entry]) -> Entry | None
     return next((entry for entry in reversed(found) if entry["details"].get("record") == digest), None)
 
 
-def champions(entries: Sequence[Entry]) -> list[int]:
-    """The champion by the log and before it those that a rollback goes back to, the nearest last."""
-    stack: list[int] = []
-    for entry in _champion_moves(entries):
-        before, to = entry["from"], entry["to"]
-        if entry["kind"] == "rollback":
-            while stack and stack[-1] != to:
-                stack.pop()
-        elif before is not None and stack[-1:] != [before]:  # set by hand, and gone on from by force
-            stack.append(before)
-        if stack[-1:] != [to]:
-            stack.append(to)
-    return stack
-
-
-def _champion_moves(entries: Sequence[Entry]) -> list[Entry]:
-    return [entry for entry in entries if entry["kind"] in _MOVES]
-
-
-def _moves(entries: Sequence[Entry]) -> int:
-    return len(_champion_moves(entries))
-
-
-def _logged_champion(entries: Sequence[Entry]) -> int | None:
-    moves = _champion_moves(entries)
-    return moves[-1]["to"] if moves else None
+def _has_passed(version: ModelVersion, entries: Sequence[Entry]) -> bool:
+    entry = gates_entry(version, entries)
+    return entry is not None and bool(entry["details"]["passed"])
 
 
 def _check_first(registry: Registry, seen: int) -> None:
     """What was looked at before the claim is still so."""
-    moves = _champion_moves(registry.log())
+    moves = alias_moves(registry.log(), CHAMPION)
     if len(moves) != seen:
         raise AliasMovedError(
-            f"{CHAMPION} of {registry.model_name} was moved to {_named(moves[-1]['to'])} by {moves[-1]['who']} "
+            f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1]['to'])} by {moves[-1]['who']} "
             "in the meantime; look at it, then try again"
         )
 
@@ -231,5 +234,6 @@ def _check_reason(force: bool, why: str | None) -> None:
         raise PromotionError("--force wants a reason for the log: add --why TEXT")
 
 
-def _named(number: int | None) -> str:
+def named(number: int | None) -> str:
+    """A version, for people."""
     return "no version" if number is None else f"version {number}"

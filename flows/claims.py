@@ -1,8 +1,9 @@
-"""Who may work on a lineage: a claim with an expiry and a fencing token, kept in the registry.
+"""Who may work on a lineage, or move its aliases: a claim with an expiry and a fencing token, kept in the registry.
 
-The claims of a lineage are a log of numbered entries. An entry is appended by creating a name that the registry's
-database keeps unique, so of any number of processes on any number of hosts one gets a number. An entry either takes the
-lineage or frees it; the last one counts, and its number is the fencing token.
+The claims of a lineage are numbered entries (`Registry.add_entry`): of any number of processes on any number of hosts
+one gets a number. An entry either takes the lineage or frees it; the last one counts, and its number is the fencing
+token. Claims on the aliases are entries of a kind of their own: they are held for moments, so that a rollback does not
+wait for a step that runs for hours.
 
 - Who holds the lineage moves the expiry of its own entry on, in a thread. A claim past its expiry, or of a process of
   this machine that is dead, may be taken by anybody: they append the next entry.
@@ -29,7 +30,9 @@ from copal.progress import Progress
 from flows.alive import find_process
 from flows.registry import Registry, RegistryError
 
-__all__ = ["Claim", "ClaimLostError", "claimed"]
+__all__ = ["ALIASES", "LINEAGE", "Claim", "ClaimLostError", "claimed"]
+
+LINEAGE, ALIASES = "claim", "alias-claim"  # what a claim is on; who holds both took the lineage first
 
 _POLL = 0.5  # seconds between two looks at a claim that somebody else holds
 _WAITS_QUIETLY = 2.0  # seconds after which a wait is worth a word
@@ -80,8 +83,8 @@ _NAMES = {field.name for field in fields(_Entry)}
 class Claim:
     """The right to work on a lineage, until `expires`. Made by `claimed`."""
 
-    def __init__(self, registry: Registry, token: int, entry: _Entry, lease: float) -> None:
-        self._registry, self._entry, self._lease = registry, entry, lease
+    def __init__(self, registry: Registry, on: str, token: int, entry: _Entry, lease: float) -> None:
+        self._registry, self._on, self._entry, self._lease = registry, on, entry, lease
         self.token = token
         self._lost = False
         self._ended = threading.Event()
@@ -121,7 +124,7 @@ class Claim:
         with self._lock:
             self.check()
             entry = _entry("yes", self._entry.what, self._lease, sealed=logged_model)
-            if not _append(self._registry, self.token + 1, entry):
+            if not self._append(entry):
                 self._lost = True
                 self.check()
             self.token, self._entry = self.token + 1, entry
@@ -136,10 +139,10 @@ class Claim:
         with self._lock:
             self.check()
             expires = repr(time.time() + self._lease)
-            if max(self._registry.claims(), default=0) != self.token:
+            if max(self._registry.entries(self._on), default=0) != self.token:
                 self._lost = True
                 self.check()
-            self._registry.extend_claim(self.token, {"expires": expires})
+            self._registry.change_entry(self._on, self.token, {"expires": expires})
             self._entry = replace(self._entry, expires=expires)
 
     def keep(self) -> None:
@@ -157,26 +160,30 @@ class Claim:
         self._ended.set()
         with self._lock, contextlib.suppress(CopalError):  # the registry is gone: then the claim expires
             if not self._lost:
-                _append(self._registry, self.token + 1, _entry("no", self._entry.what, 0.0, self._entry.sealed))
+                self._append(_entry("no", self._entry.what, 0.0, self._entry.sealed))
+
+    def _append(self, entry: _Entry) -> bool:
+        return self._registry.add_entry(self._on, self.token + 1, asdict(entry))
 
 
 @contextmanager
 def claimed(
-    registry: Registry, what: str, *, lease: float, tell: Callable[[str], None] | None = None
+    registry: Registry, what: str, *, lease: float, on: str = LINEAGE, tell: Callable[[str], None] | None = None
 ) -> Iterator[Claim]:
-    """Hold the lineage of `registry`; waits as long as somebody else does.
+    """Hold the lineage of `registry`, or its aliases; waits as long as somebody else does.
 
     What a dead holder was about to publish is published first, and what it had published and not logged is logged.
 
     Args:
         what: the work, for people who look who holds the lineage.
         lease: seconds after which a holder that gives no sign of life may be taken over.
+        on: `LINEAGE` or `ALIASES`.
         tell: called with a line where it has to wait.
 
     Raises:
         RegistryError: the registry does not answer.
     """
-    claim, sealed = _take(registry, what, lease, tell)
+    claim, sealed = _take(registry, what, lease, on, tell)
     threading.Thread(target=claim.keep, name="copal-claim", daemon=True).start()
     try:
         if sealed:
@@ -195,12 +202,14 @@ def claimed(
         ending.join(_END_WAIT)
 
 
-def _take(registry: Registry, what: str, lease: float, tell: Callable[[str], None] | None) -> tuple[Claim, str]:
-    """Take the lineage: the claim, and what the last holder had sealed and maybe not published."""
+def _take(
+    registry: Registry, what: str, lease: float, on: str, tell: Callable[[str], None] | None
+) -> tuple[Claim, str]:
+    """Take the lineage or its aliases: the claim, and what the last holder had sealed and maybe not published."""
     began, told = time.monotonic(), tell is None
     pause = threading.Event()
     while True:
-        claims = registry.claims()
+        claims = registry.entries(on)
         last = max(claims, default=0)
         if claims and not claims[last].keys() >= _NAMES:
             continue  # it is being deleted, so there is a later one by now
@@ -208,30 +217,14 @@ def _take(registry: Registry, what: str, lease: float, tell: Callable[[str], Non
         if before is None or before.may_be_taken():
             sealed = before.sealed if before else ""
             entry = _entry("yes", what, lease, sealed=sealed)
-            if _append(registry, last + 1, entry):
-                return Claim(registry, last + 1, entry, lease), sealed
+            if registry.add_entry(on, last + 1, asdict(entry)):
+                return Claim(registry, on, last + 1, entry, lease), sealed
             continue
         if not told and time.monotonic() - began > _WAITS_QUIETLY:
             assert tell is not None
             tell(f"waiting for {before.holder}, which works on {registry.model_name}")
             told = True
         pause.wait(_POLL)
-
-
-def _append(registry: Registry, number: int, entry: _Entry) -> bool:
-    """Append an entry; False where another has that number, or had.
-
-    The last entry is never deleted, so the highest number only rises: an entry that is not the highest was appended at
-    a place that others had passed.
-    """
-    registry.add_claim(number, asdict(entry))
-    claims = registry.claims()
-    if max(claims, default=0) != number or claims[number].get("nonce") != entry.nonce:
-        return False
-    for old in claims:
-        if old < number:
-            registry.drop_claim(old)
-    return True
 
 
 def _entry(held: str, what: str, lease: float, sealed: str = "") -> _Entry:

@@ -244,6 +244,28 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _gates(arguments: argparse.Namespace) -> int:
+    from flows.aliases import gates_entry
+    from flows.gates import render
+
+    workspace, settings, registry = _open(arguments)
+    version = _find_version(registry, arguments.version)
+    if version.parent is None:
+        raise CommandError(f"version {version.number} of {registry.model_name} is the dense base: it has no gates")
+    if arguments.again:
+        from flows.conclude import conclude
+
+        conclude(workspace, settings, registry, version, None, _say, again=True)
+    entry = gates_entry(version, registry.log())
+    if entry is None:
+        raise CommandError(
+            f"version {version.number} of {registry.model_name} has not gone through its gates: "
+            f"copal gates {version.number} --again"
+        )
+    _show(entry, arguments.json, render)
+    return 0 if entry["details"]["passed"] else 1
+
+
 def _promote(arguments: argparse.Namespace) -> int:
     from flows.aliases import promote
 
@@ -377,7 +399,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(line)
         said = f"{len(found.findings)} differences" if found.findings else "nothing differs"
         print(f"version {found.version} of {registry.model_name}: {said}; checked {', '.join(found.checked)}")
-    return 2 if found.findings else 0
+    return 1 if found.findings else 0
 
 
 def _gc(arguments: argparse.Namespace) -> int:
@@ -725,6 +747,10 @@ def _parser() -> argparse.ArgumentParser:
     status = command("status", _status, "show the versions, their figures, and what is pending")
     status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument("--all", action="store_true", help="instead: every lineage of the registry")
+    gates = command("gates", _gates, "show what each gate said of a version")
+    gates.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
+    gates.add_argument("--again", action="store_true", help="run them again, with the limits of today")
+    gates.add_argument("--json", action="store_true", help="the entry of the log, for programs")
     promote = command("promote", _promote, "make a version the champion: it passed its gates, and you want it to serve")
     promote.add_argument("version", metavar="VERSION", help="a number, or an alias such as challenger")
     rollback = command("rollback", _rollback, "make the champion before this one the champion again")

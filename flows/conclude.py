@@ -1,4 +1,4 @@
-"""What follows a registration, still under the claim: the gates of the new version, and the aliases that they move.
+"""What follows a registration: the gates of the new version, and the aliases that they move.
 
 The log entry with the results is what counts. It comes first, tags and aliases after it and the tag `copal.gates` last:
 a version without that tag is not concluded, and whoever takes the lineage next does what is missing.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError, StateError
-from flows.aliases import CHALLENGER, CHAMPION, gates_entry, move_champion, settle
+from flows.aliases import gates_entry, judged, move_champion, settle
+from flows.claims import ALIASES, claimed
 from flows.gates import GateResult, judge
 from flows.history import read_history
 from flows.lineage import LineageError, domain_records, record_digest, verify_files
+from flows.log import CHALLENGER, CHAMPION
 from flows.page import render_page
 from flows.registry import AliasMovedError
 from flows.stages import dataset_of
@@ -30,62 +33,82 @@ __all__ = ["conclude"]
 PROMPT_TOKENS, TOKENS = 32, 20
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Evidence:
+    """What gates judge by; see `flows.gates.judge`."""
+
+    record: Mapping[str, Any]
+    others: Mapping[int, Mapping[str, Any]]
+    rounding: float
+    generation: Mapping[str, str | None]
+    problems: tuple[str, ...]
+
+
 def conclude(
     workspace: Workspace,
     settings: Settings,
     registry: Registry,
     version: ModelVersion,
-    claim: Claim,
+    claim: Claim | None,
     tell: Callable[[str], None] | None = None,
+    *,
+    again: bool = False,
 ) -> tuple[GateResult, ...]:
     """Run the gates of a version and move the aliases that they move; what was done before is not done again.
 
     A gate that fails is a result and no error: the version stays the head of the lineage.
 
     Args:
+        claim: on the lineage, of who has just registered the version; None: nobody is hurt if two do this at once.
         tell: called with a line where `champion` was moved by hand, which `promote: auto` leaves alone.
+        again: run them with the settings of today even if they ran before.
 
     Raises:
         ClaimLostError: the lineage was taken over.
         RegistryError: the registry fails.
         LineageError: the log was altered.
     """
-    entry = gates_entry(version, registry.log())
-    if entry is None:
-        results = _run_gates(workspace, settings, registry, version, claim)
-        passed = all(result.passed for result in results)
-        claim.check()
-        entry = registry.append_log(
-            "gates",
-            version=version.number,
-            from_version=registry.alias(CHALLENGER) if passed else None,
-            to_version=version.number if passed else None,
-            details={
-                "record": version.tags["copal.lineage_digest"],
-                "passed": passed,
-                "promote": settings.gates.promote,
-                "gates": [result.as_dict() for result in results],
-            },
-        )
-    claim.check()
-    settle(registry)
-    if entry["details"]["passed"] and entry["details"]["promote"] == "auto":
-        _promote(registry, version, claim, tell)
+    entry = None if again else gates_entry(version, registry.log())
+    evidence = _gather(workspace, settings, registry, version, claim) if entry is None else None
+    _check(claim)
+    with claimed(registry, f"gates of version {version.number}", lease=settings.run.lease, on=ALIASES) as aliases:
+        settle(registry)
+        if evidence is not None:  # judged only now, for the champion may have moved
+            entry = judged(registry, version, _details(registry, version, settings, evidence))
+        assert entry is not None
+        settle(registry)
+        if entry["details"]["passed"] and entry["details"]["promote"] == "auto":
+            _promote(registry, version, entry, aliases, tell)
+    _check(claim)
     results = tuple(GateResult(**gate) for gate in entry["details"]["gates"])
-    figures = {f"gate.{result.name}.passed": float(result.passed) for result in results}
-    figures |= {f"gate.{result.name}": result.value for result in results if result.value is not None}
     with suppress(LineageError):  # of an altered record; a gate has said so
         registry.log_page(version, render_page(read_history(registry)))
-    registry.conclude(version, passed=entry["details"]["passed"], entry=entry["number"], figures=figures)
+    registry.conclude(
+        version,
+        passed=entry["details"]["passed"],
+        entry=entry["number"],
+        gates=[result.as_dict() for result in results],
+    )
     return results
 
 
-def _promote(registry: Registry, version: ModelVersion, claim: Claim, tell: Callable[[str], None] | None) -> None:
-    """What passed becomes the champion, unless somebody has decided otherwise since."""
-    entries = registry.log()
-    entry = gates_entry(version, entries)
-    assert entry is not None
-    if any(later["kind"] in ("promotion", "rollback") for later in entries[entry["number"] :]):
+def _check(claim: Claim | None) -> None:
+    if claim is not None:
+        claim.check()
+
+
+def _promote(
+    registry: Registry,
+    version: ModelVersion,
+    entry: Mapping[str, Any],
+    claim: Claim,
+    tell: Callable[[str], None] | None,
+) -> None:
+    """What passed becomes the champion, unless somebody has decided otherwise since, or a newer one passed."""
+    champion = registry.alias(CHAMPION)
+    if registry.alias(CHALLENGER) != version.number or (champion is not None and champion > version.number):
+        return
+    if any(later["kind"] in ("promotion", "rollback") for later in registry.log()[entry["number"] :]):
         return
     try:
         move_champion(registry, claim, "promotion", version.number, why="all gates passed", force=False)
@@ -94,24 +117,36 @@ def _promote(registry: Registry, version: ModelVersion, claim: Claim, tell: Call
             tell(str(error))
 
 
-def _run_gates(
-    workspace: Workspace, settings: Settings, registry: Registry, version: ModelVersion, claim: Claim
-) -> tuple[GateResult, ...]:
+def _details(registry: Registry, version: ModelVersion, settings: Settings, evidence: _Evidence) -> dict[str, Any]:
+    """What the log keeps of the gates: their results against the champion that serves now."""
+    results = judge(
+        evidence.record,
+        evidence.others,
+        registry.alias(CHAMPION),
+        settings.gates,
+        rounding=evidence.rounding,
+        generation=evidence.generation,
+        problems=evidence.problems,
+    )
+    return {
+        "record": version.tags["copal.lineage_digest"],
+        "passed": all(result.passed for result in results),
+        "promote": settings.gates.promote,
+        "gates": [result.as_dict() for result in results],
+    }
+
+
+def _gather(
+    workspace: Workspace, settings: Settings, registry: Registry, version: ModelVersion, claim: Claim | None
+) -> _Evidence:
     record = registry.record(version)
     others, problems = _chain(registry, version, record)
     folder = registry.folder(version)
     problems += verify_files(record, folder, **version.dropped)
-    claim.check()
+    _check(claim)
     written = _write(workspace, settings, version, record, folder / "model") if settings.gates.generation else {}
-    champion = registry.alias(CHAMPION)
-    return judge(
-        record,
-        others,
-        champion,
-        settings.gates,
-        rounding=_rounding(folder),
-        generation=written,
-        problems=problems,
+    return _Evidence(
+        record=record, others=others, rounding=_rounding(folder), generation=written, problems=tuple(problems)
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from copal.errors import CopalError
 from flows.git import run_git
-from flows.settings import Settings, Workspace, WorkspaceError, load_settings, open_workspace
+from flows.settings import Settings, Workspace, WorkspaceError, load_settings, open_workspace, without_secrets
 
 __all__ = ["Check", "doctor", "render"]
 
@@ -185,7 +185,7 @@ def _mlflow(workspace: Workspace | None, settings: Settings) -> Check:
         return check
     from flows.registry import open_registry
 
-    store = re.sub(r"//[^@/\s]*@", "//", workspace.registry_uri(settings))  # without user and password
+    store = without_secrets(workspace.registry_uri(settings))
     head = open_registry(workspace, settings).head()
     if head is None:
         return Check(
@@ -210,7 +210,7 @@ def _prefect() -> Check:
     address = get_current_settings().api.url
     if not address:
         return Check(name="prefect", ok=True, found=f"{check.found}, a temporary server for each run")
-    shown = re.sub(r"//[^@/\s]*@", "//", address)
+    shown = without_secrets(address)
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=5):
             pass

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from copal.config import PruneConfig
 from flows.settings import GateSettings
 
-__all__ = ["GateResult", "as_table", "failed", "judge"]
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["GateResult", "as_table", "failed", "judge", "render"]
 
 Record = Mapping[str, Any]
 _EXACT = 1e-9
@@ -90,6 +93,22 @@ def as_table(number: int, results: Sequence[GateResult]) -> str:
     verdict = f"{bad} of {len(results)} gates failed" if bad else f"all {len(results)} gates passed"
     head = [f"## Version {number}: {verdict}", "", "| gate | | value | limit | |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows])
+
+
+def render(entry: Record) -> RenderableType:
+    """A log entry with gate results, for people."""
+    from rich.table import Table
+    from rich.text import Text
+
+    bad = sum(not gate["passed"] for gate in entry["details"]["gates"])
+    verdict = f"{bad} failed" if bad else "all passed"
+    table = Table(title=f"gates of version {entry['version']}, {entry['when']}: {verdict}", title_justify="left")
+    for heading in ("gate", "", "value", "limit", ""):
+        table.add_column(heading, justify="right" if heading in ("value", "limit") else "left", overflow="fold")
+    for gate in entry["details"]["gates"]:
+        said = Text("passed", "green") if gate["passed"] else Text("failed", "bold red")
+        table.add_row(gate["name"], said, _figure(gate["value"]), _figure(gate["limit"]), Text(gate["detail"]))
+    return table
 
 
 # --- the gates

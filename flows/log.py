@@ -17,10 +17,25 @@ from typing import Any
 from copal.config import canonical_json, fingerprint
 from flows.schema import problem_with
 
-__all__ = ["KINDS", "SCHEMA", "anchor_of", "chain_problems", "next_entry"]
+__all__ = [
+    "CHALLENGER",
+    "CHAMPION",
+    "KINDS",
+    "SCHEMA",
+    "alias_moves",
+    "anchor_of",
+    "chain_problems",
+    "champions",
+    "logged_alias",
+    "next_entry",
+]
 
 SCHEMA = "copal.log/1"
 KINDS = ("gates", "promotion", "rollback", "withdrawal", "purge")
+CHAMPION, CHALLENGER = "champion", "challenger"  # the aliases that the log tells of
+_MOVES = ("promotion", "rollback")
+
+Entry = Mapping[str, Any]
 
 
 def next_entry(
@@ -67,7 +82,7 @@ def chain_problems(entries: Sequence[Any], anchor: str) -> list[str]:
     """What is wrong with a log, a line each; nothing where it is whole and ends at its anchor."""
     problems = []
     for place, entry in enumerate(entries, start=1):
-        problem = problem_with(entry, SCHEMA)
+        problem = problem_with(entry, SCHEMA) if entry is not None else "is missing"
         if problem:
             problems.append(f"log entry {place}: {problem}")
             continue
@@ -79,6 +94,34 @@ def chain_problems(entries: Sequence[Any], anchor: str) -> list[str]:
     if not problems and anchor != anchor_of(entries):
         problems.append(f"the log has {len(entries)} entries and does not end where the registry says ({anchor!r})")
     return problems
+
+
+def alias_moves(entries: Sequence[Entry], alias: str) -> list[Entry]:
+    """The entries of the log that move an alias; none where the log tells nothing of it."""
+    if alias == CHALLENGER:
+        return [entry for entry in entries if entry["kind"] == "gates" and entry["from"] != entry["to"]]
+    return [entry for entry in entries if entry["kind"] in _MOVES and alias == CHAMPION]
+
+
+def logged_alias(entries: Sequence[Entry], alias: str) -> int | None:
+    """The version that an alias should name, by the log."""
+    moves = alias_moves(entries, alias)
+    return moves[-1]["to"] if moves else None
+
+
+def champions(entries: Sequence[Entry]) -> list[int]:
+    """The champion by the log and before it those that a rollback goes back to, the nearest last."""
+    stack: list[int] = []
+    for entry in alias_moves(entries, CHAMPION):
+        before, to = entry["from"], entry["to"]
+        if entry["kind"] == "rollback":
+            while stack and stack[-1] != to:
+                stack.pop()
+        elif before is not None and stack[-1:] != [before]:  # set by hand, and gone on from by force
+            stack.append(before)
+        if stack[-1:] != [to]:
+            stack.append(to)
+    return stack
 
 
 def _user() -> str:

@@ -20,13 +20,14 @@ from flows.history import (
     step_texts,
 )
 from flows.lineage import CONTRIBUTION_FOLDER, SUM_FOLDER
+from flows.log import CHALLENGER, CHAMPION, alias_moves
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = ["data", "diff", "render", "used", "whose", "worse"]
 
-_ALIASES = ("champion", "challenger")  # known even before a version has one
+_ALIASES = (CHAMPION, CHALLENGER)  # known even before a version has one
 _CARD, _BASE_CARD = "README.md", "BASE_README.md"  # an export adds the first, and calls the base's own the second
 _MD5_PREFIX = 8  # hexadecimal digits that an abbreviated md5 must have at least
 
@@ -66,8 +67,7 @@ def data(history: History, wanted: str = "champion", on: str | None = None) -> d
     begin, end = (None, None) if on is None else _moment(on)
     moves = [
         {"when": entry["when"], "from": entry["from"], "to": entry["to"]}
-        for entry in history["log"]
-        if entry["kind"] in ("promotion", "rollback") and entry["details"].get("alias", "champion") == wanted
+        for entry in alias_moves(history["log"], wanted)
     ]
     since = None
     if end is None:

@@ -4,9 +4,10 @@ A registered model name is one lineage. MLflow reserves the alias `latest`: it c
 newest version. So a version is published by creating it, and it is created last: artifacts, metrics and links are there
 before, and MLflow writes the version and its tags in one transaction. What fails earlier leaves `latest` where it was.
 
-MLflow has no compare-and-set. Names are unique, though, and that is what claims are made of (`flows.claims`): only who
-holds the lineage publishes. Should two versions still be created on the same parent (by another copal, or by hand),
-numbers decide: a version whose parent is older than the version before it lost. It is never shown, and is withdrawn.
+MLflow has no compare-and-set. Names are unique, though, and that is what claims (`flows.claims`) and the log are made
+of: see `Registry.add_entry`. Only who holds the lineage publishes. Should two versions still be created on the same
+parent (by another copal, or by hand), numbers decide: a version whose parent is older than the version before it lost.
+It is never shown, and is withdrawn.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from flows.lineage import (
     write_record,
 )
 from flows.log import anchor_of, chain_problems, next_entry
+from flows.settings import without_secrets
 from flows.signing import check_key, sign
 
 if TYPE_CHECKING:
@@ -68,11 +70,15 @@ _METRICS_PER_BATCH = 1000  # MLflow's limit
 _LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
 _DROPPED = {SUM_FOLDER: "copal.sum_dropped", CONTRIBUTION_FOLDER: "copal.contribution_dropped"}
 _WITHDRAWN, _WHY = "copal.withdrawn", "copal.why"
-_LOG_RUN, _LOG_ANCHOR = "copal.log_run", "copal.log_head"
+_LOG_RUN, _LOG_ANCHOR = "copal.log_run", "copal.log_head"  # of the name of an entry: where its file is, its digest
 _ALIAS_MOVED = "copal.moved."  # and the alias: number of the log entry that it was moved by
 _GATES, _LOG_ENTRY = "copal.gates", "copal.log_entry"
-_CLAIM = ".claim-"
-_CLAIM_DESCRIPTION = "Not a model: who works on the lineage of that name now, or did last (kept by copal)."
+_NUMBERED = {  # kinds of numbered entries, and what MLflow's UI says of their names
+    "claim": "Not a model: who works on the lineage of that name now, or did last (kept by copal).",
+    "alias-claim": "Not a model: who moves the aliases of that name now, or did last (kept by copal).",
+    "log": "Not a model: where the log of the lineage of that name ends (kept by copal).",
+}
+_RESERVED = re.compile(rf"\.(?:{'|'.join(_NUMBERED)})-[0-9]+$")
 
 
 class RegistryError(CopalError):
@@ -198,10 +204,10 @@ class Registry:
         Raises:
             RegistryError: `model_name` cannot name a model.
         """
-        if not _MODEL_NAME.fullmatch(model_name):
+        if not _MODEL_NAME.fullmatch(model_name) or _RESERVED.search(model_name):
             raise RegistryError(
-                f"model.name must be 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit, "
-                f"not {model_name!r}"
+                f"model.name must be 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit, and not "
+                f"end as copal's own names do ({', '.join(f'.{kind}-1' for kind in _NUMBERED)}), not {model_name!r}"
             )
         self.tracking_uri = tracking_uri
         self.artifact_root = artifact_root
@@ -524,24 +530,21 @@ class Registry:
         return entries
 
     def log_as_stored(self) -> tuple[list[Any], str]:
-        """The log as it is stored, and its anchor; nothing is checked, and what no anchor names is left out.
+        """The log as it is stored, and its anchor, see `flows.log.anchor_of`; nothing is checked.
+
+        None stands for an entry whose file is not there. Files that the anchor does not lead to are left out: they are
+        of an append that was killed, or was not the first to get its number.
 
         Raises:
             RegistryError: it cannot be read.
         """
-        path = self._sqlite_path()
-        if path is not None and not path.exists():
-            return [], ""
         with self._store() as client:
-            tags = self._model_tags(client)
-            if _LOG_RUN not in tags:
-                return [], tags.get(_LOG_ANCHOR, "")
-            anchor = tags.get(_LOG_ANCHOR, "")
-            number = anchor.partition(" ")[0]
-            count = int(number) if number.isdecimal() else None if anchor else 0  # None: the anchor was altered
-            with self._log_files(client, tags[_LOG_RUN]) as folder:
-                names = sorted(folder.glob("*.json"))[:count]
-                return [_read_json(name) for name in names], anchor
+            number, values = self._last_entry("log")
+            if not number:
+                return [], ""
+            digest = values.get(_LOG_ANCHOR, "")
+            with self._log_files(client, values.get(_LOG_RUN, "")) as folder:
+                return _stored_log(folder, number, digest), f"{number} {digest}"
 
     def append_log(
         self,
@@ -553,41 +556,47 @@ class Registry:
         why: str | None = None,
         details: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Append an entry, see `flows.log.next_entry`. Only for who holds the lineage.
+        """Append an entry, see `flows.log.next_entry`.
 
-        It counts once the anchor names it, which is the last thing that happens.
+        Anybody may, at any time: the number of an entry is one of `add_entry`, got last of all, so that none is ever
+        lost or overwritten.
 
         Raises:
             LineageError: the log was altered.
             RegistryError: the store fails.
         """
-        entries = self.log()
-        entry = next_entry(
-            entries,
-            kind=kind,
-            version=version,
-            from_version=from_version,
-            to_version=to_version,
-            why=why,
-            details=details,
-        )
         with self._store() as client, tempfile.TemporaryDirectory(prefix="copal-") as scratch:
-            run_id = self._model_tags(client).get(_LOG_RUN)
-            if run_id is None:
-                run_id = client.create_run(
-                    self._experiment(client), run_name="log", tags={"mlflow.source.name": "copal", _LOG_RUN: "true"}
-                ).info.run_id
-                _end_run(client, run_id, "FINISHED")
-                client.set_registered_model_tag(self.model_name, _LOG_RUN, run_id)
-            file = Path(scratch) / f"{entry['number']:06d}.json"
-            write_json(file, entry)
-            client.log_artifact(run_id, str(file), "log")
-            local = _local_path(client.get_run(run_id).info.artifact_uri)
-            if local is not None:
-                flush(local / "log" / file.name)
-                flush(local / "log")
-            client.set_registered_model_tag(self.model_name, _LOG_ANCHOR, anchor_of([*entries, entry]))
-        return entry
+            while True:
+                entries = self.log()
+                entry = next_entry(
+                    entries,
+                    kind=kind,
+                    version=version,
+                    from_version=from_version,
+                    to_version=to_version,
+                    why=why,
+                    details=details,
+                )
+                digest = anchor_of([*entries, entry]).partition(" ")[2]
+                run_id = self._last_entry("log")[1].get(_LOG_RUN) or self._log_run(client)
+                file = Path(scratch) / _log_file(entry["number"], digest)
+                write_json(file, entry)
+                client.log_artifact(run_id, str(file), "log")
+                local = _local_path(client.get_run(run_id).info.artifact_uri)
+                if local is not None:
+                    flush(local / "log" / file.name)
+                    flush(local / "log")
+                got_it = self.add_entry("log", entry["number"], {_LOG_ANCHOR: digest, _LOG_RUN: run_id})
+                if got_it or self.log()[entry["number"] - 1 : entry["number"]] == [entry]:  # others may follow at once
+                    return entry
+
+    def _log_run(self, client: MlflowClient) -> str:
+        """A new run that holds the files of the log."""
+        run_id = client.create_run(
+            self._experiment(client), run_name="log", tags={"mlflow.source.name": "copal"}
+        ).info.run_id
+        _end_run(client, run_id, "FINISHED")
+        return str(run_id)
 
     def complete_log(self) -> None:
         """Append the entry of the head's withdrawal where it is missing. Only for who holds the lineage.
@@ -650,7 +659,7 @@ class Registry:
             return []
         with self._store() as client:
             names = [entry.name for entry in _pages(lambda token: client.search_registered_models(page_token=token))]
-        named = (name for name in sorted(names) if _MODEL_NAME.fullmatch(name))
+        named = (name for name in sorted(names) if _MODEL_NAME.fullmatch(name) and not _RESERVED.search(name))
         others = [Registry(self.tracking_uri, self.artifact_root, name, self.cache, self.key) for name in named]
         return [other for other in others if other.head() is not None]
 
@@ -677,10 +686,11 @@ class Registry:
         with self._store() as client:
             return int(self._model_tags(client).get(f"{_ALIAS_MOVED}{name}", 0))
 
-    def move_alias(self, name: str, number: int, *, expected: int | None, entry: int) -> None:
-        """Move an alias as a log entry says. Only for who holds the lineage.
+    def move_alias(self, name: str, number: int | None, *, expected: int | None, entry: int) -> None:
+        """Move an alias as a log entry says. Only for who holds the aliases.
 
         Args:
+            number: of the version that it is to name; None: it goes.
             expected: the version that it names now, looked at again just before.
             entry: number of the log entry.
 
@@ -695,15 +705,18 @@ class Registry:
                     f"the alias {name} of {self.model_name} names version {actual}, not {expected}: somebody moved it "
                     "at this moment; look at it, then try again"
                 )
-            client.set_registered_model_alias(self.model_name, name, str(number))
+            if number is not None:
+                client.set_registered_model_alias(self.model_name, name, str(number))
+            elif actual is not None:
+                client.delete_registered_model_alias(self.model_name, name)
             client.set_registered_model_tag(self.model_name, f"{_ALIAS_MOVED}{name}", str(entry))
 
-    def conclude(self, version: ModelVersion, *, passed: bool, entry: int, figures: Mapping[str, float]) -> None:
+    def conclude(self, version: ModelVersion, *, passed: bool, entry: int, gates: Sequence[Mapping[str, Any]]) -> None:
         """Show the gates of a version on it and on its run; the tag `copal.gates` is set last.
 
         Args:
             entry: number of the log entry with the results.
-            figures: metrics for the run.
+            gates: the results in it. They become metrics of the run and its table `gates.json`.
 
         Raises:
             RegistryError: the store fails.
@@ -711,10 +724,18 @@ class Registry:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
+        figures = {f"gate.{gate['name']}.passed": float(gate["passed"]) for gate in gates}
+        figures |= {f"gate.{gate['name']}": gate["value"] for gate in gates if gate["value"] is not None}
+        columns = list(gates[0])
+        table = {"columns": columns, "data": [[gate[column] for column in columns] for gate in gates]}
         with self._store() as client:
             if version.run_id is not None:
                 metrics = [Metric(name, value, now, 0) for name, value in figures.items()]
                 client.log_batch(version.run_id, metrics=metrics, synchronous=True)
+                # As MLflow's log_table has it, which would add to the rows of an earlier judgement.
+                client.log_text(version.run_id, json.dumps(table), "gates.json")
+                shown = json.dumps([{"path": "gates.json", "type": "table"}])
+                client.set_tag(version.run_id, "mlflow.loggedArtifacts", shown)
             number = str(version.number)
             client.set_model_version_tag(self.model_name, number, _LOG_ENTRY, str(entry))
             client.set_model_version_tag(self.model_name, number, _GATES, "passed" if passed else "failed")
@@ -734,15 +755,20 @@ class Registry:
         found = model.aliases.get(name) if model else None
         return None if found is None else int(found)
 
-    # -- who works on the lineage: the log that `flows.claims` keeps --
+    # -- numbered entries: what claims and the log are made of --
 
-    def claims(self) -> dict[int, dict[str, str]]:
-        """The entries that are there, by number; values as `add_claim` got them.
+    def entries(self, kind: str) -> dict[int, dict[str, str]]:
+        """The entries of a kind ("claim", "alias-claim" or "log") that are there, by number, with their values.
+
+        Of one that others delete at this moment, for it was passed, the values may be missing.
 
         Raises:
             RegistryError: the store cannot be read.
         """
-        prefix = f"{self.model_name}{_CLAIM}"
+        path = self._sqlite_path()
+        if path is not None and not path.exists():
+            return {}
+        prefix = self._entry_name(kind, "")
         with self._store() as client:
             query = f"name LIKE '{prefix}%'"  # an underscore matches anything, hence the look at the name
             found = _pages(lambda token: client.search_registered_models(query, page_token=token))
@@ -752,8 +778,12 @@ class Registry:
                 if entry.name.startswith(prefix)
             }
 
-    def add_claim(self, number: int, values: Mapping[str, str]) -> None:
-        """Append an entry, unless another has that number; the caller looks whose it is.
+    def add_entry(self, kind: str, number: int, values: Mapping[str, str]) -> bool:
+        """Append an entry and delete those before it; False where another has that number, or had.
+
+        A number is a unique name in MLflow's database, so of all who want it one gets it. The last entry is never
+        deleted and the highest number only rises: an entry that is not the highest was appended at a place that others
+        had passed. Values tell whose an entry is where the store's answer was lost.
 
         Raises:
             RegistryError: the store fails.
@@ -762,12 +792,19 @@ class Registry:
 
         with self._store() as client:
             try:
-                client.create_registered_model(self._claim(number), dict(values), _CLAIM_DESCRIPTION)
+                client.create_registered_model(self._entry_name(kind, number), dict(values), _NUMBERED[kind])
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
+            found = self.entries(kind)
+            if max(found, default=0) != number or found[number] != values:
+                return False
+            for old in found:
+                if old < number:
+                    self._drop_entry(client, kind, old)
+            return True
 
-    def extend_claim(self, number: int, values: Mapping[str, str]) -> None:
+    def change_entry(self, kind: str, number: int, values: Mapping[str, str]) -> None:
         """Change values of an entry.
 
         Raises:
@@ -775,25 +812,29 @@ class Registry:
         """
         with self._store() as client:
             for name, value in values.items():
-                client.set_registered_model_tag(self._claim(number), name, value)
+                client.set_registered_model_tag(self._entry_name(kind, number), name, value)
 
-    def drop_claim(self, number: int) -> None:
-        """Delete an entry that others have passed, if it is there.
+    def _last_entry(self, kind: str) -> tuple[int, dict[str, str]]:
+        """Number and values of the last entry; 0 and none where there is none."""
+        before = 0
+        while True:
+            found = self.entries(kind)
+            number = max(found, default=0)
+            if number == before or found[number]:  # without values it was passed, unless it is still the last
+                return number, found.get(number, {})
+            before = number
 
-        Raises:
-            RegistryError: the store fails.
-        """
+    def _drop_entry(self, client: MlflowClient, kind: str, number: int) -> None:
         from mlflow.exceptions import MlflowException
 
-        with self._store() as client:
-            try:
-                client.delete_registered_model(self._claim(number))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another was faster
-                    raise
+        try:
+            client.delete_registered_model(self._entry_name(kind, number))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another was faster
+                raise
 
-    def _claim(self, number: int) -> str:
-        return f"{self.model_name}{_CLAIM}{number:08d}"
+    def _entry_name(self, kind: str, number: int | str) -> str:
+        return f"{self.model_name}.{kind}-{number if isinstance(number, str) else f'{number:08d}'}"
 
     # -- the steps of register --
 
@@ -927,7 +968,7 @@ class Registry:
             except (MlflowException, SQLAlchemyError, OSError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 message = f"MLflow store {self.tracking_uri}: {reason}"
-                raise RegistryError(re.sub(r"//[^@/\s]*@", "//", message)) from error  # without user and password
+                raise RegistryError(without_secrets(message)) from error
 
     def _sqlite_path(self) -> Path | None:
         scheme, _, path = self.tracking_uri.partition(":///")
@@ -1146,6 +1187,23 @@ def _local_path(uri: str) -> Path | None:
     if parts.scheme == "file" and not parts.netloc:
         return Path(unquote(parts.path))
     return None if parts.scheme else Path(uri)
+
+
+def _log_file(number: int, digest: str) -> str:
+    return f"{number:06d}-{digest[:16]}.json"
+
+
+def _stored_log(folder: Path, count: int, digest: str) -> list[Any]:
+    """The first `count` entries of a log, the last with this digest, each found by what the one after it names."""
+    entries: list[Any] = []
+    for number in range(count, 0, -1):
+        file = folder / _log_file(number, digest)
+        if not file.is_file():  # the one after it was altered, or this one is gone
+            file = next(iter(sorted(folder.glob(f"{number:06d}-*.json"))), file)
+        entry = _read_json(file) if file.is_file() else None
+        entries.append(entry)
+        digest = str(entry.get("previous")) if isinstance(entry, dict) else ""
+    return entries[::-1]
 
 
 def _read_json(path: Path) -> Any:

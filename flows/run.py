@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from copal.progress import Progress, silent
 from flows import stages
-from flows.aliases import settle
-from flows.claims import Claim, claimed
+from flows.aliases import settle, unsettled
+from flows.claims import ALIASES, Claim, claimed
 from flows.conclude import conclude
 from flows.purge import Purged, purge_domain
 from flows.registry import HeadMovedError
@@ -178,7 +178,9 @@ def finish(workspace: Workspace, settings: Settings, registry: Registry, claim: 
         CopalError: see `flows.conclude.conclude`.
     """
     registry.complete_log()
-    settle(registry)
+    if unsettled(registry):
+        with claimed(registry, "finish a move", lease=settings.run.lease, on=ALIASES):
+            settle(registry)
     head = registry.head()
     if head is not None and not head.concluded:
         do.conclude(workspace, settings, registry, head, claim)

@@ -31,6 +31,7 @@ __all__ = [
     "load_settings",
     "open_workspace",
     "recorded_settings",
+    "without_secrets",
 ]
 
 PROMOTE = ("manual", "auto")
@@ -322,6 +323,12 @@ def open_workspace(path: Path) -> Workspace:
         if not (root / name).exists():
             raise WorkspaceError(f"{root} {lacks}: run `copal init {path}` to make it a workspace")
     return Workspace(root)
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the user, password and token of every URL in it left out."""
+    bare = re.sub(r"//[^@/\s]*@", "//", text)
+    return re.sub(r"([?&](?:password|token|sslpassword)=)[^&\s]*", r"\1...", bare, flags=re.IGNORECASE)
 
 
 def check_domain_name(name: object) -> str:

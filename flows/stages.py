@@ -40,7 +40,7 @@ from flows.lineage import (
     version_files,
     withdrawal_key,
 )
-from flows.settings import Settings, Workspace, check_domain_name, load_settings
+from flows.settings import Settings, Workspace, check_domain_name, load_settings, without_secrets
 
 if TYPE_CHECKING:
     import torch
@@ -653,10 +653,11 @@ def _matrix(parent: Mapping[str, Any], number: int, perplexity: Mapping[str, flo
 
 
 def _recorded(settings: Settings) -> dict[str, Any]:
-    """The settings without `registry`, `watch` and `signing`: they change nothing in a version, and URLs may hold a
-    password."""
-    left_out = ("registry", "watch", "signing")
-    return {section: values for section, values in settings.as_dict().items() if section not in left_out}
+    """The settings in full, without the passwords that URLs may hold."""
+    return {
+        section: {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
+        for section, values in settings.as_dict().items()
+    }
 
 
 def surroundings(settings: Settings) -> dict[str, Any]:

@@ -1,21 +1,23 @@
 """Whether a version is what it was when it was registered: everything that differs, a line each.
 
 Files are compared with the record's SHA-256, the record with the registry's tags, records with one another up to the
-root, the log with its anchor, data with the md5 in the record, and the signature with the public key.
+root, the log with its anchor and with what the registry shows, data with the md5 in the record, and the signature with
+the public key.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError
 from copal.files import json_text, sha256_file
+from flows.aliases import named, unsettled
 from flows.lineage import RECORD_FILE, SIGNATURE_FILE, LineageError, domain_records, read_record, verify_files
-from flows.log import chain_problems
+from flows.log import CHALLENGER, CHAMPION, chain_problems, logged_alias
 from flows.registry import ModelVersion, Registry, RegistryError, tags_of
 from flows.signing import signature_problem
 
@@ -68,7 +70,9 @@ def verify(
             checked.append(f"{len(record['files']) if record else 0} files and {RECORD_FILE}")
             signed = (folder / SIGNATURE_FILE).is_file()
             key, public_key = workspace.path(settings.signing.key), workspace.path(settings.signing.public_key)
-            if not signed:
+            if not signed and record is not None and record["settings"].get("signing", {}).get("key"):
+                findings.append("signature: there is none, and by its record the version was signed")
+            elif not signed:
                 skipped.append("signature: there is none")
             elif key is None and public_key is None:
                 skipped.append("signature: signing.public_key is not set")
@@ -84,7 +88,8 @@ def verify(
     checked.append(f"{ancestors} ancestors")
     try:
         entries, anchor = registry.log_as_stored()
-        findings += chain_problems(entries, anchor)
+        found = chain_problems(entries, anchor)
+        findings += found or _log_problems(registry, entries)
         checked.append(f"{len(entries)} log entries")
     except RegistryError as error:
         findings.append(f"log: {error}")
@@ -164,6 +169,28 @@ def _ancestry_problems(
         version = parent
         count += 1
     return count, findings
+
+
+def _log_problems(registry: Registry, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Where the registry shows what a whole log does not tell: entries were cut off, or somebody moved an alias."""
+    versions = registry.versions()
+    for version in versions:
+        number = int(version.tags.get("copal.log_entry", 0))
+        if version.gates is not None:
+            entry = entries[number - 1] if 0 < number <= len(entries) else None
+            details = {} if entry is None or entry["kind"] != "gates" else entry["details"]
+            if details.get("record") != version.tags["copal.lineage_digest"] or details.get("passed") != (
+                version.gates == "passed"
+            ):
+                yield f"log: its entry {number} is not that of the gates of version {version.number} ({version.gates})"
+        withdrawn = any(entry["kind"] == "withdrawal" and entry["version"] == version.number for entry in entries)
+        if version.withdrawn and not withdrawn and version != versions[-1]:  # the head's may come yet
+            yield f"log: no entry tells that version {version.number} withdrew {version.withdrawn}"
+    unfinished = {alias for alias, _, _ in unsettled(registry)}
+    for alias in (CHALLENGER, CHAMPION):
+        told, actual = logged_alias(entries, alias), registry.alias(alias)
+        if registry.moved_by(alias) > len(entries) or (told != actual and alias not in unfinished):
+            yield f"log: {alias} names {named(actual)}, the log says {named(told)}"
 
 
 def _data_problems(

@@ -50,7 +50,7 @@ def _both(target: str, nth: int = 1, of: str = "") -> list[Point]:
 
 # In the order in which a step comes by.
 POINTS = [
-    *_both("flows.registry:Registry.add_claim"),
+    *_both("mlflow:MlflowClient.create_registered_model", of=".claim-"),
     *_both("flows.stages:write_atomic", of="step.json"),
     Point("flows.datasets:_download", "before"),
     Point("flows.datasets:_verify", "after"),
@@ -71,22 +71,26 @@ POINTS = [
     Point("mlflow:MlflowClient.log_outputs", "after"),
     Point("mlflow:MlflowClient.log_batch", "after"),
     Point("mlflow:MlflowClient.set_terminated", "after"),
-    *_both("flows.registry:Registry.add_claim", 2),
-    Point("flows.registry:Registry.drop_claim", "after", 2),
+    *_both("mlflow:MlflowClient.create_registered_model", 2, ".claim-"),
+    Point("mlflow:MlflowClient.delete_registered_model", "after", 2, ".claim-"),
     *_both("mlflow:MlflowClient.create_model_version"),
     Point("mlflow:MlflowClient.set_logged_model_tags", "after"),
     *_both("flows.stages:discard", 2),
+    *_both("mlflow:MlflowClient.create_registered_model", of=".alias-claim-"),
     *_both("flows.registry:Registry.append_log"),
     *_both("mlflow:MlflowClient.log_artifact"),
-    *_both("mlflow:MlflowClient.set_registered_model_tag", of="copal.log_head"),
+    *_both("mlflow:MlflowClient.create_registered_model", of=".log-"),
+    Point("mlflow:MlflowClient.delete_registered_model", "after", of=".log-"),
     *_both("flows.registry:Registry.append_log", of="promotion"),
     *_both("mlflow:MlflowClient.set_registered_model_alias"),
     Point("mlflow:MlflowClient.set_registered_model_tag", "before", of="copal.moved.challenger"),
     *_both("mlflow:MlflowClient.set_registered_model_alias", of="champion"),
     Point("mlflow:MlflowClient.set_registered_model_tag", "before", of="copal.moved.champion"),
+    *_both("mlflow:MlflowClient.create_registered_model", 2, ".alias-claim-"),
+    *_both("mlflow:MlflowClient.log_text", of="gates.json"),
     *_both("mlflow:MlflowClient.set_model_version_tag", of="copal.log_entry"),
     *_both("mlflow:MlflowClient.set_model_version_tag", of="copal.gates"),
-    *_both("flows.registry:Registry.add_claim", 3),
+    *_both("mlflow:MlflowClient.create_registered_model", 3, ".claim-"),
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from toys import other_masks, weights
+from toys import expire_claim, other_masks, weights
 
 from copal.errors import CopalError, DataError
 from flows import stages
@@ -252,7 +252,7 @@ def test_a_step_that_was_taken_over_publishes_nothing(bench, monkeypatch):
 
     def meanwhile(settings, step, data, progress):
         monkeypatch.setattr(stages, "prune_domain", real)
-        bench.registry.extend_claim(max(bench.registry.claims()), {"expires": "0"})  # as if it had been paused
+        expire_claim(bench.registry)  # as if it had been paused
         assert adapt(str(bench.root), "legal") == 2
         return real(settings, step, data, progress)
 

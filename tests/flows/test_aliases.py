@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,14 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from test_registry import a_record, a_registry, staged
+from toys import step
 
 from copal.errors import CopalError
 from flows import aliases as module
-from flows.aliases import PromotionError, champions, promote, rollback, settle
+from flows.aliases import PromotionError, judged, promote, rollback, settle
+from flows.claims import claimed
 from flows.cli import main
+from flows.log import champions
 from flows.registry import AliasMovedError, Registry
 from flows.run import plain_stages, run_step
 from flows.settings import Settings
@@ -168,6 +172,45 @@ def test_a_move_looks_at_the_alias_once_more(registry):
     assert (registry.alias("champion"), registry.moved_by("champion")) == (3, 0)
 
 
+def test_a_rollback_does_not_wait_for_a_step_that_runs(registry):
+    promote(registry, SETTINGS, 2)
+    promote(registry, SETTINGS, 3)
+    with claimed(registry, "a step of six hours", lease=60) as claim:
+        rollback(registry, SETTINGS, why="3 talks nonsense")
+        assert registry.alias("champion") == 2
+        claim.check()
+
+
+def judge_again(registry: Registry, number: int, passed: bool) -> dict:
+    version = registry.version(number)
+    gates = [{"name": "dense", "passed": passed}]
+    details = {"record": version.tags["copal.lineage_digest"], "passed": passed, "gates": gates}
+    entry = judged(registry, version, details)
+    settle(registry)
+    return entry
+
+
+def test_the_newest_version_that_passes_is_the_challenger_also_when_judged_again(registry):
+    for number, passed, challenger in (
+        (3, True, 3),
+        (2, True, 3),  # an older one
+        (5, False, 3),
+        (3, False, 4),  # the challenger fails: the newest of those that passed
+        (6, True, 6),
+        (6, False, 4),
+        (4, False, 2),
+        (2, False, None),
+        (5, True, 5),
+    ):
+        before = registry.alias("challenger")
+        entry = judge_again(registry, number, passed)
+        assert registry.alias("challenger") == challenger, (number, passed)
+        moved = (before, challenger) if before != challenger else (None, None)
+        assert (entry["from"], entry["to"]) == moved
+    with pytest.raises(PromotionError, match=r"version 2 of .* failed its gates"):
+        promote(registry, SETTINGS, 2)
+
+
 def test_champions_by_the_log():
     def entry(kind: str, before: int | None, to: int) -> dict:
         return {"kind": kind, "from": before, "to": to}
@@ -206,6 +249,36 @@ def test_auto_promotes_what_passed_and_leaves_a_hand_alone(make_learnt_bench, tm
     made = run_step(bench.workspace, bench.settings, bench.registry, "legal", None, plain_stages())
     assert made.version.number == bench.registry.alias("challenger") == 3
     assert bench.registry.alias("champion") == 1
-    run = MlflowClient(bench.registry.tracking_uri).get_run(bench.registry.head().run_id)
+    client = MlflowClient(bench.registry.tracking_uri)
+    run = client.get_run(bench.registry.head().run_id)
     assert run.data.metrics["gate.lineage.passed"] == 1
     assert run.data.metrics["gate.dense"] < 2
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "gates.json", "type": "table"}]
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "gates.json")).read_text())
+    assert table["columns"][:2] == ["name", "passed"]
+    assert [row[:2] for row in table["data"]] == [[gate.name, True] for gate in made.gates]
+
+
+def test_gates_are_shown_and_run_again_with_the_limits_of_today(make_learnt_bench, tmp_path, capsys):
+    bench = make_learnt_bench(tmp_path / "workspace")
+    for domain in ("code", "legal"):
+        step(bench, domain)
+    here = ["--workspace", str(bench.root)]
+    assert main(["gates", "latest", *here]) == 0
+    shown = capsys.readouterr().out
+    assert "gates of version 3" in shown
+    assert "all passed" in shown
+    bench.set("model: {name: tiny", "gates: {dense: 1.0001}\nmodel: {name: tiny")
+    assert main(["gates", "3", "--again", *here]) == 1
+    assert "dense" in capsys.readouterr().out
+    assert bench.registry.alias("challenger") == 2
+    assert bench.registry.version(3).gates == "failed"
+    assert main(["promote", "3", *here]) == 2
+    assert "failed its gates (dense)" in capsys.readouterr().err
+    bench.set("gates: {dense: 1.0001}", "gates: {dense: 2.0}")
+    assert main(["gates", "3", "--again", "--json", *here]) == 0
+    assert json.loads(capsys.readouterr().out)["details"]["passed"]
+    assert bench.registry.alias("challenger") == 3
+    assert main(["promote", "3", *here]) == 0
+    assert main(["gates", "1", *here]) == 2
+    assert "dense base" in capsys.readouterr().err

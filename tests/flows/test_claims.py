@@ -12,6 +12,7 @@ from multiprocessing import get_context
 import psutil
 import pytest
 from crashes import Point, process, start, watch_rounds
+from toys import last_claim
 
 from flows.claims import ClaimLostError, claimed
 from flows.git import git
@@ -52,22 +53,22 @@ def test_of_eight_that_append_the_same_number_through_the_server_one_gets_it(mlf
     """The race itself: the name that a number is made of is unique in the database."""
     barrier = threading.Barrier(8)
 
-    def append(number: int) -> list[str]:
+    def append(number: int) -> list[bool]:
         registry = Registry(mlflow_server.uri, tmp_path / "artifacts", "appended", tmp_path / "cache")
+        won = []
         for entry in range(1, 21):
             barrier.wait()
-            registry.add_claim(entry, {"nonce": str(number)})
-        return [values["nonce"] for _, values in sorted(registry.claims().items())]
+            won.append(registry.add_entry("claim", entry, {"nonce": str(number)}))
+        return won
 
     with ThreadPoolExecutor(8) as pool:
-        seen = list(pool.map(append, range(8)))
-    assert all(len(view) >= 19 for view in seen)
-    assert all(view == max(seen, key=len)[: len(view)] for view in seen)  # nobody's entry was written over
+        won = list(pool.map(append, range(8)))
+    assert [sum(of_one) for of_one in zip(*won, strict=True)] == [1] * 20
 
 
 def test_a_claim_past_its_expiry_is_taken_over_and_its_late_holder_notices(registry):
     with contextlib.suppress(ClaimLostError), claimed(registry, "late", lease=60) as late:
-        registry.extend_claim(late.token, {"expires": "0"})
+        registry.change_entry("claim", late.token, {"expires": "0"})
         with claimed(registry, "next", lease=60) as following:
             assert following.token == late.token + 1
             with pytest.raises(ClaimLostError):
@@ -79,10 +80,11 @@ def test_a_claim_past_its_expiry_is_taken_over_and_its_late_holder_notices(regis
 
 def test_a_holder_whose_process_is_dead_is_not_waited_for(bench, registry):
     bench.commit("code", 0)
-    child = start(bench.root, "code", "HEAD", Point("flows.registry:Registry.add_claim", "after"))
+    taken = Point("mlflow:MlflowClient.create_registered_model", "after", of=".claim-")
+    child = start(bench.root, "code", "HEAD", taken)
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    entry = registry.claims()[max(registry.claims())]
+    entry = last_claim(registry)
     assert (entry["held"], entry["pid"]) == ("yes", str(child.pid))
     with claimed(registry, "next", lease=60):
         pass
@@ -90,9 +92,9 @@ def test_a_holder_whose_process_is_dead_is_not_waited_for(bench, registry):
 
 def test_a_claim_outlives_its_expiry_as_long_as_its_holder_lives(registry):
     with claimed(registry, "long", lease=4) as claim:
-        first = float(registry.claims()[claim.token]["expires"])
+        first = float(registry.entries("claim")[claim.token]["expires"])
         renewed = threading.Event()
-        while float(registry.claims()[claim.token]["expires"]) <= first + 4:
+        while float(registry.entries("claim")[claim.token]["expires"]) <= first + 4:
             renewed.wait(0.05)
         claim.check()
 
@@ -101,7 +103,7 @@ def test_the_log_of_claims_does_not_grow(registry):
     for _ in range(5):
         with claimed(registry, "work", lease=60):
             pass
-    assert len(registry.claims()) == 1
+    assert len(registry.entries("claim")) == 1
 
 
 @pytest.mark.parametrize("watchers", [2, 8])
@@ -129,7 +131,7 @@ def test_watchers_on_the_same_data_make_one_version_a_key(bench, watchers):
     "point",
     [
         Point("copal.state:StateWriter.sum", "after", signal=signal.SIGSTOP),
-        Point("flows.registry:Registry.add_claim", "before", 2, signal=signal.SIGSTOP),
+        Point("mlflow:MlflowClient.create_registered_model", "before", 2, ".claim-", signal.SIGSTOP),
         Point("mlflow:MlflowClient.create_model_version", "before", signal=signal.SIGSTOP),
     ],
     ids=str,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from toys import step
 
 from copal.files import json_text
 from flows.cli import main
@@ -71,6 +72,9 @@ def log_files(bench) -> list[Path]:
     return sorted(path for path in bench.workspace.artifacts.rglob("log/*.json"))
 
 
+LOG_HEAD = "tiny.log-00000002"  # the name that the anchor of a log with two entries is a tag of
+
+
 @contextlib.contextmanager
 def altered(path: Path, content: bytes | None) -> Iterator[None]:
     """The file with other content, or gone; put back afterwards."""
@@ -87,7 +91,7 @@ def altered(path: Path, content: bytes | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def retagged(bench, tag: str, value: str, number: int = 3) -> Iterator[None]:
-    """Another value of a version's tag, or of the model's where `number` is 0; put back afterwards."""
+    """Another value of a version's tag, or of the log's anchor where `number` is 0; put back afterwards."""
     uri = bench.registry.tracking_uri
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
 
@@ -95,9 +99,9 @@ def retagged(bench, tag: str, value: str, number: int = 3) -> Iterator[None]:
         if number:
             client.set_model_version_tag("tiny", str(number), tag, value)
         else:
-            client.set_registered_model_tag("tiny", tag, value)
+            client.set_registered_model_tag(LOG_HEAD, tag, value)
 
-    found = client.get_model_version("tiny", str(number)) if number else client.get_registered_model("tiny")
+    found = client.get_model_version("tiny", str(number)) if number else client.get_registered_model(LOG_HEAD)
     before = found.tags[tag]
     put(value)
     try:
@@ -161,13 +165,48 @@ def test_a_record_in_another_spelling_is_found(signed):
 
 
 def test_the_log_is_held_to_its_anchor(signed):
-    for anchor in ("1 " + "0" * 64, "2 " + "0" * 64, "many"):
+    for anchor in ("0" * 64, "many"):
         with retagged(signed, "copal.log_head", anchor, number=0):
             (line,) = verified(signed).findings
             assert "does not end where the registry says" in line
-    with altered(log_files(signed)[1], None):
-        (line,) = verified(signed).findings
-        assert "the log has 1 entries" in line
+    for place in (0, 1):
+        with altered(log_files(signed)[place], None):
+            assert f"log entry {place + 1}: is missing" in verified(signed).findings
+
+
+def test_a_log_that_was_cut_off_is_found_by_what_the_registry_shows(bench):
+    for seed, domain in enumerate(("code", "legal")):
+        bench.commit(domain, seed)
+        assert step(bench, domain)
+    uri = bench.registry.tracking_uri
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    first, second = bench.registry.log()
+    tags = client.get_registered_model(LOG_HEAD).tags
+    client.delete_registered_model(LOG_HEAD)
+    assert verified(bench, 1).findings[:2] == (
+        f"log: its entry 1 is not that of the gates of version 2 ({first_word(first)})",
+        f"log: its entry 2 is not that of the gates of version 3 ({first_word(second)})",
+    )
+    client.create_registered_model("tiny.log-00000001", tags | {"copal.log_head": second["previous"]})
+    assert bench.registry.log() == [first]
+    assert verified(bench, 1).findings[0] == (
+        f"log: its entry 2 is not that of the gates of version 3 ({first_word(second)})"
+    )
+
+
+def first_word(entry: dict[str, Any]) -> str:
+    return "passed" if entry["details"]["passed"] else "failed"
+
+
+def test_an_alias_that_was_moved_by_hand_is_found(signed):
+    uri = signed.registry.tracking_uri
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client.set_registered_model_alias("tiny", "champion", "2")
+    try:
+        assert verified(signed).findings == ("log: champion names version 2, the log says no version",)
+    finally:
+        client.delete_registered_model_alias("tiny", "champion")
+    assert verified(signed).findings == ()
 
 
 def test_a_running_sum_that_was_dropped_is_no_damage(bench):
@@ -238,7 +277,16 @@ def test_a_signature_by_another_key_or_over_other_files_is_refused(signed, tmp_p
 
 def test_a_signature_that_is_gone_or_was_not_there_is_found(signed):
     with altered(folder_of(signed) / "model.sig", None):
-        assert verified(signed).findings == ("missing: model.sig",)
+        by_record = "signature: there is none, and by its record the version was signed"
+        assert verified(signed).findings == ("missing: model.sig", by_record)
+        uri = signed.registry.tracking_uri
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        tag = client.get_model_version("tiny", "3").tags["copal.signature"]
+        client.delete_model_version_tag("tiny", "3", "copal.signature")  # whoever removes it may think of this
+        try:
+            assert verified(signed).findings == (by_record,)
+        finally:
+            client.set_model_version_tag("tiny", "3", "copal.signature", tag)
     strange = folder_of(signed, 1) / "model.sig"
     shutil.copy(folder_of(signed) / "model.sig", strange)
     try:
@@ -387,9 +435,9 @@ def test_the_command_prints_a_line_each_and_exits_with_2_where_something_differs
     assert main(["verify", "latest", *here]) == 0
     assert "version 3 of tiny: nothing differs; checked " in capsys.readouterr().out
     with altered(folder_of(signed) / "model" / "config.json", b"{}"):
-        assert main(["verify", "3", "--no-data", *here]) == 2
+        assert main(["verify", "3", "--no-data", *here]) == 1
         out = capsys.readouterr().out.splitlines()
-        assert main(["verify", "3", "--no-data", "--json", *here]) == 2
+        assert main(["verify", "3", "--no-data", "--json", *here]) == 1
         found = json.loads(capsys.readouterr().out)
     assert out[0] == "changed: model/config.json"
     assert out[-2] == "not checked: data"

@@ -1,4 +1,4 @@
-"""What several tests of the flows do with a workspace of a toy model: a step without Prefect, weights, masks."""
+"""What several tests of the flows do with a workspace of a toy model: steps without Prefect, weights, masks, claims."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from copal.checkpoint import Checkpoint
+from flows.registry import Registry
 from flows.run import Made, plain_stages, run_step
 
 
@@ -25,3 +26,14 @@ def other_masks(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     """The share of weights that are zero in one of the two and not in the other."""
     different = sum(int(((one[name] == 0) != (other[name] == 0)).sum()) for name in one)
     return different / sum(weight.numel() for weight in one.values())
+
+
+def last_claim(registry: Registry) -> dict[str, str]:
+    """The newest entry of who works on the lineage."""
+    claims = registry.entries("claim")
+    return claims[max(claims)]
+
+
+def expire_claim(registry: Registry) -> None:
+    """As if the holder of the lineage had been paused past its expiry."""
+    registry.change_entry("claim", max(registry.entries("claim")), {"expires": "0"})
