@@ -191,7 +191,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     from flows.replay import replay
 
     workspace, _, registry = _open(arguments)
-    version = _find_version(registry, arguments.version)
+    version = registry.resolve(arguments.version)
     with progress_bar() as progress:
         found = replay(workspace, registry, version, keep=arguments.keep, progress=progress)
     if arguments.json:
@@ -249,7 +249,7 @@ def _gates(arguments: argparse.Namespace) -> int:
     from flows.gates import render
 
     workspace, settings, registry = _open(arguments)
-    version = _find_version(registry, arguments.version)
+    version = registry.resolve(arguments.version)
     if version.parent is None:
         raise CommandError(f"version {version.number} of {registry.model_name} is the dense base: it has no gates")
     if arguments.again:
@@ -270,7 +270,7 @@ def _promote(arguments: argparse.Namespace) -> int:
     from flows.aliases import promote
 
     _, settings, registry = _open(arguments)
-    version = _find_version(registry, arguments.version)
+    version = registry.resolve(arguments.version)
     entry = promote(registry, settings, version.number, why=arguments.why, force=arguments.force, tell=_say)
     if entry is None:
         print(f"nothing to do: version {version.number} of {registry.model_name} is the champion")
@@ -298,7 +298,7 @@ def _say_moved(registry: Registry, entry: Mapping[str, Any]) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     _, _, registry = _open(arguments)
-    version = _find_version(registry, arguments.version)
+    version = registry.resolve(arguments.version)
     with progress_bar() as progress:
         export(registry, version, arguments.folder, progress)
     print(f"{arguments.folder}: version {version.number} of {registry.model_name}")
@@ -387,9 +387,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from flows.verify import verify
 
     workspace, settings, registry = _open(arguments)
-    found = verify(
-        workspace, settings, registry, _find_version(registry, arguments.version), data=not arguments.no_data
-    )
+    found = verify(workspace, settings, registry, registry.resolve(arguments.version), data=not arguments.no_data)
     if arguments.json:
         import json
 
@@ -646,19 +644,6 @@ def export(registry: Registry, version: ModelVersion, target: Path, progress: Pr
         if (partial / CARD_FILE).exists():
             (partial / CARD_FILE).rename(partial / f"BASE_{CARD_FILE}")
         write_atomic(partial / CARD_FILE, card)
-
-
-def _find_version(registry: Registry, wanted: str) -> ModelVersion:
-    if wanted.isdecimal():
-        return registry.version(int(wanted))
-    versions = registry.versions()
-    for version in versions:
-        if wanted in version.aliases:
-            return version
-    aliases = sorted(alias for version in versions for alias in version.aliases)
-    raise CommandError(
-        f"{registry.model_name} has no version or alias {wanted!r}; aliases: {', '.join(aliases) or 'none'}"
-    )
 
 
 # --- the command line

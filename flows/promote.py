@@ -1,1 +1,69 @@
-from flows.aliases import *  # noqa
+"""The flows `promote` and `rollback`: the commands of these names, for who has a Prefect server and no shell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from flows import aliases
+from flows.registry import Registry, open_registry
+from flows.settings import load_settings, open_workspace
+
+__all__ = ["promote", "rollback"]
+
+
+@flow(name="promote", flow_run_name="promote version {version}")
+def promote(workspace: str, version: str, why: str | None = None, force: bool = False) -> int | None:
+    """Make a version the champion: see `flows.aliases.promote`.
+
+    Args:
+        workspace: the folder of the workspace.
+        version: a number, or an alias such as challenger.
+        why: for the log, which names the user of the worker: say here who wants it.
+        force: even if its gates failed, or the alias was moved by hand; wants a reason.
+
+    Returns:
+        The number of the log entry; None where the version is the champion already.
+
+    Raises:
+        CopalError: it may not be promoted, or there is none; nothing changed.
+    """
+    work = open_workspace(Path(workspace))
+    settings = load_settings(work.params)
+    registry = open_registry(work, settings)
+    number = registry.resolve(version).number
+    entry = aliases.promote(registry, settings, number, why=why, force=force, tell=print)
+    return None if entry is None else _show(registry, entry)
+
+
+@flow(name="rollback")
+def rollback(workspace: str, why: str | None = None, force: bool = False) -> int:
+    """Make the champion before this one the champion again: see `flows.aliases.rollback`.
+
+    Args:
+        workspace, why, force: see `promote`.
+
+    Returns:
+        The number of the log entry.
+
+    Raises:
+        CopalError: there was no champion before; nothing changed.
+    """
+    work = open_workspace(Path(workspace))
+    settings = load_settings(work.params)
+    registry = open_registry(work, settings)
+    return _show(registry, aliases.rollback(registry, settings, why=why, force=force, tell=print))
+
+
+def _show(registry: Registry, entry: Mapping[str, Any]) -> int:
+    create_markdown_artifact(
+        key="champion",
+        markdown=f"{entry['kind']} of {registry.model_name} from {aliases.named(entry['from'])} to "
+        f"{aliases.named(entry['to'])}: {entry['why'] or 'no reason given'} (log entry {entry['number']})",
+        description=f"champion of {registry.model_name}: {aliases.named(entry['to'])}",
+    )
+    return int(entry["number"])

@@ -251,6 +251,23 @@ class Registry:
         there = ", ".join(str(version.number) for version in versions) or "none"
         raise RegistryError(f"model {self.model_name} has no version {number}; versions: {there}")
 
+    def resolve(self, wanted: str) -> ModelVersion:
+        """The version that a user names, by its number or by an alias.
+
+        Raises:
+            RegistryError: there is none; names the aliases.
+        """
+        if wanted.isdecimal():
+            return self.version(int(wanted))
+        versions = self.versions()
+        for version in versions:
+            if wanted in version.aliases:
+                return version
+        aliases = sorted(alias for version in versions for alias in version.aliases)
+        raise RegistryError(
+            f"{self.model_name} has no version or alias {wanted!r}; aliases: {', '.join(aliases) or 'none'}"
+        )
+
     def find(self, key: str) -> ModelVersion | None:
         """The published version that the step `key` made, if any."""
         return next((version for version in self.versions() if version.tags.get("copal.key") == key), None)

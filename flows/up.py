@@ -33,7 +33,8 @@ from flows.settings import Settings, Workspace
 
 __all__ = ["Stack", "UpError", "down", "prefect_file", "read_stack", "render_prefect_file", "up", "up_detached"]
 
-POOLS = ("copal-cpu", "copal-gpu")
+_GPU_POOL = "copal-gpu"
+POOLS = ("copal-cpu", _GPU_POOL)
 
 _HOST = "127.0.0.1"
 _START = 180.0  # seconds in which a server has to answer; a busy machine needs a minute
@@ -145,7 +146,7 @@ def up(
             shown = None if not _is_server(registry) else registry
             write_atomic(rendered, render_prefect_file(template, workspace, settings, registry=shown, devices=devices))
             stack.deploy(rendered, stop)
-            tell("deployments: watch, adapt")
+            tell("deployments: watch, adapt, promote, rollback, audit")
             for pool in POOLS:  # in turn: at once, their first words to the server lock its SQLite file for each other
                 stack.start(f"worker {pool}", ("prefect", "worker", "start", "--pool", pool, "--type", "process"))
                 stack.wait(partial(_has_worker, api, pool), stop, f"the worker of pool {pool}")
@@ -479,7 +480,7 @@ def render_prefect_file(
         if deployment["name"] == "watch":
             watch = settings.watch
             deployment["schedules"] = [{"cron": watch.cron} if watch.cron else {"interval": watch.interval}]
-        elif devices is not None:
+        elif devices is not None and deployment["work_pool"]["name"] == _GPU_POOL:
             variables["CUDA_VISIBLE_DEVICES"] = devices
     return yaml.safe_dump(content, sort_keys=False)
 

@@ -187,7 +187,7 @@ def quiet(stack: Running) -> Running:
 # --- what is deployed, and what wakes the watcher
 
 
-def test_up_deploys_watch_and_adapt_with_pools_limits_a_schedule_and_a_trigger(stack: Running) -> None:
+def test_up_deploys_the_flows_with_pools_limits_schedules_and_a_trigger(stack: Running) -> None:
     for name, pool, devices in (("watch", "copal-cpu", ""), ("adapt", "copal-gpu", "7")):
         found = stack.deployment(name)
         assert found["work_pool_name"] == pool
@@ -197,8 +197,16 @@ def test_up_deploys_watch_and_adapt_with_pools_limits_a_schedule_and_a_trigger(s
         assert found["job_variables"]["env"]["CUDA_VISIBLE_DEVICES"] == devices
         assert found["job_variables"]["env"]["COPAL_REGISTRY_URI"].startswith("http://127.0.0.1:")
         assert stack.call(f"/work_pools/{pool}", method="GET")["type"] == "process"
+    for name in ("promote", "rollback", "audit"):
+        found = stack.deployment(name)
+        assert found["work_pool_name"] == "copal-cpu"
+        assert found["parameters"] == {"workspace": str(stack.bench.root)}
+        assert found["job_variables"]["env"]["CUDA_VISIBLE_DEVICES"] == ""
+        assert found["job_variables"]["env"]["COPAL_REGISTRY_URI"].startswith("http://127.0.0.1:")
     (schedule,) = stack.deployment("watch")["schedules"]
     assert schedule["schedule"]["interval"] == INTERVAL
+    (daily,) = stack.deployment("audit")["schedules"]
+    assert daily["schedule"]["cron"] == "0 3 * * *"
     (automation,) = stack.call("/automations/filter", {})
     assert automation["trigger"]["expect"] == ["copal.dataset.version.created"]
     assert automation["trigger"]["match"] == {"prefect.resource.id": "copal.dataset.*"}
@@ -256,6 +264,16 @@ def test_with_the_hook_a_burst_of_commits_ends_in_versions_in_commit_order(quiet
     until(lambda: quiet.domains()[2:] == ["zulu", "alpha", "mike"], 300, "three versions")
     quiet.settle()
     assert len(quiet.domains()) == 5
+
+
+def test_a_worker_promotes_and_audits(quiet: Running) -> None:
+    promotion = quiet.start("promote", version="1", why="ticket 12")
+    until(lambda: quiet.state(promotion) == "COMPLETED", 60, "the promotion")
+    assert quiet.bench.registry.alias("champion") == 1
+    audit = quiet.start("audit", version="champion")
+    until(lambda: quiet.state(audit) == "COMPLETED", 60, "the audit")
+    refused = quiet.start("promote", version="nobody")
+    until(lambda: quiet.state(refused) == "FAILED", 60, "the refusal")
 
 
 def test_two_watchers_at_the_same_time_make_one_version(quiet: Running) -> None:

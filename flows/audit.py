@@ -1,0 +1,83 @@
+"""The flow `audit`: whether what serves, or may serve, is what was registered. It changes nothing.
+
+A run fails where anything differs, so that whatever a team hangs on failed runs (an automation, a pager) hears of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from copal.errors import CopalError
+from flows.registry import ModelVersion, open_registry
+from flows.settings import load_settings, open_workspace
+from flows.verify import Verification, verify
+
+__all__ = ["AuditError", "audit"]
+
+
+class AuditError(CopalError):
+    """A version is not what was registered, or cannot be checked."""
+
+
+@flow(name="audit")
+def audit(workspace: str, version: str | None = None, data: bool = True) -> list[int]:
+    """Verify versions, as `copal verify` does.
+
+    Args:
+        workspace: the folder of the workspace.
+        version: a number, or an alias such as champion; None: every version that has an alias.
+        data: also fetch and hash the data of every domain.
+
+    Returns:
+        The numbers of the versions that were checked.
+
+    Raises:
+        AuditError: something differs; says what, of which version.
+        CopalError: the registry cannot be read, or there is no such version.
+    """
+    work = open_workspace(Path(workspace))
+    settings = load_settings(work.params)
+    registry = open_registry(work, settings)
+    chosen = (
+        [registry.resolve(version)] if version is not None else [each for each in registry.versions() if each.aliases]
+    )
+    found: dict[int, Verification] = {}
+    problems: dict[int, Sequence[str]] = {}
+    for each in chosen:
+        try:
+            found[each.number] = verify(work, settings, registry, each, data=data)
+            problems[each.number] = found[each.number].findings
+        except CopalError as error:  # a key that is not there, say: the other versions are looked at all the same
+            problems[each.number] = (f"it cannot be checked: {error}",)
+    create_markdown_artifact(
+        key="audit",
+        markdown=_table(chosen, found, problems),
+        description=f"{registry.model_name}: {len(chosen)} versions checked, "
+        f"{sum(map(len, problems.values()))} differences",
+    )
+    differs = [f"version {number}: {problem}" for number, lines in problems.items() for problem in lines]
+    if differs:
+        raise AuditError(f"{registry.model_name}: {'; '.join(differs)}")
+    return [each.number for each in chosen]
+
+
+def _table(
+    versions: Sequence[ModelVersion], found: Mapping[int, Verification], problems: Mapping[int, Sequence[str]]
+) -> str:
+    """A row a version: what differs, what was looked at and what was not."""
+    rows = []
+    for version in versions:
+        checked = found.get(version.number)
+        cells = (
+            str(version.number),
+            ", ".join(version.aliases),
+            "<br>".join(problems[version.number]) or "nothing",
+            ", ".join(checked.checked) if checked else "",
+            "<br>".join(checked.skipped) if checked else "all of it",
+        )
+        rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+    return "\n".join(["| version | aliases | differs | checked | not checked |", "|---|---|---|---|---|", *rows])
