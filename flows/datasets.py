@@ -29,7 +29,7 @@ from copal.errors import CopalError
 from copal.files import flush, locked, write_atomic
 from flows.git import commit as git_commit
 from flows.git import git, reason, run_git, start_git
-from flows.settings import WatchSettings, Workspace
+from flows.settings import WatchSettings, Workspace, without_secrets
 
 __all__ = [
     "DatasetError",
@@ -415,7 +415,7 @@ def _place(workspace: Workspace, repository: str | None) -> Path:
         return workspace.root
     if not is_url(repository):
         return workspace.root / repository
-    digest = hashlib.sha256(_without_secrets(repository).encode()).hexdigest()
+    digest = hashlib.sha256(without_secrets(repository).encode()).hexdigest()
     return workspace.cache / "repositories" / digest[:16]
 
 
@@ -430,7 +430,7 @@ def _has(root: Path, commit: str) -> bool:
 
 def _mirror(root: Path, url: str, branch: str | None) -> None:
     """Bring the clone `root` up to date, or make it. What was killed in here, the next call completes."""
-    shown = _without_secrets(url)
+    shown = without_secrets(url)
     sparse = root / ".git" / "info" / "sparse-checkout"
     if not sparse.exists():
         root.mkdir(exist_ok=True)
@@ -447,7 +447,7 @@ def _mirror(root: Path, url: str, branch: str | None) -> None:
     options = ("--quiet", "--prune", "--update-head-ok", "--no-write-fetch-head")
     done = run_git(root, *patience, "fetch", *options, url, *wanted)
     if done.returncode != 0:
-        raise DatasetError(f"cannot fetch {shown}: {re.sub('//[^/ ]*@', '//', reason(done))}")
+        raise DatasetError(f"cannot fetch {shown}: {without_secrets(reason(done))}")
     tip = _find_commit(root, branch or _REMOTE_HEAD)
     if tip is None:
         raise DatasetError(f"{shown} has no branch {branch!r}: mend watch.branch")
@@ -582,14 +582,4 @@ def _repository(root: Path) -> str:
     found = run_git(root, "remote", "get-url", "origin")
     if found.returncode != 0:
         return str(root)
-    return _without_secrets(found.stdout.strip())
-
-
-def _without_secrets(url: str) -> str:
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)@(.*)", url, re.DOTALL)
-    if not found:
-        return url
-    scheme, user, rest = found.groups()  # this goes into public records
-    if scheme.lower() in ("http", "https"):  # https://TOKEN@... is a secret; ssh://git@... is none
-        return f"{scheme}://{rest}"
-    return f"{scheme}://{user.split(':')[0]}@{rest}"
+    return without_secrets(found.stdout.strip())

@@ -22,6 +22,7 @@ class NotADemoError(CopalError):
 
 def run_demo(folder: Path) -> None:
     """Make a workspace in `folder` with a real base model, then commit a domain and run the watch flow, three times.
+    The newest version that passed its gates becomes the champion.
 
     A demo that is there from an earlier run is made anew.
 
@@ -31,6 +32,8 @@ def run_demo(folder: Path) -> None:
     from flows.datasets import add_and_commit
     from flows.domains import build_domain
     from flows.init import init_with_base
+    from flows.log import CHALLENGER
+    from flows.registry import open_registry
     from flows.settings import load_settings
     from flows.status import render, status
     from flows.terminal import console, progress_bar
@@ -51,6 +54,14 @@ def run_demo(folder: Path) -> None:
 
         watch(str(folder))
     settings = load_settings(workspace.params)
+    challenger = open_registry(workspace, settings).alias(CHALLENGER)
+    if challenger is None:
+        out.print("No version passed its gates, so none is promoted.")
+    else:
+        from flows.promote import promote
+
+        out.print(f"{len(DOMAINS) + 2}. version {challenger} passed its gates; it is promoted, and so the champion")
+        promote(str(folder), str(challenger), why="it ends the demo")
     out.print(render(status(workspace, settings)))
     out.print(f"This took {(time.perf_counter() - began) / 60:.1f} minutes. What to do next:\n")
     here = Path.cwd()
@@ -61,6 +72,8 @@ def run_demo(folder: Path) -> None:
             f"mlflow ui --backend-store-uri {workspace.registry_uri(settings)}",
         ),
         ("this table again", f"copal status --workspace {shown}"),
+        ("which data made which version, as a page", f"copal lineage --html lineage.html --workspace {shown}"),
+        ("whether the champion is what was registered", f"copal verify champion --workspace {shown}"),
         ("the newest model as a Hugging Face folder", f"copal export latest pruned-model --workspace {shown}"),
     ):
         out.print(f"  {purpose}:\n    {command}", soft_wrap=True)

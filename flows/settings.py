@@ -326,9 +326,15 @@ def open_workspace(path: Path) -> Workspace:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with the user, password and token of every URL in it left out."""
-    bare = re.sub(r"//[^@/\s]*@", "//", text)
-    return re.sub(r"([?&](?:password|token|sslpassword)=)[^&\s]*", r"\1...", bare, flags=re.IGNORECASE)
+    """`text` without the passwords and tokens in the URLs that it holds."""
+
+    def bare(found: re.Match[str]) -> str:
+        scheme, user = found.groups()
+        named = "" if scheme.lower() in ("http", "https") else f"{user.split(':')[0]}@"  # https://TOKEN@... has no user
+        return f"{scheme}://{named}"
+
+    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\s]*)@", bare, text)
+    return re.sub(r"([?&](?:password|token|sslpassword)=)[^&\s]*", r"\1...", text, flags=re.IGNORECASE)
 
 
 def check_domain_name(name: object) -> str:

@@ -22,6 +22,7 @@ from flows.settings import (
     check_domain_name,
     load_settings,
     open_workspace,
+    without_secrets,
 )
 
 
@@ -249,3 +250,20 @@ def test_settings_import_nothing_heavy() -> None:
     code = "import sys, flows.settings; print(*{'torch', 'dvc', 'mlflow', 'prefect', 'yaml'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("https://ada:secret@example.org:8443/data.git", "https://example.org:8443/data.git"),
+        ("fatal: 'https://se@cret@a.org/x' and http://secret@b.org", "fatal: 'https://a.org/x' and http://b.org"),
+        ("ssh://git:secret@example.org/data.git", "ssh://git@example.org/data.git"),
+        ("postgresql+psycopg2://mlflow:secret@db/mlflow", "postgresql+psycopg2://mlflow@db/mlflow"),
+        ("postgresql://db/mlflow?user=a&password=secret&x=1", "postgresql://db/mlflow?user=a&password=...&x=1"),
+        ("git@example.org:data.git", "git@example.org:data.git"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("/srv/data@home", "/srv/data@home"),
+    ],
+)
+def test_passwords_and_tokens_are_left_out(text: str, public: str) -> None:
+    assert without_secrets(text) == public

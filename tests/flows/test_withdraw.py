@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import shutil
 
 import pytest
@@ -108,6 +109,13 @@ def test_the_version_is_that_of_a_lineage_that_never_had_the_domain(lineage, mon
     assert other_masks(found, expected) <= 1e-4
     assert all(torch.equal(found[name], expected[name]) for name in expected)  # the same order: not a bit differs
     assert other_masks(found, weights(lineage, 4)) > 0.01
+
+
+def test_it_runs_in_several_processes_too(lineage):
+    lineage.set("model: {name: tiny", "model: {processes: 2, name: tiny")
+    assert withdraw(lineage, "legal").made.number == 5
+    lineage.set("processes: 2, ", "")
+    assert other_masks(weights(lineage, 5), never(lineage, "code", "medical")) <= 1e-4
 
 
 def test_the_watcher_does_not_bring_it_back_another_version_does(lineage):
@@ -230,6 +238,34 @@ def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_tr
     assert len(told(lineage)) == 2
     lineage.commit("code", 8)
     assert step(lineage, "code") == 7  # reads contributions of the others
+
+
+@pytest.mark.parametrize(
+    ("target", "nth"),
+    [
+        ("flows.registry.Registry.drop_contribution", 1),
+        ("shutil.rmtree", 3),
+        ("flows.registry.Registry.append_log", 1),
+    ],
+)
+def test_a_purge_that_was_killed_is_completed_by_the_next(lineage, monkeypatch, target, nth):
+    lineage.commit("legal", 7)
+    step(lineage, "legal")
+    withdraw(lineage, "legal")
+    with monkeypatch.context() as patch:
+        calls, real = iter(range(1, 100)), pkgutil.resolve_name(target)
+        patch.setattr(target, lambda *args, **options: 1 / 0 if next(calls) == nth else real(*args, **options))
+        with pytest.raises(ZeroDivisionError):
+            withdraw(lineage, "legal", purge=True)
+    no_damage(lineage)
+    assert kinds(lineage) == [("withdrawal", 6)]
+    done = withdraw(lineage, "legal", purge=True)
+    assert (done.made, done.purged.deleted, done.purged.traces) == (None, (3, 5), (3, 4, 5))
+    for version in lineage.registry.versions():
+        left = list((lineage.registry.folder(version) / "state" / "contribution").glob("*"))
+        assert bool(left) == (version.number in (2, 4))
+    no_damage(lineage)
+    assert kinds(lineage) == [("withdrawal", 6), ("purge", None)]
 
 
 def test_a_domain_that_was_withdrawn_earlier_can_be_purged(lineage):
