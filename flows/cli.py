@@ -193,7 +193,9 @@ def _replay(arguments: argparse.Namespace) -> int:
     workspace, _, registry = _open(arguments)
     version = registry.resolve(arguments.version)
     with progress_bar() as progress:
-        found = replay(workspace, registry, version, keep=arguments.keep, progress=progress)
+        found = replay(
+            workspace, registry, version, last_step=arguments.last_step, keep=arguments.keep, progress=progress
+        )
     if arguments.json:
         import json
 
@@ -727,6 +729,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay = command("replay", _replay, "make a version again from its record, and compare masks and weights")
     replay.add_argument("version", metavar="VERSION", help="a number, or an alias such as latest")
+    replay.add_argument(
+        "--last-step", action="store_true", help="only its own step, on the statistics that its parent's state holds"
+    )
     replay.add_argument("--keep", type=Path, metavar="DIR", help="a new folder for what is made; default: deleted")
     replay.add_argument("--json", action="store_true", help="for programs")
     status = command("status", _status, "show the versions, their figures, and what is pending")

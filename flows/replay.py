@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError
 from copal.progress import Progress, silent
-from flows.lineage import DomainRecord, verify_files, withdrawal_of
-from flows.settings import Workspace, load_settings, recorded_settings
-from flows.stages import dataset_of, exclusive, prune_domain, step_on, surroundings
+from flows.datasets import fetch_version
+from flows.lineage import DomainRecord, domain_records, verify_files, withdrawal_of
+from flows.settings import Settings, Workspace, load_settings, recorded_settings
+from flows.stages import Step, dataset_of, exclusive, prune_domain, step_on, surroundings
 
 if TYPE_CHECKING:
+    from copal.step import StepReport
     from flows.registry import ModelVersion, Registry
 
 __all__ = ["Replay", "ReplayError", "replay"]
@@ -50,22 +52,23 @@ def replay(
     registry: Registry,
     version: ModelVersion,
     *,
+    last_step: bool = False,
     keep: Path | None = None,
     progress: Progress = silent,
 ) -> Replay:
-    """Make `version` again from the base, its data at the recorded md5 and the recorded settings, and compare.
+    """Make `version` again from its record, and compare: the base, the data of every domain at its md5, the settings.
 
-    Keeps `copal gc` waiting, which deletes what this reads.
+    Keeps `copal gc` waiting, which deletes what this may read.
 
     Args:
+        last_step: only the step that made it, on the statistics that the parent's state holds; of a withdrawal, no data
+            at all.
         keep: a new folder for what was made; None: it is deleted.
 
     Raises:
         ReplayError: there is nothing to make again, or the stored files are not those of the record.
         CopalError: data is gone, or a file cannot be read.
     """
-    from flows.datasets import fetch_version
-
     record = registry.record(version)
     if record["parent"] is None:
         raise ReplayError(f"version {version.number} is the dense base: nothing was computed")
@@ -76,25 +79,16 @@ def replay(
     problems = [line for line in verify_files(record, folder, **dropped) if ": model/" in line]
     if problems:
         raise ReplayError(f"version {version.number}: {problems[0]}; bring the stored model back from a copy first")
-    parent = registry.version(record["parent"]["version"])
-    gone = withdrawal_of(record)
-    entry = record["step"]
-    if gone is not None:
-        entry = next(each for each in registry.record(parent)["domains"] if each["name"] == gone["name"])
-    dataset = dataset_of(DomainRecord(**entry))
     settings = recorded_settings(record["settings"], f"the record of version {version.number}")
     workspace.runs.mkdir(parents=True, exist_ok=True)
     with exclusive(workspace), TemporaryDirectory(prefix="replay-", dir=workspace.runs) as scratch:
-        step = step_on(registry, parent, dataset, record["key"], Path(scratch), withdraws=gone is not None)
-        data = None
-        if gone is None:
-            data = str(fetch_version(workspace, load_settings(workspace.params).watch, dataset))
-        report = prune_domain(settings, step, data, progress)
-        masks, largest = _compare(step.out / "model", folder / "model")
+        make = _last_step if last_step else _from_data
+        report, made = make(workspace, registry, version, settings, Path(scratch), progress)
+        masks, largest = _compare(made / "model", folder / "model")
         total = sum(layer.weights for layer in report.layers)
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(step.out, keep)
+            shutil.move(made, keep)
     now = surroundings(settings)
     differ = {
         f"{part}.{name}": (str(record[part].get(name)), str(now[part].get(name)))
@@ -109,6 +103,74 @@ def replay(
         largest_difference=largest,
         surroundings=differ,
     )
+
+
+def _from_data(
+    workspace: Workspace,
+    registry: Registry,
+    version: ModelVersion,
+    settings: Settings,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[StepReport, Path]:
+    """One step a domain, in the order in which they came: contributions are added as they were, to the last bit.
+
+    Of the steps before the last one only the statistics count, so they prune as cheaply as can be.
+    """
+    record, root = registry.record(version), registry.root()
+    assert root is not None
+    watch = load_settings(workspace.params).watch
+    entries = sorted(domain_records(record, version.number), key=lambda entry: entry.contribution_version or 0)
+    report, parent = None, None
+    for place, entry in enumerate(entries, start=1):
+        came = registry.record(registry.version(entry.contribution_version or version.number))
+        then = recorded_settings(came["settings"], f"the record of version {entry.contribution_version}")
+        cheap = replace(settings.prune, rounds=(1.0,), iterations=1)
+        step = Step(
+            model=registry.model_name,
+            head=place,
+            base=registry.folder(root) / "model",
+            base_fingerprint=record["base"]["fingerprint"],
+            parent=parent,
+            states={},
+            run=scratch / entry.name,
+            version=dataset_of(entry),
+            key=record["key"],
+            earlier=tuple(entries[: place - 1]),
+        )
+        data = fetch_version(workspace, watch, step.version)
+        step.run.mkdir()
+        of_place = replace(then, prune=settings.prune if place == len(entries) else cheap)
+        report = prune_domain(of_place, step, str(data), progress)
+        if parent is not None:
+            shutil.rmtree(parent)
+        parent = step.out
+    assert report is not None
+    assert parent is not None
+    return report, parent
+
+
+def _last_step(
+    workspace: Workspace,
+    registry: Registry,
+    version: ModelVersion,
+    settings: Settings,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[StepReport, Path]:
+    record = registry.record(version)
+    parent = registry.version(record["parent"]["version"])
+    gone = withdrawal_of(record)
+    entry = record["step"]
+    if gone is not None:
+        entry = next(each for each in registry.record(parent)["domains"] if each["name"] == gone["name"])
+    step = step_on(
+        registry, parent, dataset_of(DomainRecord(**entry)), record["key"], scratch, withdraws=gone is not None
+    )
+    data = None
+    if gone is None:
+        data = str(fetch_version(workspace, load_settings(workspace.params).watch, step.version))
+    return prune_domain(settings, step, data, progress), step.out
 
 
 def _compare(made: Path, stored: Path) -> tuple[int, float]:

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
+
+from toys import step
 
 from flows.cli import main
 from flows.gc import collect
 from flows.registry import Registry
-from flows.run import plain_stages, run_step, run_withdrawal
+from flows.run import plain_stages, run_withdrawal
 
 
 def test_a_replay_is_identical_tells_what_differs_and_needs_the_data(bench, capsys, monkeypatch, tmp_path):
-    for seed, domain in enumerate(("legal", "code")):
+    for seed, domain in enumerate(("legal", "code", "legal")):  # legal comes with other data
         bench.commit(domain, seed)
-        assert run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
-    run_withdrawal(bench.workspace, bench.settings, bench.registry, "legal", "because", plain_stages())
+        step(bench, domain)
+    bench.commit("prose", 7)
+    step(bench, "prose")
+    withdraw = partial(run_withdrawal, bench.workspace, bench.settings, bench.registry, "code", "because")
+    withdraw(plain_stages())
     collect(bench.workspace, bench.settings, bench.registry)  # the parents' sums
     where = ["--workspace", str(bench.root)]
-    assert main(["replay", "4", "--json", *where]) == 0
-    assert json.loads(capsys.readouterr().out)["identical"]
-    assert main(["replay", "3", "--keep", str(tmp_path / "kept"), *where]) == 0
-    assert capsys.readouterr().out == "version 3 of tiny: identical, masks and weights\n"
+    for number in ("4", "6"):
+        assert main(["replay", number, "--last-step", "--json", *where]) == 0
+        assert json.loads(capsys.readouterr().out)["identical"]
+    withdraw(plain_stages(), purge=True)
+    assert main(["replay", "5", "--last-step", *where]) == 2
+    assert "contribution" in capsys.readouterr().err
+    for number in ("2", "4", "6"):  # needs nothing of a state, only base and data
+        assert main(["replay", number, "--json", *where]) == 0
+        assert json.loads(capsys.readouterr().out)["identical"]
+    assert main(["replay", "5", "--keep", str(tmp_path / "kept"), *where]) == 0
+    assert capsys.readouterr().out == "version 5 of tiny: identical, masks and weights\n"
     assert (tmp_path / "kept" / "model" / "config.json").is_file()
+    assert not list(bench.workspace.runs.iterdir())
     assert main(["replay", "1", *where]) == 2
 
     real = Registry.record
