@@ -12,7 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "flush", "json_text", "locked", "sha256_file", "write_atomic", "write_json"]
+__all__ = [
+    "atomic_folder",
+    "flush",
+    "freed_bytes",
+    "json_text",
+    "locked",
+    "sha256_file",
+    "write_atomic",
+    "write_json",
+]
 
 
 @contextmanager
@@ -54,6 +63,12 @@ def sha256_file(path: Path) -> str:
     """SHA-256 (hexadecimal) of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def freed_bytes(folder: Path) -> int:
+    """Bytes that deleting `folder` frees: a file with a second name elsewhere stays."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -12,12 +12,14 @@ from one that somebody made by hand in MLflow's UI:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from copal.errors import CopalError
+from flows import log
 from flows.claims import ALIASES, claimed
 from flows.log import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias
-from flows.registry import AliasMovedError
+from flows.registry import AliasMovedError, LogMovedError
 
 if TYPE_CHECKING:
     from flows.claims import Claim
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PromotionError",
+    "decided",
     "gates_entry",
     "judged",
     "move_champion",
@@ -34,9 +37,11 @@ __all__ = [
     "rollback",
     "settle",
     "unsettled",
+    "unshown",
 ]
 
 Entry = Mapping[str, Any]
+_T = TypeVar("_T")
 
 
 class PromotionError(CopalError):
@@ -71,15 +76,19 @@ def promote(
     _check_reason(force, why)
     seen = len(alias_moves(registry.log(), CHAMPION))
     with claimed(registry, f"promote version {number}", lease=settings.run.lease, on=ALIASES, tell=tell) as claim:
-        settle(registry)
-        refusal = _refusal(registry.version(number), registry.log())
-        if refusal and not force:
-            raise PromotionError(
-                f"version {number} of {registry.model_name} {refusal}; "
-                f"to promote it all the same: copal promote {number} --force --why TEXT"
-            )
-        _check_first(registry, seen)
-        return move_champion(registry, claim, "promotion", number, why=why, force=force)
+
+        def move() -> dict[str, Any] | None:
+            entries = registry.log()
+            refusal = _refusal(registry.version(number), entries)
+            if refusal and not force:
+                raise PromotionError(
+                    f"version {number} of {registry.model_name} {refusal}; "
+                    f"to promote it all the same: copal promote {number} --force --why TEXT"
+                )
+            _check_first(registry, entries, seen)
+            return move_champion(registry, claim, entries, "promotion", number, why=why, force=force)
+
+        return decided(registry, claim, move)
 
 
 def rollback(
@@ -105,22 +114,45 @@ def rollback(
     _check_reason(force, why)
     seen = len(alias_moves(registry.log(), CHAMPION))
     with claimed(registry, "roll back", lease=settings.run.lease, on=ALIASES, tell=tell) as claim:
+
+        def move() -> dict[str, Any]:
+            entries = registry.log()
+            there = {version.number for version in registry.versions()}
+            now = registry.alias(CHAMPION)  # by force also from where somebody set it by hand, to that of the log
+            stack = champions(entries)
+            earlier = [number for number in (stack[:-1] if stack[-1:] == [now] else stack) if number in there]
+            if not earlier:
+                raise PromotionError(f"{registry.model_name} had no champion before this one: nothing to go back to")
+            _check_first(registry, entries, seen)
+            made = move_champion(registry, claim, entries, "rollback", earlier[-1], why=why, force=force)
+            if made is None:
+                raise PromotionError(
+                    f"somebody set {CHAMPION} of {registry.model_name} to version {earlier[-1]} already"
+                )
+            return made
+
+        return decided(registry, claim, move)
+
+
+def decided(registry: Registry, claim: Claim, move: Callable[[], _T]) -> _T:
+    """What `move` gives, which looks at log and aliases, decides, and appends what it decided to the log.
+
+    Where others append in between, it looks again: so nobody logs a move from where the alias is no more, however late
+    a paused process wakes.
+
+    Raises:
+        ClaimLostError: the aliases were taken over. What the log has by then, whoever holds them does.
+    """
+    while True:
+        claim.check()
         settle(registry)
-        there = {version.number for version in registry.versions()}
-        now = registry.alias(CHAMPION)  # by force also from where somebody set it by hand, to the champion by the log
-        stack = champions(registry.log())
-        earlier = [number for number in (stack[:-1] if stack[-1:] == [now] else stack) if number in there]
-        if not earlier:
-            raise PromotionError(f"{registry.model_name} had no champion before this one: nothing to go back to")
-        _check_first(registry, seen)
-        made = move_champion(registry, claim, "rollback", earlier[-1], why=why, force=force)
-        if made is None:
-            raise PromotionError(f"somebody set {CHAMPION} of {registry.model_name} to version {earlier[-1]} already")
-        return made
+        with suppress(LogMovedError):
+            return move()
 
 
 def settle(registry: Registry) -> None:
-    """Make the alias moves that the log names and a killed process did not make. Only for who holds the aliases.
+    """Do what the log names and a killed process did not: move aliases, show gates that ran again. Only for who holds
+    the aliases.
 
     Raises:
         RegistryError: the registry fails.
@@ -129,6 +161,8 @@ def settle(registry: Registry) -> None:
     for alias, entry, actual in unsettled(registry):
         if actual in (entry["from"], entry["to"]):
             registry.move_alias(alias, entry["to"], expected=actual, entry=entry["number"])
+    for version, entry in unshown(registry):
+        registry.conclude(version, entry)
 
 
 def unsettled(registry: Registry) -> list[tuple[str, Entry, int | None]]:
@@ -141,8 +175,15 @@ def unsettled(registry: Registry) -> list[tuple[str, Entry, int | None]]:
     ]
 
 
+def unshown(registry: Registry) -> list[tuple[ModelVersion, Entry]]:
+    """(version, its newest gate results) of concluded versions that show older ones: their gates ran again."""
+    entries = registry.log()
+    newest = [(version, gates_entry(version, entries)) for version in registry.versions() if version.gates is not None]
+    return [(version, entry) for version, entry in newest if entry is not None and version.log_entry < entry["number"]]
+
+
 def judged(registry: Registry, version: ModelVersion, details: Mapping[str, Any]) -> dict[str, Any]:
-    """Log the gate results of a version, and with them where `challenger` goes. Only for who holds the aliases.
+    """Log the gate results of a version, and with them where `challenger` goes; within `decided`.
 
     The newest version that passed is the challenger. One that passed and was judged again and failed is it no more.
     """
@@ -161,19 +202,24 @@ def judged(registry: Registry, version: ModelVersion, details: Mapping[str, Any]
         from_version=now if moves else None,
         to_version=to if moves else None,
         details=details,
+        after=len(entries),
     )
 
 
 def move_champion(
-    registry: Registry, claim: Claim, kind: str, number: int, *, why: str | None, force: bool
+    registry: Registry, claim: Claim, entries: Sequence[Entry], kind: str, number: int, *, why: str | None, force: bool
 ) -> dict[str, Any] | None:
-    """Move `champion` to version `number`, with a log entry of `kind`; None where it is there already.
+    """Move `champion` to version `number`, with a log entry of `kind`; None where it is there already; within
+    `decided`.
+
+    Args:
+        entries: the log, by which it was decided.
 
     Raises:
         AliasMovedError: it was moved by hand since the last entry, and `force` is not set.
-        ClaimLostError: the aliases were taken over; nothing changed.
+        LogMovedError: there are other entries by now; nothing changed.
+        ClaimLostError: the aliases were taken over after the entry was logged.
     """
-    entries = registry.log()
     logged, actual = logged_alias(entries, CHAMPION), registry.alias(CHAMPION)
     if actual != logged and not force:
         raise AliasMovedError(
@@ -189,8 +235,9 @@ def move_champion(
         "gates": None if passed is None else passed["number"],
         "logged_before": logged,
     }
-    claim.check()
-    entry = registry.append_log(kind, version=number, from_version=actual, to_version=number, why=why, details=details)
+    entry = registry.append_log(
+        kind, version=number, from_version=actual, to_version=number, why=why, details=details, after=len(entries)
+    )
     claim.check()
     registry.move_alias(CHAMPION, number, expected=actual, entry=entry["number"])
     return entry
@@ -198,9 +245,7 @@ def move_champion(
 
 def gates_entry(version: ModelVersion, entries: Sequence[Entry]) -> Entry | None:
     """The log entry with the results of the version's gates, of this record of it; None where there is none."""
-    digest = version.tags["copal.lineage_digest"]
-    found = [entry for entry in entries if entry["kind"] == "gates" and entry["version"] == version.number]
-    return next((entry for entry in reversed(found) if entry["details"].get("record") == digest), None)
+    return log.gates_entry(entries, version.number, version.tags["copal.lineage_digest"])
 
 
 def _has_passed(version: ModelVersion, entries: Sequence[Entry]) -> bool:
@@ -208,9 +253,9 @@ def _has_passed(version: ModelVersion, entries: Sequence[Entry]) -> bool:
     return entry is not None and bool(entry["details"]["passed"])
 
 
-def _check_first(registry: Registry, seen: int) -> None:
+def _check_first(registry: Registry, entries: Sequence[Entry], seen: int) -> None:
     """What was looked at before the claim is still so."""
-    moves = alias_moves(registry.log(), CHAMPION)
+    moves = alias_moves(entries, CHAMPION)
     if len(moves) != seen:
         raise AliasMovedError(
             f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1]['to'])} by {moves[-1]['who']} "

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError, StateError
-from flows.aliases import gates_entry, judged, move_champion, settle
+from flows.aliases import decided, gates_entry, judged, move_champion, settle
 from flows.claims import ALIASES, claimed
 from flows.gates import GateResult, judge
 from flows.history import read_history
 from flows.lineage import LineageError, domain_records, record_digest, verify_files
-from flows.log import CHALLENGER, CHAMPION
+from flows.log import CHALLENGER, CHAMPION, alias_moves
 from flows.page import render_page
 from flows.registry import AliasMovedError
 from flows.stages import dataset_of
@@ -68,28 +69,23 @@ def conclude(
         RegistryError: the registry fails.
         LineageError: the log was altered.
     """
-    entry = None if again else gates_entry(version, registry.log())
-    evidence = _gather(workspace, settings, registry, version, claim) if entry is None else None
-    _check(claim)
+    evidence = None
+    if again or gates_entry(version, registry.log()) is None:
+        evidence = _gather(workspace, settings, registry, version, claim)
     with claimed(registry, f"gates of version {version.number}", lease=settings.run.lease, on=ALIASES) as aliases:
-        settle(registry)
+        _check(claim)  # others may have held the aliases for long
         if evidence is not None:  # judged only now, for the champion may have moved
-            entry = judged(registry, version, _details(registry, version, settings, evidence))
-        assert entry is not None
+            decided(registry, aliases, partial(_judge, registry, version, settings, evidence))
         settle(registry)
+        entry = gates_entry(version, registry.log())
+        assert entry is not None
         if entry["details"]["passed"] and entry["details"]["promote"] == "auto":
-            _promote(registry, version, entry, aliases, tell)
-    _check(claim)
-    results = tuple(GateResult(**gate) for gate in entry["details"]["gates"])
-    with suppress(LineageError):  # of an altered record; a gate has said so
-        registry.log_page(version, render_page(read_history(registry)))
-    registry.conclude(
-        version,
-        passed=entry["details"]["passed"],
-        entry=entry["number"],
-        gates=[result.as_dict() for result in results],
-    )
-    return results
+            decided(registry, aliases, partial(_promote, registry, version, aliases, tell))
+        with suppress(LineageError):  # of an altered record; a gate has said so
+            registry.log_page(version, render_page(read_history(registry)))
+        _check(claim)
+        registry.conclude(version, entry)
+    return tuple(GateResult(**gate) for gate in entry["details"]["gates"])
 
 
 def _check(claim: Claim | None) -> None:
@@ -100,25 +96,25 @@ def _check(claim: Claim | None) -> None:
 def _promote(
     registry: Registry,
     version: ModelVersion,
-    entry: Mapping[str, Any],
     claim: Claim,
     tell: Callable[[str], None] | None,
 ) -> None:
     """What passed becomes the champion, unless somebody has decided otherwise since, or a newer one passed."""
-    champion = registry.alias(CHAMPION)
+    champion, entries = registry.alias(CHAMPION), registry.log()
     if registry.alias(CHALLENGER) != version.number or (champion is not None and champion > version.number):
         return
-    if any(later["kind"] in ("promotion", "rollback") for later in registry.log()[entry["number"] :]):
+    first = next(each for each in entries if each["kind"] == "gates" and each["version"] == version.number)
+    if any(move["number"] > first["number"] for move in alias_moves(entries, CHAMPION)):
         return
     try:
-        move_champion(registry, claim, "promotion", version.number, why="all gates passed", force=False)
+        move_champion(registry, claim, entries, "promotion", version.number, why="all gates passed", force=False)
     except AliasMovedError as error:
         if tell:
             tell(str(error))
 
 
-def _details(registry: Registry, version: ModelVersion, settings: Settings, evidence: _Evidence) -> dict[str, Any]:
-    """What the log keeps of the gates: their results against the champion that serves now."""
+def _judge(registry: Registry, version: ModelVersion, settings: Settings, evidence: _Evidence) -> dict[str, Any]:
+    """The log entry with the results of the gates, against the champion that serves now."""
     results = judge(
         evidence.record,
         evidence.others,
@@ -128,12 +124,13 @@ def _details(registry: Registry, version: ModelVersion, settings: Settings, evid
         generation=evidence.generation,
         problems=evidence.problems,
     )
-    return {
+    details = {
         "record": version.tags["copal.lineage_digest"],
         "passed": all(result.passed for result in results),
         "promote": settings.gates.promote,
         "gates": [result.as_dict() for result in results],
     }
+    return judged(registry, version, details)
 
 
 def _gather(

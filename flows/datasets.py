@@ -19,14 +19,15 @@ import os
 import posixpath
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from copal.errors import CopalError
-from copal.files import flush, locked, write_atomic
+from copal.files import flush, freed_bytes, locked, write_atomic
 from flows.git import commit as git_commit
 from flows.git import git, reason, run_git, start_git
 from flows.settings import WatchSettings, Workspace, without_secrets
@@ -40,15 +41,17 @@ __all__ = [
     "data_root",
     "dataset_version",
     "dataset_versions",
+    "drop_copies",
     "fetch",
     "fetch_version",
     "in_history",
     "init_repository",
     "is_url",
     "resolve_commit",
+    "scratch_folders",
 ]
 
-
+_SCRATCH = "verify-"
 _REMOTE_HEAD = "refs/copal/head"  # in a clone; git knows no other place for a HEAD without a branch
 
 
@@ -364,14 +367,42 @@ def fetch_version(workspace: Workspace, watch: WatchSettings, version: DatasetVe
     return fetch(root, version, workspace.cache)
 
 
-def check_stored(workspace: Workspace, watch: WatchSettings, version: DatasetVersion, scratch: Path) -> None:
-    """Fetch a version anew, from DVC's remote where one is set, into the folder `scratch`, and hash it.
+def check_stored(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> None:
+    """Fetch a version anew, from DVC's remote where one is set, hash it, and delete it. Only for who holds the
+    workspace's lock.
 
     Raises:
         MissingDataError: the data is not there any more.
         DatasetError: it is not what the md5 says, or as `fetch` and `data_root`.
     """
-    fetch(_root_of(workspace, watch, version), version, scratch, remote_only=True)
+    workspace.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=workspace.cache) as scratch:
+        fetch(_root_of(workspace, watch, version), version, Path(scratch), remote_only=True)
+
+
+def scratch_folders(cache: Path) -> list[Path]:
+    """Where data is fetched into that nobody keeps: left by killed processes, for who holds the workspace's lock."""
+    return sorted(cache.glob(f"{_SCRATCH}*"))
+
+
+def drop_copies(cache: Path, keep: Container[str]) -> int:
+    """Delete fetched data but that with the md5s in `keep`, and what killed processes left half fetched. What a step
+    still wants of it is fetched again. Only for who holds the workspace's lock.
+
+    Returns:
+        The bytes it took.
+    """
+    freed = 0
+    for folder in scratch_folders(cache):
+        freed += freed_bytes(folder)
+        shutil.rmtree(folder)
+    for folder in sorted(cache.glob("*.dir")) + sorted(cache.glob(".*.dir.partial")):
+        md5 = folder.name.removeprefix(".").removesuffix(".partial")
+        with locked(cache / f".{md5}.lock"):  # else somebody fetches into it
+            if md5 not in keep or folder.name != md5:
+                freed += freed_bytes(folder)
+                shutil.rmtree(folder)
+    return freed
 
 
 def _root_of(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> Path:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from copal.files import freed_bytes
 from flows.claims import claimed
-from flows.settings import Settings, Workspace
-from flows.stages import exclusive, run_folders
+from flows.datasets import scratch_folders
+from flows.settings import Settings, Workspace, exclusive
+from flows.stages import run_folders
 
 if TYPE_CHECKING:
     from flows.registry import Registry
@@ -50,15 +51,13 @@ def collect(workspace: Workspace, settings: Settings, registry: Registry, *, dry
         for folder, built_on in run_folders(workspace, registry.model_name).items():
             if built_on == head.number:  # a finished version may wait there
                 continue
-            found.append(Freed(what=str(folder.relative_to(workspace.root)), size=_size(folder)))
+            found.append(Freed(what=str(folder.relative_to(workspace.root)), size=freed_bytes(folder)))
+            if not dry_run:
+                shutil.rmtree(folder)
+        for folder in scratch_folders(workspace.cache):
+            found.append(Freed(what=str(folder.relative_to(workspace.root)), size=freed_bytes(folder)))
             if not dry_run:
                 shutil.rmtree(folder)
         if not dry_run:
             registry.sweep()
     return found
-
-
-def _size(folder: Path) -> int:
-    """Bytes below `folder` that deleting it frees: a file with a second name elsewhere stays."""
-    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)

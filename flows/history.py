@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError
 from flows.lineage import record_digest
+from flows.log import CHAMPION, gates_entry
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -98,10 +99,10 @@ def find_version(history: History, wanted: str) -> dict[str, Any]:
     )
 
 
-def gates_of(history: History, number: int) -> Mapping[str, Any] | None:
-    """The newest gate results of a version, {record, passed, gates}; None where it went through none."""
-    found = [entry for entry in history["log"] if entry["kind"] == "gates" and entry["version"] == number]
-    return found[-1]["details"] if found else None
+def gates_of(history: History, number: int, digest: str) -> Mapping[str, Any] | None:
+    """The newest gate results, {record, passed, gates}, of the version with this number and record; None of none."""
+    entry = gates_entry(history["log"], number, digest)
+    return None if entry is None else dict(entry["details"])
 
 
 def step_texts(history: History) -> dict[int, str]:
@@ -185,7 +186,7 @@ def summary(history: History) -> list[dict[str, Any]]:
     lines, steps = [], step_texts(history)
     digests = {version["version"]: version["digest"] for version in history["versions"]}
     for version in history["versions"]:
-        record, gates = version["record"], gates_of(history, version["version"])
+        record, gates = version["record"], gates_of(history, version["version"], version["digest"])
         step, parent = record["step"] or {}, record["parent"]
         lines.append(
             {
@@ -267,8 +268,8 @@ def log_text(entry: Mapping[str, Any]) -> str:
     """One line on an entry of the log."""
     details = entry["details"]
     what = {
-        "promotion": f"promoted to {details.get('alias', 'champion')}",
-        "rollback": f"{details.get('alias', 'champion')} rolled back to it",
+        "promotion": f"promoted to {CHAMPION}",
+        "rollback": f"{CHAMPION} rolled back to it",
         "withdrawal": f"withdrew {details.get('domain', 'a domain')}",
         "purge": f"purged {details.get('domain', 'a domain')}",
     }.get(entry["kind"], entry["kind"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from copal.files import write_atomic
 from copal.progress import Progress
 from flows.git import commit, git
-from flows.settings import Workspace, WorkspaceError, load_settings, open_workspace
+from flows.settings import Workspace, WorkspaceError, exclusive, load_settings, open_workspace
 
 if TYPE_CHECKING:
     from flows.registry import ModelVersion
@@ -64,7 +64,9 @@ def init_with_base(
     Raises:
         CopalError: as `init_workspace`, `flows.base.fetch_base`, `load_settings` and `flows.stages.register_root`.
     """
-    from flows.stages import exclusive, register_root
+    from flows.history import read_history
+    from flows.page import render_page
+    from flows.stages import register_root
 
     folder = folder.expanduser().resolve()
     with _as_before_on_error(folder), exclusive(Workspace(folder)):
@@ -77,7 +79,9 @@ def init_with_base(
             settings = load_settings(workspace.params)
             from flows.registry import open_registry
 
-            root = register_root(workspace, settings, open_registry(workspace, settings), base, progress)
+            registry = open_registry(workspace, settings)
+            root = register_root(workspace, settings, registry, base, progress)
+            registry.log_page(root, render_page(read_history(registry)))
         finally:
             shutil.rmtree(fetched, ignore_errors=True)
         _commit(folder)

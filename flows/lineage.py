@@ -8,7 +8,7 @@ does not hold what comes later (gates, aliases, its own version number). Pure: k
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ __all__ = [
     "LineageError",
     "build_record",
     "domain_records",
+    "file_differences",
     "file_digests",
+    "flatten",
     "read_record",
     "record_digest",
     "step_key",
@@ -269,8 +271,8 @@ def verify_files(
     missing, though not changed.
     """
     dropped = [
-        *([f"{SUM_FOLDER}/"] if sum_dropped else []),
-        *([f"{CONTRIBUTION_FOLDER}/"] if contribution_dropped else []),
+        *([SUM_FOLDER] if sum_dropped else []),
+        *([CONTRIBUTION_FOLDER] if contribution_dropped else []),
     ]
     found: dict[str, str] = {}
     for name in _HASHED_FOLDERS:
@@ -278,16 +280,33 @@ def verify_files(
     for name in set(record["files"]) - set(found):
         if (folder / name).is_file():
             found[name] = sha256_file(folder / name)
+    return file_differences(record["files"], found, dropped)
+
+
+def file_differences(wanted: Mapping[str, str], found: Mapping[str, str], dropped: Iterable[str]) -> list[str]:
+    """`missing: F`, `changed: F`, `extra: F` between {file: SHA-256} as wanted and as found; files of the folders
+    `dropped` may be missing.
+    """
+    folders = tuple(f"{folder}/" for folder in dropped)
     differences = []
-    for name in sorted(set(record["files"]) | set(found)):
+    for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
-            if not name.startswith(tuple(dropped)):
+            if not name.startswith(folders):
                 differences.append(f"missing: {name}")
-        elif name not in record["files"]:
+        elif name not in wanted:
             differences.append(f"extra: {name}")
-        elif found[name] != record["files"][name]:
+        elif found[name] != wanted[name]:
             differences.append(f"changed: {name}")
     return differences
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a part of a record by their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def step_key(parent_version: int, domain: str, dvc_md5: str, settings_fingerprint: str) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "anchor_of",
     "chain_problems",
     "champions",
+    "gates_entry",
     "logged_alias",
     "next_entry",
 ]
@@ -94,6 +95,12 @@ def chain_problems(entries: Sequence[Any], anchor: str) -> list[str]:
     if not problems and anchor != anchor_of(entries):
         problems.append(f"the log has {len(entries)} entries and does not end where the registry says ({anchor!r})")
     return problems
+
+
+def gates_entry(entries: Sequence[Entry], version: int, digest: str) -> Entry | None:
+    """The newest entry with gate results of the version with this number and record; None where there is none."""
+    found = [entry for entry in entries if entry["kind"] == "gates" and entry["version"] == version]
+    return next((entry for entry in reversed(found) if entry["details"].get("record") == digest), None)
 
 
 def alias_moves(entries: Sequence[Entry], alias: str) -> list[Entry]:

@@ -25,6 +25,7 @@ from flows.history import (
     step_texts,
     summary,
 )
+from flows.lineage import flatten
 
 __all__ = ["render_page"]
 
@@ -62,7 +63,7 @@ def render_page(history: History) -> str:
         linears=_linears(newest),
         linears_left_out=max(0, len(newest["record"]["layers"]) - _LINEARS_SHOWN) if newest else 0,
         layers=list(_layers(history)),
-        gates=[(line, gates) for line in lines if (gates := gates_of(history, line["version"]))],
+        gates=[(line, gates) for line in lines if (gates := gates_of(history, line["version"], line["digest"]))],
         log=[(entry, log_text(entry)) for entry in history["log"][::-1] if entry["kind"] != "gates"],
         folded=list(_folded(newest)),
     )
@@ -250,15 +251,11 @@ def _linears(version: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 def _folded(version: Mapping[str, Any] | None) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     if version is not None:
         for section in ("settings", "libraries", "code", "hardware", "seeds", "base"):
-            yield section, list(_flat(version["record"][section]))
+            yield section, [(name, _text(value)) for name, value in flatten(version["record"][section])]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # --- charts: lines over places that have labels

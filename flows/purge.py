@@ -1,8 +1,9 @@
 """Purging a domain that was withdrawn: what is kept of its data goes, and what cannot go is named.
 
-Its contributions go from every version that holds one, and so do the running sums that contain them and the copies of
-its data in the workspace's cache. No later step needs them: the head is without the domain. Weights that were computed
-with it stay, for versions are not deleted here; those are the traces.
+Its contributions go from every version that holds one, and so do the running sums that contain them. No later step
+needs them: the head is without the domain. Of run folders and fetched data nobody knows for sure whose they are, so all
+of them go but the data of domains that are in use: steps make and fetch them again. Weights that were computed with the
+domain stay, for versions are not deleted here; those are the traces.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from copal.files import freed_bytes
+from flows.datasets import drop_copies
 from flows.settings import Workspace
+from flows.stages import run_folders
 
 if TYPE_CHECKING:
     from flows.registry import Registry
@@ -47,8 +51,11 @@ def purge_domain(workspace: Workspace, registry: Registry, domain: str, why: str
     """
     head = registry.head()
     assert head is not None
-    gone = next(entry for entry in registry.record(head)["withdrawn"] if entry["name"] == domain)
+    gone = next(entry for entry in reversed(registry.record(head)["withdrawn"]) if entry["name"] == domain)
     deleted, traces, size = [], [], 0
+    for folder in run_folders(workspace, registry.model_name):
+        size += freed_bytes(folder)
+        shutil.rmtree(folder)
     for version in registry.versions():
         record = registry.record(version)
         held = next((entry for entry in record["domains"] if entry["name"] == domain), None)
@@ -59,7 +66,8 @@ def purge_domain(workspace: Workspace, registry: Registry, domain: str, why: str
         if held["contribution_version"] is None:
             deleted.append(version.number)
             size += registry.drop_contribution(version)
-        shutil.rmtree(workspace.cache / held["dvc_md5"], ignore_errors=True)
+    heads = [lineage.record(newest) for lineage in registry.lineages() if (newest := lineage.head())]
+    size += drop_copies(workspace.cache, {entry["dvc_md5"] for record in heads for entry in record["domains"]})
     registry.sweep()
     details = {"domain": domain, "dvc_md5": gone["dvc_md5"], "deleted": deleted, "traces": traces}
     if not any(entry["kind"] == "purge" and entry["details"] == details for entry in registry.log()):

@@ -19,7 +19,7 @@ from flows.history import (
     since_newest,
     step_texts,
 )
-from flows.lineage import CONTRIBUTION_FOLDER, SUM_FOLDER
+from flows.lineage import CONTRIBUTION_FOLDER, SUM_FOLDER, file_differences, flatten
 from flows.log import CHALLENGER, CHAMPION, alias_moves
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def whose(history: History, digests: Mapping[str, str], sizes: Mapping[str, int]
     for version in history["versions"]:
         for form, wanted, there in _forms(version, digests):
             same = [name for name in there if wanted.get(name) == there[name]]
-            differences = _differences(wanted, there, _dropped(version))
+            differences = file_differences(wanted, there, _dropped(version))
             if not differences and same:
                 exact.append((version["version"], form))
             score = (sum(sizes[name] for name in same), len(same), version["version"])
@@ -316,20 +316,12 @@ def _named(domain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    old, new = dict(_flat(before)), dict(_flat(after))
+    old, new = dict(flatten(before)), dict(flatten(after))
     return [
         {"name": name, "a": old.get(name), "b": new.get(name)}
         for name in sorted(old.keys() | new.keys())
         if (name in old) != (name in new) or old.get(name) != new.get(name)
     ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _forms(
@@ -349,20 +341,7 @@ def _forms(
 def _dropped(version: Mapping[str, Any]) -> tuple[str, ...]:
     """The folders of a version that were dropped: that a file of them is missing is no difference."""
     tags = {"copal.sum_dropped": SUM_FOLDER, "copal.contribution_dropped": CONTRIBUTION_FOLDER}
-    return tuple(f"{folder}/" for tag, folder in tags.items() if tag in version["tags"])
-
-
-def _differences(wanted: Mapping[str, str], there: Mapping[str, str], dropped: tuple[str, ...]) -> list[str]:
-    differences = []
-    for name in sorted(wanted.keys() | there.keys()):
-        if name not in there:
-            if not name.startswith(dropped):
-                differences.append(f"missing: {name}")
-        elif name not in wanted:
-            differences.append(f"extra: {name}")
-        elif wanted[name] != there[name]:
-            differences.append(f"changed: {name}")
-    return differences
+    return tuple(folder for tag, folder in tags.items() if tag in version["tags"])
 
 
 # --- for people

@@ -35,6 +35,7 @@ from flows.lineage import (
     SIGNATURE_FILE,
     SUM_FOLDER,
     LineageError,
+    flatten,
     read_record,
     record_digest,
     validate,
@@ -56,6 +57,7 @@ __all__ = [
     "DomainMetrics",
     "HeadMovedError",
     "LineageConflictError",
+    "LogMovedError",
     "ModelVersion",
     "Registry",
     "RegistryError",
@@ -91,6 +93,10 @@ class HeadMovedError(RegistryError):
 
 class AliasMovedError(RegistryError):
     """An alias does not name the version that it should: somebody else moved it."""
+
+
+class LogMovedError(RegistryError):
+    """Somebody appended to the log since it was looked at."""
 
 
 class LineageConflictError(RegistryError):
@@ -131,6 +137,11 @@ class ModelVersion:
     def gates(self) -> str | None:
         """`passed` or `failed`; None where its gates never ran, or not to their end."""
         return self.tags.get(_GATES)
+
+    @property
+    def log_entry(self) -> int:
+        """Number of the log entry with the gate results that it shows; 0 for none."""
+        return int(self.tags.get(_LOG_ENTRY, 0))
 
     @property
     def concluded(self) -> bool:
@@ -232,8 +243,7 @@ class Registry:
         Raises:
             RegistryError: the store cannot be opened or read.
         """
-        path = self._sqlite_path()
-        if path is not None and not path.exists():
+        if not self._is_there():
             return []
         with self._store() as client:
             return _published(self._all_versions(client))
@@ -292,12 +302,7 @@ class Registry:
         if not target.is_dir():
             with self._fetched(version, None) as folder:
                 record = self._checked(version, folder / RECORD_FILE)
-                differences = verify_files(
-                    record,
-                    folder,
-                    sum_dropped=version.sum_dropped,
-                    contribution_dropped=version.contribution_dropped,
-                )
+                differences = verify_files(record, folder, **version.dropped)
                 if differences:
                     raise RegistryError(
                         f"version {version.number} of {self.model_name}: fetched from {version.location}, "
@@ -555,13 +560,12 @@ class Registry:
         Raises:
             RegistryError: it cannot be read.
         """
-        with self._store() as client:
-            number, values = self._last_entry("log")
-            if not number:
-                return [], ""
-            digest = values.get(_LOG_ANCHOR, "")
-            with self._log_files(client, values.get(_LOG_RUN, "")) as folder:
-                return _stored_log(folder, number, digest), f"{number} {digest}"
+        number, values = self._last_entry("log")
+        if not number:
+            return [], ""
+        digest = values.get(_LOG_ANCHOR, "")
+        with self._store() as client, self._log_files(client, values.get(_LOG_RUN, "")) as folder:
+            return _stored_log(folder, number, digest), f"{number} {digest}"
 
     def append_log(
         self,
@@ -572,19 +576,27 @@ class Registry:
         to_version: int | None = None,
         why: str | None = None,
         details: Mapping[str, Any],
+        after: int | None = None,
     ) -> dict[str, Any]:
         """Append an entry, see `flows.log.next_entry`.
 
         Anybody may, at any time: the number of an entry is one of `add_entry`, got last of all, so that none is ever
         lost or overwritten.
 
+        Args:
+            after: how many entries there were when it was decided what this one says; None: it says it whatever is in
+                the log.
+
         Raises:
+            LogMovedError: there are more than `after`; nothing was appended.
             LineageError: the log was altered.
             RegistryError: the store fails.
         """
         with self._store() as client, tempfile.TemporaryDirectory(prefix="copal-") as scratch:
             while True:
                 entries = self.log()
+                if after not in (None, len(entries)):
+                    raise LogMovedError(f"the log of {self.model_name} has {len(entries)} entries, and not {after}")
                 entry = next_entry(
                     entries,
                     kind=kind,
@@ -671,8 +683,7 @@ class Registry:
         Raises:
             RegistryError: the store cannot be read.
         """
-        path = self._sqlite_path()
-        if path is not None and not path.exists():
+        if not self._is_there():
             return []
         with self._store() as client:
             names = [entry.name for entry in _pages(lambda token: client.search_registered_models(page_token=token))]
@@ -688,8 +699,7 @@ class Registry:
         Raises:
             RegistryError: the store cannot be read.
         """
-        path = self._sqlite_path()
-        if path is not None and not path.exists():
+        if not self._is_there():
             return None
         with self._store() as client:
             return self._alias(client, name)
@@ -700,6 +710,8 @@ class Registry:
         Raises:
             RegistryError: the store cannot be read.
         """
+        if not self._is_there():
+            return 0
         with self._store() as client:
             return int(self._model_tags(client).get(f"{_ALIAS_MOVED}{name}", 0))
 
@@ -728,12 +740,11 @@ class Registry:
                 client.delete_registered_model_alias(self.model_name, name)
             client.set_registered_model_tag(self.model_name, f"{_ALIAS_MOVED}{name}", str(entry))
 
-    def conclude(self, version: ModelVersion, *, passed: bool, entry: int, gates: Sequence[Mapping[str, Any]]) -> None:
+    def conclude(self, version: ModelVersion, entry: Mapping[str, Any]) -> None:
         """Show the gates of a version on it and on its run; the tag `copal.gates` is set last.
 
         Args:
-            entry: number of the log entry with the results.
-            gates: the results in it. They become metrics of the run and its table `gates.json`.
+            entry: of the log, with the results. They become metrics of the run and its table `gates.json`.
 
         Raises:
             RegistryError: the store fails.
@@ -741,9 +752,10 @@ class Registry:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
+        gates = entry["details"]["gates"]
         figures = {f"gate.{gate['name']}.passed": float(gate["passed"]) for gate in gates}
         figures |= {f"gate.{gate['name']}": gate["value"] for gate in gates if gate["value"] is not None}
-        columns = list(gates[0])
+        columns = ["name", "passed", "value", "limit", "detail"]
         table = {"columns": columns, "data": [[gate[column] for column in columns] for gate in gates]}
         with self._store() as client:
             if version.run_id is not None:
@@ -754,8 +766,9 @@ class Registry:
                 shown = json.dumps([{"path": "gates.json", "type": "table"}])
                 client.set_tag(version.run_id, "mlflow.loggedArtifacts", shown)
             number = str(version.number)
-            client.set_model_version_tag(self.model_name, number, _LOG_ENTRY, str(entry))
-            client.set_model_version_tag(self.model_name, number, _GATES, "passed" if passed else "failed")
+            verdict = "passed" if entry["details"]["passed"] else "failed"
+            client.set_model_version_tag(self.model_name, number, _LOG_ENTRY, str(entry["number"]))
+            client.set_model_version_tag(self.model_name, number, _GATES, verdict)
 
     def log_page(self, version: ModelVersion, html: str) -> None:
         """Keep the page of the lineage with the run that made a version, as `lineage.html`.
@@ -782,8 +795,7 @@ class Registry:
         Raises:
             RegistryError: the store cannot be read.
         """
-        path = self._sqlite_path()
-        if path is not None and not path.exists():
+        if not self._is_there():
             return {}
         prefix = self._entry_name(kind, "")
         with self._store() as client:
@@ -792,7 +804,7 @@ class Registry:
             return {
                 int(entry.name.removeprefix(prefix)): dict(entry.tags)
                 for entry in found
-                if entry.name.startswith(prefix)
+                if entry.name.startswith(prefix) and entry.name.removeprefix(prefix).isdecimal()
             }
 
     def add_entry(self, kind: str, number: int, values: Mapping[str, str]) -> bool:
@@ -987,6 +999,11 @@ class Registry:
                 message = f"MLflow store {self.tracking_uri}: {reason}"
                 raise RegistryError(without_secrets(message)) from error
 
+    def _is_there(self) -> bool:
+        """Whether there is a store to read: to look into one that is not there would make it."""
+        path = self._sqlite_path()
+        return path is None or path.exists()
+
     def _sqlite_path(self) -> Path | None:
         scheme, _, path = self.tracking_uri.partition(":///")
         return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" else None
@@ -1170,17 +1187,13 @@ def _log_results(
     ]
     if datasets:
         client.log_inputs(run_id, datasets=datasets)
-    client.log_batch(run_id, params=[Param(name, value) for name, value in _flatten(record["settings"])])
+    client.log_batch(run_id, params=[Param(name, _param(value)) for name, value in flatten(record["settings"])])
     for start in range(0, len(logged), _METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=logged[start : start + _METRICS_PER_BATCH], synchronous=True)
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)
+def _param(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _end_run(client: MlflowClient, run_id: str, status: str) -> None:

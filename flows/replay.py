@@ -12,8 +12,8 @@ from copal.errors import CopalError
 from copal.progress import Progress, silent
 from flows.datasets import fetch_version
 from flows.lineage import DomainRecord, domain_records, verify_files, withdrawal_of
-from flows.settings import Settings, Workspace, load_settings, recorded_settings
-from flows.stages import Step, dataset_of, exclusive, prune_domain, step_on, surroundings
+from flows.settings import Settings, Workspace, exclusive, load_settings, recorded_settings
+from flows.stages import Step, dataset_of, prune_domain, step_on, surroundings
 
 if TYPE_CHECKING:
     from copal.step import StepReport
@@ -75,8 +75,7 @@ def replay(
     if keep is not None and keep.exists():
         raise ReplayError(f"{keep} exists; name a new folder")
     folder = registry.folder(version)
-    dropped = {"sum_dropped": version.sum_dropped, "contribution_dropped": version.contribution_dropped}
-    problems = [line for line in verify_files(record, folder, **dropped) if ": model/" in line]
+    problems = [line for line in verify_files(record, folder, **version.dropped) if ": model/" in line]
     if problems:
         raise ReplayError(f"version {version.number}: {problems[0]}; bring the stored model back from a copy first")
     settings = recorded_settings(record["settings"], f"the record of version {version.number}")

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from copal.progress import Progress, silent
 from flows import stages
-from flows.aliases import settle, unsettled
+from flows.aliases import settle, unsettled, unshown
 from flows.claims import ALIASES, Claim, claimed
 from flows.conclude import conclude
 from flows.purge import Purged, purge_domain
 from flows.registry import HeadMovedError
+from flows.settings import exclusive
 from flows.stages import Evaluation, Step
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def run_withdrawal(
     """
     if stages.resolve_withdrawal(workspace, settings, registry, domain, why) is None and not purge:
         return Withdrawal(made=None, purged=None)
-    alone = stages.exclusive(workspace) if purge else nullcontext()  # first, as `copal gc` takes them
+    alone = exclusive(workspace) if purge else nullcontext()  # first, as `copal gc` takes them
     with alone, claimed(registry, f"withdraw {domain}", lease=settings.run.lease, tell=tell) as claim:
         finish(workspace, settings, registry, claim, do)
         step = stages.resolve_withdrawal(workspace, settings, registry, domain, why)
@@ -141,7 +142,6 @@ def run_withdrawal(
         claim.check()
         purged = None
         if purge:
-            sweep(workspace, registry)
             purged = purge_domain(workspace, registry, domain, why.strip())
         return Withdrawal(made=made, purged=purged)
 
@@ -178,7 +178,7 @@ def finish(workspace: Workspace, settings: Settings, registry: Registry, claim: 
         CopalError: see `flows.conclude.conclude`.
     """
     registry.complete_log()
-    if unsettled(registry):
+    if unsettled(registry) or unshown(registry):
         with claimed(registry, "finish a move", lease=settings.run.lease, on=ALIASES):
             settle(registry)
     head = registry.head()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 from copal.config import CalibrationConfig, PruneConfig, check_whole, fingerprint, from_mapping
 from copal.errors import CopalError, DataError, SettingsError
+from copal.files import locked
 
 __all__ = [
     "GateSettings",
@@ -28,6 +30,7 @@ __all__ = [
     "Workspace",
     "WorkspaceError",
     "check_domain_name",
+    "exclusive",
     "load_settings",
     "open_workspace",
     "recorded_settings",
@@ -323,6 +326,18 @@ def open_workspace(path: Path) -> Workspace:
         if not (root / name).exists():
             raise WorkspaceError(f"{root} {lacks}: run `copal init {path}` to make it a workspace")
     return Workspace(root)
+
+
+@contextmanager
+def exclusive(workspace: Workspace) -> Iterator[None]:
+    """Hold the workspace's lock: what sets a workspace up and what clears it run alone.
+
+    Steps do not need it: who works on a lineage is a matter of `flows.claims`. The system frees it when the process
+    dies.
+    """
+    workspace.lock.parent.mkdir(parents=True, exist_ok=True)
+    with locked(workspace.lock):
+        yield
 
 
 def without_secrets(text: str) -> str:

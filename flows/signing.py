@@ -1,7 +1,7 @@
 """Signatures of versions with the model-signing library: an elliptic-curve key pair, no network, no log of others.
 
 The signature of a version is a file beside its record, a Sigstore bundle. It covers `model/`, `state/` and
-`lineage.json`, but not the running sum, which may be dropped and made again.
+`lineage.json`, but not the running sum and the contribution, which may be dropped: their SHA-256 are in the record.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from copal.errors import CopalError
-from flows.lineage import SIGNATURE_FILE, SUM_FOLDER
+from flows.lineage import CONTRIBUTION_FOLDER, SIGNATURE_FILE, SUM_FOLDER
 
 __all__ = ["SigningError", "check_key", "sign", "signature_problem"]
 
@@ -39,7 +39,8 @@ def sign(folder: Path, key: Path) -> None:
     signer = _signer(key)
     from model_signing import hashing
 
-    covers = hashing.Config().set_ignored_paths(paths=[SIGNATURE_FILE, SUM_FOLDER], ignore_git_paths=False)
+    left_out = [SIGNATURE_FILE, SUM_FOLDER, CONTRIBUTION_FOLDER]
+    covers = hashing.Config().set_ignored_paths(paths=left_out, ignore_git_paths=False)
     try:
         signer.set_hashing_config(covers).sign(folder, folder / SIGNATURE_FILE)
     except ValueError as error:

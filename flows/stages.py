@@ -16,8 +16,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
@@ -27,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError, DataError, StateError
-from copal.files import locked, write_atomic
+from copal.files import write_atomic
 from copal.progress import Progress, silent
 from flows.claims import claimed
 from flows.git import run_git
@@ -59,7 +58,6 @@ __all__ = [
     "dataset_of",
     "discard",
     "evaluate_step",
-    "exclusive",
     "fetch_data",
     "has_gpu",
     "prune_domain",
@@ -139,18 +137,6 @@ class Evaluation:
     before: float | None
     domains: tuple[DomainRecord, ...]
     seconds: float
-
-
-@contextmanager
-def exclusive(workspace: Workspace) -> Iterator[None]:
-    """Hold the workspace's lock: what sets a workspace up and what clears it run alone.
-
-    Steps do not need it: who works on a lineage is a matter of `flows.claims`. The system frees it when the process
-    dies.
-    """
-    workspace.lock.parent.mkdir(parents=True, exist_ok=True)
-    with locked(workspace.lock):
-        yield
 
 
 def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain: str, rev: str | None) -> Step | None:
@@ -490,9 +476,8 @@ def register_step(
     parent_record = registry.record(head)
     when_newest = _perplexity_when_newest(registry, step.earlier)
     now = {name: evaluation.perplexity[name] for name in when_newest}
-    withdrawn = [entry for entry in parent_record["withdrawn"] if entry["name"] != step.version.domain]
-    if step.withdraws:
-        withdrawn.append({"name": step.version.domain, "dvc_md5": step.version.md5})
+    data = {"name": step.version.domain, "dvc_md5": step.version.md5}  # of a domain's other data the tombstone stays
+    withdrawn = [entry for entry in parent_record["withdrawn"] if entry != data] + ([data] if step.withdraws else [])
     record = build_record(
         model=settings.model.name,
         parent={"version": step.head, "digest": record_digest(parent_record)},

@@ -7,7 +7,6 @@ the public key.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from flows.aliases import named, unsettled
 from flows.lineage import RECORD_FILE, SIGNATURE_FILE, LineageError, domain_records, read_record, verify_files
 from flows.log import CHALLENGER, CHAMPION, chain_problems, logged_alias
 from flows.registry import ModelVersion, Registry, RegistryError, tags_of
+from flows.settings import exclusive
 from flows.signing import signature_problem
 
 if TYPE_CHECKING:
@@ -174,8 +174,9 @@ def _ancestry_problems(
 def _log_problems(registry: Registry, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Where the registry shows what a whole log does not tell: entries were cut off, or somebody moved an alias."""
     versions = registry.versions()
+    purged = {number for entry in entries if entry["kind"] == "purge" for number in entry["details"]["deleted"]}
     for version in versions:
-        number = int(version.tags.get("copal.log_entry", 0))
+        number = version.log_entry
         if version.gates is not None:
             entry = entries[number - 1] if 0 < number <= len(entries) else None
             details = {} if entry is None or entry["kind"] != "gates" else entry["details"]
@@ -186,7 +187,9 @@ def _log_problems(registry: Registry, entries: Sequence[Mapping[str, Any]]) -> I
         withdrawn = any(entry["kind"] == "withdrawal" and entry["version"] == version.number for entry in entries)
         if version.withdrawn and not withdrawn and version != versions[-1]:  # the head's may come yet
             yield f"log: no entry tells that version {version.number} withdrew {version.withdrawn}"
-    unfinished = {alias for alias, _, _ in unsettled(registry)}
+        if version.contribution_dropped and version.number not in purged:
+            yield f"log: no entry tells that the contribution of version {version.number} was purged"
+    unfinished = {alias for alias, entry, actual in unsettled(registry) if actual in (entry["from"], entry["to"])}
     for alias in (CHALLENGER, CHAMPION):
         told, actual = logged_alias(entries, alias), registry.alias(alias)
         if registry.moved_by(alias) > len(entries) or (told != actual and alias not in unfinished):
@@ -206,9 +209,8 @@ def _data_problems(
             git_rev=domain.git_rev,
             repository=domain.repository,
         )
-        workspace.cache.mkdir(parents=True, exist_ok=True)
         try:
-            with tempfile.TemporaryDirectory(prefix="verify-", dir=workspace.cache) as scratch:
-                check_stored(workspace, settings.watch, wanted, Path(scratch))
+            with exclusive(workspace):
+                check_stored(workspace, settings.watch, wanted)
         except CopalError as error:
             yield f"data of {domain.name}: {error}"

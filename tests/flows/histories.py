@@ -47,7 +47,7 @@ def a_history(steps: Sequence[Mapping[str, Any]], model: str = "tiny") -> dict[s
                 evaluation_digest=_digest(f"{name}/{data}/{step.get('tokens', {}).get(name)}"),
                 evaluation_tokens=8176,
             )
-            withdrawn = [gone for gone in withdrawn if gone["name"] != name]
+            withdrawn = [gone for gone in withdrawn if gone != {"name": name, "dvc_md5": domains[name].dvc_md5}]
         if "withdraw" in step:
             withdrawn = [*withdrawn, {"name": step["withdraw"], "dvc_md5": domains.pop(step["withdraw"]).dvc_md5}]
         perplexity = step.get("perplexity", {})
@@ -108,7 +108,7 @@ def gates(history: dict[str, Any], version: int, **passed: bool) -> None:
         {"name": name, "passed": good, "value": 0.5, "limit": 0.4, "detail": f"{name} of version {version}"}
         for name, good in passed.items()
     ]
-    details = {"record": "d" * 64, "passed": all(passed.values()), "gates": results}
+    details = {"record": history["versions"][version - 1]["digest"], "passed": all(passed.values()), "gates": results}
     log(history, "gates", "2026-02-01T00:00:00+00:00", version=version, details=details)
 
 

@@ -16,7 +16,7 @@ from toys import step
 from copal.errors import CopalError
 from flows import aliases as module
 from flows.aliases import PromotionError, judged, promote, rollback, settle
-from flows.claims import claimed
+from flows.claims import ClaimLostError, claimed
 from flows.cli import main
 from flows.log import champions
 from flows.registry import AliasMovedError, Registry
@@ -181,6 +181,24 @@ def test_a_rollback_does_not_wait_for_a_step_that_runs(registry):
         claim.check()
 
 
+def test_a_promoter_that_was_paused_logs_no_move_when_others_have_moved(registry, monkeypatch):
+    promote(registry, SETTINGS, 1)
+    real = Registry.append_log
+
+    def late(self, *args, **details):
+        """Paused before its entry: its claim passes, and another promotion goes through."""
+        monkeypatch.setattr(Registry, "append_log", real)
+        registry.change_entry("alias-claim", max(registry.entries("alias-claim")), {"expires": "0"})
+        promote(registry, SETTINGS, 3)
+        return real(self, *args, **details)
+
+    monkeypatch.setattr(Registry, "append_log", late)
+    with pytest.raises((AliasMovedError, ClaimLostError)):
+        promote(registry, SETTINGS, 2)
+    assert moves(registry) == [("promotion", None, 1), ("promotion", 1, 3)]
+    assert registry.alias("champion") == 3
+
+
 def judge_again(registry: Registry, number: int, passed: bool) -> dict:
     version = registry.version(number)
     gates = [{"name": "dense", "passed": passed}]
@@ -188,6 +206,20 @@ def judge_again(registry: Registry, number: int, passed: bool) -> dict:
     entry = judged(registry, version, details)
     settle(registry)
     return entry
+
+
+def test_gates_that_ran_again_and_were_killed_are_shown_by_the_next(make_learnt_bench, tmp_path, monkeypatch):
+    bench = make_learnt_bench(tmp_path / "workspace")
+    step(bench)
+    bench.set("model: {name: tiny", "gates: {dense: 1.0001}\nmodel: {name: tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "conclude", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(["gates", "2", "--again", "--workspace", str(bench.root)])
+    assert bench.registry.version(2).gates == "passed"
+    step(bench, "legal")
+    assert bench.registry.version(2).gates == "failed"
+    assert bench.registry.version(2).log_entry == 2
 
 
 def test_the_newest_version_that_passes_is_the_challenger_also_when_judged_again(registry):
@@ -255,8 +287,22 @@ def test_auto_promotes_what_passed_and_leaves_a_hand_alone(make_learnt_bench, tm
     assert run.data.metrics["gate.dense"] < 2
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "gates.json", "type": "table"}]
     table = json.loads(Path(client.download_artifacts(run.info.run_id, "gates.json")).read_text())
+    page = Path(client.download_artifacts(run.info.run_id, "lineage.html"))
+    assert "<title>Lineage of tiny</title>" in page.read_text()
     assert table["columns"][:2] == ["name", "passed"]
     assert [row[:2] for row in table["data"]] == [[gate.name, True] for gate in made.gates]
+
+
+def test_gates_that_run_again_do_not_undo_a_rollback(make_learnt_bench, tmp_path):
+    bench = make_learnt_bench(tmp_path / "workspace")
+    bench.set("model: {name: tiny", "gates: {promote: auto}\nmodel: {name: tiny")
+    for domain in ("code", "legal"):
+        step(bench, domain)
+    assert bench.registry.alias("champion") == 3
+    rollback(bench.registry, bench.settings, why="3 talks nonsense")
+    assert main(["gates", "3", "--again", "--workspace", str(bench.root)]) == 0
+    assert bench.registry.alias("champion") == 2
+    assert bench.registry.alias("challenger") == 3
 
 
 def test_gates_are_shown_and_run_again_with_the_limits_of_today(make_learnt_bench, tmp_path, capsys):

@@ -17,22 +17,25 @@ from flows.verify import verify
 
 @pytest.fixture
 def two(bench):
-    """The lineages tiny (base, code, legal) and tiny.b (base, legal) in one store; the settings name tiny."""
+    """The lineages tiny (base, code, legal) and tiny.claim-b (base, legal) in one store; the settings name tiny.
+
+    The second is named almost as claims of the first are.
+    """
     for seed, domain in enumerate(("code", "legal")):
         bench.commit(domain, seed)
         step(bench, domain)
-    bench.set("name: tiny", "name: tiny.b")
+    bench.set("name: tiny", "name: tiny.claim-b")
     bench.register_root()
     step(bench, "legal")
-    bench.set("name: tiny.b", "name: tiny")
+    bench.set("name: tiny.claim-b", "name: tiny")
     return bench
 
 
 @pytest.fixture
 def other(two):
-    two.set("name: tiny", "name: tiny.b")
+    two.set("name: tiny", "name: tiny.claim-b")
     settings = two.settings
-    two.set("name: tiny.b", "name: tiny")
+    two.set("name: tiny.claim-b", "name: tiny")
     return open_registry(two.workspace, settings)
 
 
@@ -50,7 +53,7 @@ def test_versions_logs_and_sums_of_two_names_are_apart(two, other):
     assert promotions == [[3], [2]]
 
     before = {path: path.stat().st_size for path in other.folder(other.version(2)).rglob("*") if path.is_file()}
-    assert collect(two.workspace, two.settings, two.registry)  # the sum of version 2 of tiny, not of tiny.b
+    assert collect(two.workspace, two.settings, two.registry)  # the sum of version 2 of tiny, not of tiny.claim-b
     assert {path: path.stat().st_size for path in before if path.exists()} == before
     assert two.registry.version(2).sum_dropped
     assert not other.version(2).sum_dropped
@@ -86,14 +89,14 @@ def test_status_all_shows_every_lineage_and_nothing_else(two, capsys):
                 "domains": ["code", "legal"],
                 "aliases": {"champion": 2, "latest": 3},
             },
-            {"model": "tiny.b", "head": 2, "versions": [1, 2], "domains": ["legal"], "aliases": {"latest": 2}},
+            {"model": "tiny.claim-b", "head": 2, "versions": [1, 2], "domains": ["legal"], "aliases": {"latest": 2}},
         ]
     }
     assert main(["status", "--all", *here]) == 0
     shown = capsys.readouterr().out
     assert "tiny*" in shown
-    assert "tiny.b" in shown
+    assert "tiny.claim-b" in shown
     assert "champion: 2" in shown
     assert "latest: 3" in shown
-    assert "claim" not in shown
+    assert ".claim-0" not in shown
     assert "somebody-elses" not in shown

@@ -102,12 +102,14 @@ def test_the_data_of_a_number_and_of_other_aliases():
     assert "dense base" in shown(data(history, "1"))
 
 
-def test_a_move_of_another_alias_is_no_promotion_of_the_champion():
-    history = a_history([{"add": "a"}])
-    log(history, "promotion", "2026-03-01T00:00:00+00:00", to_version=2, details={"alias": "challenger"})
+def test_gate_results_move_the_challenger_and_no_champion():
+    history = a_history([{"add": "a"}, {"add": "b"}])
+    for day, version, before, to in ((1, 2, None, 2), (2, 3, None, None), (3, 2, 2, None)):
+        entry = {"version": version, "from_version": before, "to_version": to, "details": {"record": "", "gates": []}}
+        log(history, "gates", f"2026-03-0{day}T00:00:00+00:00", **entry)
+    named = [data(history, "challenger", f"2026-03-0{day}")["version"] for day in (1, 2, 3)]
+    assert named == [2, 2, None]
     assert data(history, on="2026-04-01")["version"] is None
-    assert data(history, "challenger", "2026-04-01")["version"] == 2
-    assert data(history)["version"] is None  # no champion yet
 
 
 @pytest.mark.parametrize("on", ["yesterday", "2026-02-30", "", "2026-01-01T25:00:00"])

@@ -508,6 +508,8 @@ def test_reading_where_there_is_no_store_makes_none(tmp_path: Path) -> None:
     assert registry.head() is None
     assert registry.versions() == []
     assert registry.find("0" * 64) is None
+    assert registry.log() == []
+    assert registry.moved_by("champion") == 0
     assert not (tmp_path / "nothing").exists()
 
 

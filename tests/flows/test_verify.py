@@ -194,6 +194,19 @@ def test_a_log_that_was_cut_off_is_found_by_what_the_registry_shows(bench):
     )
 
 
+def test_a_contribution_is_missed_unless_the_log_tells_of_its_purge(bench):
+    bench.commit("code", 0)
+    step(bench, "code")
+    shutil.rmtree(folder_of(bench, 2) / "state" / "contribution")
+    assert verified(bench, 2).findings[0].startswith("missing: state/contribution/")
+    uri = bench.registry.tracking_uri
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client.set_model_version_tag("tiny", "2", "copal.contribution_dropped", "true")
+    assert verified(bench, 2).findings == ("log: no entry tells that the contribution of version 2 was purged",)
+    bench.registry.append_log("purge", details={"deleted": [2]})
+    assert verified(bench, 2).findings == ()
+
+
 def first_word(entry: dict[str, Any]) -> str:
     return "passed" if entry["details"]["passed"] else "failed"
 
@@ -209,6 +222,18 @@ def test_an_alias_that_was_moved_by_hand_is_found(signed):
     assert verified(signed).findings == ()
 
 
+def test_an_alias_that_was_moved_by_hand_after_a_killed_promotion_is_found(bench):
+    bench.commit("code", 0)
+    step(bench, "code")
+    entries = bench.registry.log()
+    bench.registry.append_log("promotion", to_version=1, details={})
+    assert verified(bench, 2).findings == ()  # the move may come yet
+    uri = bench.registry.tracking_uri
+    MlflowClient(tracking_uri=uri, registry_uri=uri).set_registered_model_alias("tiny", "champion", "2")
+    assert verified(bench, 2).findings == ("log: champion names version 2, the log says version 1",)
+    assert len(bench.registry.log()) == len(entries) + 1
+
+
 def test_a_running_sum_that_was_dropped_is_no_damage(bench):
     bench.commit("code", 0)
     bench.commit("legal", 1)
@@ -219,15 +244,16 @@ def test_a_running_sum_that_was_dropped_is_no_damage(bench):
     assert verified(bench, 2).skipped == ("signature: there is none", "data")
 
 
-def test_a_signature_stays_good_when_the_sum_is_dropped(signed):
+@pytest.mark.parametrize("part", ["sum", "contribution"])
+def test_a_signature_stays_good_when_a_part_of_the_state_is_dropped(signed, part):
     folder = folder_of(signed)
     key = signed.root / "own.pem"
-    aside = signed.root.parent / "sum"
-    (folder / "state" / "sum").rename(aside)
+    aside = signed.root.parent / part
+    (folder / "state" / part).rename(aside)
     try:
         assert signature_problem(folder, key=key, public_key=None) is None
     finally:
-        aside.rename(folder / "state" / "sum")
+        aside.rename(folder / "state" / part)
 
 
 # --- data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,9 +131,12 @@ def test_the_watcher_does_not_bring_it_back_another_version_does(lineage):
     assert pending(lineage) == ["legal"]
     assert step(lineage, "legal") == 6
     record = lineage.registry.record(lineage.registry.head())
-    assert record["withdrawn"] == []
     assert [domain["name"] for domain in record["domains"]] == ["code", "legal", "medical"]
     assert pending(lineage) == []
+    lineage.commit("legal", 1)  # the pointer goes back to what was withdrawn, and that is still not wanted
+    assert pending(lineage) == []
+    assert withdraw(lineage, "legal").made.number == 7
+    assert [entry["name"] for entry in lineage.registry.record(lineage.registry.head())["withdrawn"]] == ["legal"] * 2
 
 
 def test_adapt_brings_it_back_and_the_tombstone_goes(lineage):
@@ -214,6 +218,15 @@ def test_a_log_entry_that_a_kill_prevented_is_made_by_the_next_one_who_holds_the
 def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_traces(lineage):
     lineage.commit("legal", 7)  # another version of its data
     step(lineage, "legal")
+    cache, runs = lineage.workspace.cache, lineage.workspace.runs
+    lineage.commit("legal", 8)  # data that no version comes of, and a step that waits with its statistics
+    broken = replace(plain_stages(), evaluate=lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_step(lineage.workspace, lineage.settings, lineage.registry, "legal", None, broken)
+    assert len(list(runs.iterdir())) == 1
+    left = (cache / f".{'0' * 32}.dir.partial", cache / "verify-killed", runs / "replay-killed")
+    for folder in left:
+        (folder / "files").mkdir(parents=True)
     md5s = {entry["dvc_md5"] for number in (3, 5) for entry in lineage.registry.record(
         lineage.registry.version(number))["domains"] if entry["name"] == "legal"}  # fmt: skip
     assert len(md5s) == 2
@@ -222,6 +235,10 @@ def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_tr
     assert (done.purged.deleted, done.purged.traces) == ((3, 5), (3, 4, 5))
     assert done.purged.size > 0
     assert not any((lineage.workspace.cache / md5).exists() for md5 in md5s)
+    assert not any(folder.exists() for folder in left)
+    assert not list(runs.iterdir())
+    head = lineage.registry.record(lineage.registry.head())
+    assert {path.name for path in cache.glob("*.dir")} <= {domain["dvc_md5"] for domain in head["domains"]}
     for version in lineage.registry.versions():
         state = lineage.registry.folder(version) / "state"
         contribution, total = (sorted((state / part).glob("*")) for part in ("contribution", "sum"))
