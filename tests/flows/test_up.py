@@ -527,8 +527,9 @@ def test_a_cron_expression_goes_before_the_interval(bench) -> None:
         params.write('watch: {interval: 5, cron: "0 3 * * 1-5"}\n')
     settings = load_settings(bench.workspace.params)
     text = render_prefect_file(prefect_file(), bench.workspace, settings, registry=None, devices=None)
-    watch, adapt = yaml.safe_load(text)["deployments"]
+    watch, adapt, *others = yaml.safe_load(text)["deployments"]
     assert watch["schedules"] == [{"cron": "0 3 * * 1-5"}]
+    assert [other["name"] for other in others] == ["promote", "rollback", "audit"]
     assert "COPAL_REGISTRY_URI" not in adapt["work_pool"]["job_variables"]["env"]
     assert "CUDA_VISIBLE_DEVICES" not in adapt["work_pool"]["job_variables"]["env"]
     assert WatchSettings().cron is None
