@@ -212,8 +212,11 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     write_atomic(path, json_text(record))
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path, valid: set[str] | None = None) -> dict[str, Any]:
     """Read a record and check its structure.
+
+    Args:
+        valid: digests of records whose structure was found to be right before; this one's is added.
 
     Raises:
         LineageError: no file, no JSON, another schema, or a field that is missing or of the wrong type.
@@ -224,7 +227,14 @@ def read_record(path: Path) -> dict[str, Any]:
         raise LineageError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # also text that is not UTF-8
         raise LineageError(f"{path}: is not JSON: {error}") from error
-    validate(record, str(path))
+    try:
+        digest = fingerprint(record)
+    except ValueError:  # NaN
+        digest = ""
+    if valid is None or digest not in valid:
+        validate(record, str(path))
+    if valid is not None:
+        valid.add(digest)
     return dict(record)
 
 

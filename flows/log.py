@@ -79,18 +79,26 @@ def anchor_of(entries: Sequence[Mapping[str, Any]]) -> str:
     return f"{len(entries)} {fingerprint(entries[-1])}" if entries else ""
 
 
-def chain_problems(entries: Sequence[Any], anchor: str) -> list[str]:
-    """What is wrong with a log, a line each; nothing where it is whole and ends at its anchor."""
+def chain_problems(entries: Sequence[Any], anchor: str, valid: set[str] | None = None) -> list[str]:
+    """What is wrong with a log, a line each; nothing where it is whole and ends at its anchor.
+
+    Args:
+        valid: digests of entries whose structure was found to be right before; those that are found so are added.
+    """
     problems = []
+    valid = set() if valid is None else valid
+    before: str | None = None
     for place, entry in enumerate(entries, start=1):
-        problem = problem_with(entry, SCHEMA) if entry is not None else "is missing"
-        if problem:
-            problems.append(f"log entry {place}: {problem}")
-            continue
+        follows, before = before, _digest(entry)
+        if before is None or before not in valid:
+            problem = problem_with(entry, SCHEMA) if entry is not None else "is missing"
+            if problem or before is None:
+                problems.append(f"log entry {place}: {problem}")
+                continue
+            valid.add(before)
         if entry["number"] != place:
             problems.append(f"log entry {place}: says that it is number {entry['number']}")
-        before = entries[place - 2] if place > 1 else None
-        if entry["previous"] != (fingerprint(before) if before is not None else None):
+        if entry["previous"] != follows:
             problems.append(f"log entry {place}: does not follow the entry before it: one of the two was altered")
     if not problems and anchor != anchor_of(entries):
         problems.append(f"the log has {len(entries)} entries and does not end where the registry says ({anchor!r})")
@@ -129,6 +137,14 @@ def champions(entries: Sequence[Entry]) -> list[int]:
         if stack[-1:] != [to]:
             stack.append(to)
     return stack
+
+
+def _digest(entry: Any) -> str | None:
+    """None of one that is missing, and of NaN."""
+    try:
+        return None if entry is None else fingerprint(entry)
+    except ValueError:
+        return None
 
 
 def _user() -> str:

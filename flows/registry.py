@@ -220,6 +220,7 @@ class Registry:
                 f"model.name must be 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit, and not "
                 f"end as copal's own names do ({', '.join(f'.{kind}-1' for kind in _NUMBERED)}), not {model_name!r}"
             )
+        self._valid: set[str] = set()  # digests of records and log entries whose structure was checked: it takes long
         self.tracking_uri = tracking_uri
         self.artifact_root = artifact_root
         self.model_name = model_name
@@ -546,7 +547,7 @@ class Registry:
             RegistryError: it cannot be read.
         """
         entries, anchor = self.log_as_stored()
-        problems = chain_problems(entries, anchor)
+        problems = chain_problems(entries, anchor, self._valid)
         if problems:
             raise LineageError(f"the log of {self.model_name}: {problems[0]}")
         return entries
@@ -1078,7 +1079,7 @@ class Registry:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _checked(self, version: ModelVersion, path: Path) -> dict[str, Any]:
-        record = read_record(path)
+        record = read_record(path, self._valid)
         if record_digest(record) != version.tags["copal.lineage_digest"]:
             raise LineageError(
                 f"{path}: is not the record that version {version.number} of {self.model_name} was registered with "

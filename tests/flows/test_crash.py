@@ -125,6 +125,12 @@ def trials(make_bench, tmp_path_factory) -> Trials:
     return Trials(make_bench(tmp_path_factory.mktemp("crash") / "workspace"))
 
 
+@pytest.fixture
+def young(make_bench, tmp_path) -> Trials:
+    """A lineage without the versions and log entries of all those trials: they make a step slower."""
+    return Trials(make_bench(tmp_path / "workspace"))
+
+
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_a_step_killed_at_a_durable_boundary_is_finished_by_the_next(trials: Trials, point: Point):
     if "flows.datasets" in point.target:
@@ -135,14 +141,14 @@ def test_a_step_killed_at_a_durable_boundary_is_finished_by_the_next(trials: Tri
     assert trials.trial(point), "the step never came by this point"
 
 
-def test_a_step_killed_at_any_time_is_finished_by_the_next(trials: Trials):
-    at_any_time(trials, kills=30, seed=0)
+def test_a_step_killed_at_any_time_is_finished_by_the_next(young: Trials):
+    at_any_time(young, kills=30, seed=0)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_a_step_killed_at_any_time_300_times(trials: Trials):
-    at_any_time(trials, kills=300, seed=1)
+def test_a_step_killed_at_any_time_300_times(young: Trials):
+    at_any_time(young, kills=300, seed=1)
 
 
 def at_any_time(trials: Trials, kills: int, seed: int) -> None:
