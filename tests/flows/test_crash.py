@@ -6,8 +6,10 @@ two versions, so that every trial has a step to take and what it must end in is 
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -121,14 +123,20 @@ class Trials:
 
 
 @pytest.fixture(scope="module")
-def trials(make_bench, tmp_path_factory) -> Trials:
-    return Trials(make_bench(tmp_path_factory.mktemp("crash") / "workspace"))
+def lineages(make_bench, tmp_path_factory) -> Iterator[Trials]:
+    """One after another; each is used for some trials only, for versions and log entries make a step slower."""
+
+    def endless() -> Iterator[Trials]:
+        while True:
+            made = Trials(make_bench(tmp_path_factory.mktemp("crash") / "workspace"))
+            yield from itertools.repeat(made, 16)
+
+    return endless()
 
 
 @pytest.fixture
-def young(make_bench, tmp_path) -> Trials:
-    """A lineage without the versions and log entries of all those trials: they make a step slower."""
-    return Trials(make_bench(tmp_path / "workspace"))
+def trials(lineages: Iterator[Trials]) -> Trials:
+    return next(lineages)
 
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
@@ -141,14 +149,14 @@ def test_a_step_killed_at_a_durable_boundary_is_finished_by_the_next(trials: Tri
     assert trials.trial(point), "the step never came by this point"
 
 
-def test_a_step_killed_at_any_time_is_finished_by_the_next(young: Trials):
-    at_any_time(young, kills=30, seed=0)
+def test_a_step_killed_at_any_time_is_finished_by_the_next(trials: Trials):
+    at_any_time(trials, kills=30, seed=0)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_a_step_killed_at_any_time_300_times(young: Trials):
-    at_any_time(young, kills=300, seed=1)
+def test_a_step_killed_at_any_time_300_times(trials: Trials):
+    at_any_time(trials, kills=300, seed=1)
 
 
 def at_any_time(trials: Trials, kills: int, seed: int) -> None:
