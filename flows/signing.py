@@ -107,7 +107,7 @@ def _library() -> None:
         import model_signing.signing  # noqa: F401
     except ImportError as error:
         raise SigningError(
-            f"signatures need model-signing, which cannot be imported ({error}): pip install 'copal[signing]', "
+            f"signatures need model-signing, which cannot be imported ({error}): pip install model-signing pyopenssl, "
             "or set signing.key to null"
         ) from error
 
