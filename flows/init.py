@@ -148,7 +148,7 @@ registry:
   uri: null               # an MLflow tracking URI; null: SQLite in .copal/
                           # (COPAL_REGISTRY_URI, else MLFLOW_TRACKING_URI, goes first)
 
-signing:                  # of new versions, with model-signing: pip install model-signing pyopenssl
+signing:                  # of new versions; needs `pip install model-signing pyopenssl`
   key: null               # a private key, PEM, elliptic curve; null: versions are not signed
   public_key: null        # what `copal verify` checks signatures with, PEM; null: the public half of key
 """
