@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -122,44 +124,62 @@ class Trials:
         return sorted((stored | models) - known) + [run.info.run_id for run in running]
 
 
-@pytest.fixture(scope="module")
-def lineages(make_bench, tmp_path_factory) -> Iterator[Trials]:
-    """One after another; each is used for some trials only, for versions and log entries make a step slower."""
+Pair = tuple[Trials, Trials]
 
-    def endless() -> Iterator[Trials]:
+
+@pytest.fixture(scope="module")
+def lineages(make_bench, tmp_path_factory) -> Iterator[Pair]:
+    """Pairs, one after another; each is used for some trials only: versions and log entries make a step slower."""
+
+    def made() -> Trials:
+        return Trials(make_bench(tmp_path_factory.mktemp("crash") / "workspace"))
+
+    def endless() -> Iterator[Pair]:
         while True:
-            made = Trials(make_bench(tmp_path_factory.mktemp("crash") / "workspace"))
-            yield from itertools.repeat(made, 16)
+            yield from itertools.repeat((made(), made()), 16)
 
     return endless()
 
 
 @pytest.fixture
-def trials(lineages: Iterator[Trials]) -> Trials:
+def pair(lineages: Iterator[Pair]) -> Pair:
+    """Two lineages, for two trials at a time: a step of this size has work for one core."""
     return next(lineages)
 
 
-@pytest.mark.parametrize("point", POINTS, ids=str)
-def test_a_step_killed_at_a_durable_boundary_is_finished_by_the_next(trials: Trials, point: Point):
+def named(points: tuple[Point, Point | None]) -> str:
+    return " and ".join(str(point) for point in points if point is not None)
+
+
+@pytest.mark.parametrize("points", list(itertools.zip_longest(POINTS[::2], POINTS[1::2])), ids=named)
+def test_a_step_killed_at_a_durable_boundary_is_finished_by_the_next(pair: Pair, points: tuple[Point, Point | None]):
+    with ThreadPoolExecutor(len(pair)) as pool:
+        list(pool.map(at_a_boundary, pair, points))
+
+
+def at_a_boundary(trials: Trials, point: Point | None) -> None:
+    if point is None:
+        return
     if "flows.datasets" in point.target:
         for path in trials.bench.workspace.cache.glob("*.dir"):
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
-    assert trials.trial(point), "the step never came by this point"
+            shutil.rmtree(path)
+    assert trials.trial(point), f"the step never came by {point}"
 
 
-def test_a_step_killed_at_any_time_is_finished_by_the_next(trials: Trials):
-    at_any_time(trials, kills=30, seed=0)
+def test_a_step_killed_at_any_time_is_finished_by_the_next(pair: Pair):
+    at_any_time(pair, kills=30, seed=0)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_a_step_killed_at_any_time_300_times(trials: Trials):
-    at_any_time(trials, kills=300, seed=1)
+def test_a_step_killed_at_any_time_300_times(pair: Pair):
+    at_any_time(pair, kills=300, seed=1)
 
 
-def at_any_time(trials: Trials, kills: int, seed: int) -> None:
-    moments = random.Random(seed)
-    in_time = sum(trials.trial(moments.uniform(0, trials.seconds)) for _ in range(kills))
+def at_any_time(pair: Pair, kills: int, seed: int) -> None:
+    def run(trials: Trials, moments: random.Random) -> int:
+        return sum(trials.trial(moments.uniform(0, trials.seconds)) for _ in range(kills // len(pair)))
+
+    with ThreadPoolExecutor(len(pair)) as pool:
+        in_time = sum(pool.map(run, pair, (random.Random(f"{seed}/{place}") for place in range(len(pair)))))
     assert in_time >= kills * 2 // 3
