@@ -77,8 +77,7 @@ def promote(
     seen = len(alias_moves(registry.log(), CHAMPION))
     with claimed(registry, f"promote version {number}", lease=settings.run.lease, on=ALIASES, tell=tell) as claim:
 
-        def move() -> dict[str, Any] | None:
-            entries = registry.log()
+        def move(entries: Sequence[Entry]) -> dict[str, Any] | None:
             refusal = _refusal(registry.version(number), entries)
             if refusal and not force:
                 raise PromotionError(
@@ -115,8 +114,7 @@ def rollback(
     seen = len(alias_moves(registry.log(), CHAMPION))
     with claimed(registry, "roll back", lease=settings.run.lease, on=ALIASES, tell=tell) as claim:
 
-        def move() -> dict[str, Any]:
-            entries = registry.log()
+        def move(entries: Sequence[Entry]) -> dict[str, Any]:
             there = {version.number for version in registry.versions()}
             now = registry.alias(CHAMPION)  # by force also from where somebody set it by hand, to that of the log
             stack = champions(entries)
@@ -134,8 +132,8 @@ def rollback(
         return decided(registry, claim, move)
 
 
-def decided(registry: Registry, claim: Claim, move: Callable[[], _T]) -> _T:
-    """What `move` gives, which looks at log and aliases, decides, and appends what it decided to the log.
+def decided(registry: Registry, claim: Claim, move: Callable[[Sequence[Entry]], _T]) -> _T:
+    """What `move` gives, which gets the log, looks at the aliases, decides, and appends what it decided to the log.
 
     Where others append in between, it looks again: so nobody logs a move from where the alias is no more, however late
     a paused process wakes.
@@ -145,29 +143,31 @@ def decided(registry: Registry, claim: Claim, move: Callable[[], _T]) -> _T:
     """
     while True:
         claim.check()
-        settle(registry)
+        entries = registry.log()
+        settle(registry, entries)
         with suppress(LogMovedError):
-            return move()
+            return move(entries)
 
 
-def settle(registry: Registry) -> None:
+def settle(registry: Registry, entries: Sequence[Entry]) -> None:
     """Do what the log names and a killed process did not: move aliases, show gates that ran again. Only for who holds
     the aliases.
 
+    Args:
+        entries: the log.
+
     Raises:
         RegistryError: the registry fails.
-        LineageError: the log was altered.
     """
-    for alias, entry, actual in unsettled(registry):
+    for alias, entry, actual in unsettled(registry, entries):
         if actual in (entry["from"], entry["to"]):
             registry.move_alias(alias, entry["to"], expected=actual, entry=entry["number"])
-    for version, entry in unshown(registry):
+    for version, entry in unshown(registry, entries):
         registry.conclude(version, entry)
 
 
-def unsettled(registry: Registry) -> list[tuple[str, Entry, int | None]]:
+def unsettled(registry: Registry, entries: Sequence[Entry]) -> list[tuple[str, Entry, int | None]]:
     """(alias, the log entry that moves it, the version that it names now) of moves that were not made to their end."""
-    entries = registry.log()
     return [
         (alias, moves[-1], registry.alias(alias))
         for alias in (CHALLENGER, CHAMPION)
@@ -175,20 +175,20 @@ def unsettled(registry: Registry) -> list[tuple[str, Entry, int | None]]:
     ]
 
 
-def unshown(registry: Registry) -> list[tuple[ModelVersion, Entry]]:
+def unshown(registry: Registry, entries: Sequence[Entry]) -> list[tuple[ModelVersion, Entry]]:
     """(version, its newest gate results) of concluded versions that show older ones: their gates ran again."""
-    entries = registry.log()
     newest = [(version, gates_entry(version, entries)) for version in registry.versions() if version.gates is not None]
     return [(version, entry) for version, entry in newest if entry is not None and version.log_entry < entry["number"]]
 
 
-def judged(registry: Registry, version: ModelVersion, details: Mapping[str, Any]) -> dict[str, Any]:
+def judged(
+    registry: Registry, version: ModelVersion, details: Mapping[str, Any], entries: Sequence[Entry]
+) -> dict[str, Any]:
     """Log the gate results of a version, and with them where `challenger` goes; within `decided`.
 
     The newest version that passed is the challenger. One that passed and was judged again and failed is it no more.
     """
-    entries, now = registry.log(), registry.alias(CHALLENGER)
-    to = now
+    to = now = registry.alias(CHALLENGER)
     if details["passed"] and (now is None or now < version.number):
         to = version.number
     elif not details["passed"] and now == version.number:

@@ -6,7 +6,7 @@ a version without that tag is not concluded, and whoever takes the lineage next 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -76,8 +76,9 @@ def conclude(
         _check(claim)  # others may have held the aliases for long
         if evidence is not None:  # judged only now, for the champion may have moved
             decided(registry, aliases, partial(_judge, registry, version, settings, evidence))
-        settle(registry)
-        entry = gates_entry(version, registry.log())
+        entries = registry.log()
+        settle(registry, entries)
+        entry = gates_entry(version, entries)
         assert entry is not None
         if entry["details"]["passed"] and entry["details"]["promote"] == "auto":
             decided(registry, aliases, partial(_promote, registry, version, aliases, tell))
@@ -98,9 +99,10 @@ def _promote(
     version: ModelVersion,
     claim: Claim,
     tell: Callable[[str], None] | None,
+    entries: Sequence[Mapping[str, Any]],
 ) -> None:
     """What passed becomes the champion, unless somebody has decided otherwise since, or a newer one passed."""
-    champion, entries = registry.alias(CHAMPION), registry.log()
+    champion = registry.alias(CHAMPION)
     if registry.alias(CHALLENGER) != version.number or (champion is not None and champion > version.number):
         return
     first = next(each for each in entries if each["kind"] == "gates" and each["version"] == version.number)
@@ -113,7 +115,13 @@ def _promote(
             tell(str(error))
 
 
-def _judge(registry: Registry, version: ModelVersion, settings: Settings, evidence: _Evidence) -> dict[str, Any]:
+def _judge(
+    registry: Registry,
+    version: ModelVersion,
+    settings: Settings,
+    evidence: _Evidence,
+    entries: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """The log entry with the results of the gates, against the champion that serves now."""
     results = judge(
         evidence.record,
@@ -130,7 +138,7 @@ def _judge(registry: Registry, version: ModelVersion, settings: Settings, eviden
         "promote": settings.gates.promote,
         "gates": [result.as_dict() for result in results],
     }
-    return judged(registry, version, details)
+    return judged(registry, version, details, entries)
 
 
 def _gather(

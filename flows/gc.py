@@ -48,13 +48,9 @@ def collect(workspace: Workspace, settings: Settings, registry: Registry, *, dry
             size = registry.drop_sum(version, dry_run=dry_run)
             if size:
                 found.append(Freed(what=f"running sum of version {version.number}", size=size))
-        for folder, built_on in run_folders(workspace, registry.model_name).items():
-            if built_on == head.number:  # a finished version may wait there
-                continue
-            found.append(Freed(what=str(folder.relative_to(workspace.root)), size=freed_bytes(folder)))
-            if not dry_run:
-                shutil.rmtree(folder)
-        for folder in scratch_folders(workspace.cache):
+        runs = run_folders(workspace, registry.model_name).items()
+        useless = [folder for folder, built_on in runs if built_on != head.number]  # in the others a version may wait
+        for folder in (*useless, *scratch_folders(workspace.cache)):
             found.append(Freed(what=str(folder.relative_to(workspace.root)), size=freed_bytes(folder)))
             if not dry_run:
                 shutil.rmtree(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,6 @@ from flows.settings import Settings, Workspace, exclusive, load_settings, record
 from flows.stages import Step, dataset_of, prune_domain, step_on, surroundings
 
 if TYPE_CHECKING:
-    from copal.step import StepReport
     from flows.registry import ModelVersion, Registry
 
 __all__ = ["Replay", "ReplayError", "replay"]
@@ -79,10 +79,19 @@ def replay(
     if problems:
         raise ReplayError(f"version {version.number}: {problems[0]}; bring the stored model back from a copy first")
     settings = recorded_settings(record["settings"], f"the record of version {version.number}")
+    watch = load_settings(workspace.params).watch
     workspace.runs.mkdir(parents=True, exist_ok=True)
     with exclusive(workspace), TemporaryDirectory(prefix="replay-", dir=workspace.runs) as scratch:
-        make = _last_step if last_step else _from_data
-        report, made = make(workspace, registry, version, settings, Path(scratch), progress)
+        plan = _last_step if last_step else _from_data
+        made: Path | None = None
+        for of_step, step in plan(registry, version, settings, Path(scratch)):
+            step.run.mkdir(exist_ok=True)
+            data = None if step.withdraws else str(fetch_version(workspace, watch, step.version))
+            report = prune_domain(of_step, step, data, progress)
+            if made is not None:
+                shutil.rmtree(made)
+            made = step.out
+        assert made is not None
         masks, largest = _compare(made / "model", folder / "model")
         total = sum(layer.weights for layer in report.layers)
         if keep is not None:
@@ -105,26 +114,20 @@ def replay(
 
 
 def _from_data(
-    workspace: Workspace,
-    registry: Registry,
-    version: ModelVersion,
-    settings: Settings,
-    scratch: Path,
-    progress: Progress,
-) -> tuple[StepReport, Path]:
+    registry: Registry, version: ModelVersion, settings: Settings, scratch: Path
+) -> Iterator[tuple[Settings, Step]]:
     """One step a domain, in the order in which they came: contributions are added as they were, to the last bit.
 
     Of the steps before the last one only the statistics count, so they prune as cheaply as can be.
     """
     record, root = registry.record(version), registry.root()
     assert root is not None
-    watch = load_settings(workspace.params).watch
     entries = sorted(domain_records(record, version.number), key=lambda entry: entry.contribution_version or 0)
-    report, parent = None, None
+    cheap = replace(settings.prune, rounds=(1.0,), iterations=1)
+    parent = None
     for place, entry in enumerate(entries, start=1):
         came = registry.record(registry.version(entry.contribution_version or version.number))
         then = recorded_settings(came["settings"], f"the record of version {entry.contribution_version}")
-        cheap = replace(settings.prune, rounds=(1.0,), iterations=1)
         step = Step(
             model=registry.model_name,
             head=place,
@@ -137,39 +140,22 @@ def _from_data(
             key=record["key"],
             earlier=tuple(entries[: place - 1]),
         )
-        data = fetch_version(workspace, watch, step.version)
-        step.run.mkdir()
-        of_place = replace(then, prune=settings.prune if place == len(entries) else cheap)
-        report = prune_domain(of_place, step, str(data), progress)
-        if parent is not None:
-            shutil.rmtree(parent)
+        yield replace(then, prune=settings.prune if place == len(entries) else cheap), step
         parent = step.out
-    assert report is not None
-    assert parent is not None
-    return report, parent
 
 
 def _last_step(
-    workspace: Workspace,
-    registry: Registry,
-    version: ModelVersion,
-    settings: Settings,
-    scratch: Path,
-    progress: Progress,
-) -> tuple[StepReport, Path]:
+    registry: Registry, version: ModelVersion, settings: Settings, scratch: Path
+) -> Iterator[tuple[Settings, Step]]:
+    """The step that made the version, on its parent."""
     record = registry.record(version)
     parent = registry.version(record["parent"]["version"])
     gone = withdrawal_of(record)
     entry = record["step"]
     if gone is not None:
         entry = next(each for each in registry.record(parent)["domains"] if each["name"] == gone["name"])
-    step = step_on(
-        registry, parent, dataset_of(DomainRecord(**entry)), record["key"], scratch, withdraws=gone is not None
-    )
-    data = None
-    if gone is None:
-        data = str(fetch_version(workspace, load_settings(workspace.params).watch, step.version))
-    return prune_domain(settings, step, data, progress), step.out
+    dataset = dataset_of(DomainRecord(**entry))
+    yield settings, step_on(registry, parent, dataset, record["key"], scratch, withdraws=gone is not None)
 
 
 def _compare(made: Path, stored: Path) -> tuple[int, float]:

@@ -178,9 +178,10 @@ def finish(workspace: Workspace, settings: Settings, registry: Registry, claim: 
         CopalError: see `flows.conclude.conclude`.
     """
     registry.complete_log()
-    if unsettled(registry) or unshown(registry):
+    entries = registry.log()
+    if unsettled(registry, entries) or unshown(registry, entries):
         with claimed(registry, "finish a move", lease=settings.run.lease, on=ALIASES):
-            settle(registry)
+            settle(registry, registry.log())
     head = registry.head()
     if head is not None and not head.concluded:
         do.conclude(workspace, settings, registry, head, claim)

@@ -189,7 +189,9 @@ def _log_problems(registry: Registry, entries: Sequence[Mapping[str, Any]]) -> I
             yield f"log: no entry tells that version {version.number} withdrew {version.withdrawn}"
         if version.contribution_dropped and version.number not in purged:
             yield f"log: no entry tells that the contribution of version {version.number} was purged"
-    unfinished = {alias for alias, entry, actual in unsettled(registry) if actual in (entry["from"], entry["to"])}
+    unfinished = {
+        alias for alias, entry, actual in unsettled(registry, entries) if actual in (entry["from"], entry["to"])
+    }
     for alias in (CHALLENGER, CHAMPION):
         told, actual = logged_alias(entries, alias), registry.alias(alias)
         if registry.moved_by(alias) > len(entries) or (told != actual and alias not in unfinished):

@@ -133,10 +133,10 @@ def test_a_move_that_was_killed_is_made_by_the_next(registry, monkeypatch, place
             promote(registry, SETTINGS, 4) if step == "promote" else rollback(registry, SETTINGS)
     wanted = 4 if step == "promote" else 2
     assert registry.alias("champion") == (3 if place == "alias" else wanted)
-    settle(registry)
+    settle(registry, registry.log())
     assert registry.alias("champion") == wanted
     by_hand(registry, "champion", 3)  # now that it is settled, this is a hand's
-    settle(registry)
+    settle(registry, registry.log())
     assert registry.alias("champion") == 3
 
 
@@ -203,8 +203,8 @@ def judge_again(registry: Registry, number: int, passed: bool) -> dict:
     version = registry.version(number)
     gates = [{"name": "dense", "passed": passed}]
     details = {"record": version.tags["copal.lineage_digest"], "passed": passed, "gates": gates}
-    entry = judged(registry, version, details)
-    settle(registry)
+    entry = judged(registry, version, details, registry.log())
+    settle(registry, registry.log())
     return entry
 
 
