@@ -1,8 +1,8 @@
 """The flow `adapt`: one step of continual pruning, from a dataset version to a registered model version. The flow
 `withdraw` is the same step in the other direction.
 
-The stages themselves are plain functions in `flows.stages`; here they become Prefect tasks, with retries where trying
-again can help (fetching over a network, a registry that is busy) and none where it cannot (bad input).
+The stages themselves are plain functions in `flows.step.work`; here they become Prefect tasks, with retries where
+trying again can help (fetching over a network, a registry that is busy) and none where it cannot (bad input).
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from prefect.utilities.timeout import timeout
 
 from copal.errors import CopalError
 from copal.step import StepReport
-from flows import stages
-from flows.claims import Claim
-from flows.conclude import conclude as run_gates
-from flows.gates import GateResult, as_table, failed
-from flows.registry import ModelVersion, Registry, open_registry
-from flows.run import Made, Stages, Withdrawal, run_step, run_withdrawal
-from flows.settings import Settings, load_settings, open_workspace
-from flows.stages import Evaluation, Step
-from flows.terminal import progress_bar
+from flows.gates.judge import GateResult, as_table, failed
+from flows.gates.run import conclude as run_gates
+from flows.machine import has_gpu
+from flows.registry.claims import Claim
+from flows.registry.registry import ModelVersion, Registry, open_registry
+from flows.settings import Settings, load_settings
+from flows.step.register import register_step
+from flows.step.resolve import Step
+from flows.step.run import Made, Stages, Withdrawal, run_step, run_withdrawal
+from flows.step.staging import Evaluation
+from flows.step.work import evaluate_step, fetch_data, prune_domain
+from flows.terminal.progress import progress_bar
+from flows.workspace import open_workspace
 
 __all__ = ["TimeLimitError", "adapt", "perplexity_table", "time_limit", "withdraw"]
 
@@ -50,14 +54,14 @@ def _may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=_may_pass)
 def fetch(workspace: str, step: Step) -> dict[str, str]:
     """Fetch every domain's data version."""
-    return stages.fetch_data(open_workspace(Path(workspace)), step)
+    return fetch_data(open_workspace(Path(workspace)), step)
 
 
 @task(cache_policy=NO_CACHE)
 def prune(settings: Settings, step: Step, data: str | None, claim: Claim) -> StepReport:
     """One COPAL step; on the GPU where there is one."""
     with progress_bar() as progress:
-        return stages.prune_domain(settings, step, data, claim.guard(progress))
+        return prune_domain(settings, step, data, claim.guard(progress))
 
 
 @task(cache_policy=NO_CACHE)
@@ -66,7 +70,7 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity on the new domain before the step and on every domain after it."""
     with progress_bar() as progress:
-        return stages.evaluate_step(settings, registry, step, report, data, claim.guard(progress))
+        return evaluate_step(settings, registry, step, report, data, claim.guard(progress))
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=_may_pass)
@@ -75,7 +79,7 @@ def register(
 ) -> ModelVersion:
     """Register the version: the last thing that happens, it makes it `latest`."""
     with progress_bar() as progress:
-        return stages.register_step(settings, registry, step, report, evaluation, claim.seal, progress)
+        return register_step(settings, registry, step, report, evaluation, claim.seal, progress)
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=_may_pass)
@@ -122,7 +126,7 @@ def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
 
 @flow(name="withdraw", flow_run_name="withdraw {domain}", validate_parameters=False)
 def withdraw(workspace: str, domain: str, why: str, purge: bool = False) -> Withdrawal:
-    """Make a version as if a domain had never been seen, and register it: see `flows.run.run_withdrawal`.
+    """Make a version as if a domain had never been seen, and register it: see `flows.step.run.run_withdrawal`.
 
     Raises:
         CopalError: what a user has to mend; nothing was registered. A version that is pruned waits for the next run.
@@ -139,7 +143,7 @@ def withdraw(workspace: str, domain: str, why: str, purge: bool = False) -> With
 
 
 def _tasks() -> Stages:
-    device = "gpu" if stages.has_gpu() else "cpu"
+    device = "gpu" if has_gpu() else "cpu"
     return Stages(
         fetch=lambda workspace, step: fetch(str(workspace.root), step),
         prune=prune.with_options(tags=[device], task_run_name=f"prune on {device}"),

@@ -12,9 +12,10 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from copal.errors import CopalError
-from flows.registry import ModelVersion, open_registry
-from flows.settings import load_settings, open_workspace
-from flows.verify import Verification, verify
+from flows.registry.registry import ModelVersion, open_registry
+from flows.settings import load_settings
+from flows.verification.verify import Verification, verify
+from flows.workspace import open_workspace
 
 __all__ = ["AuditError", "audit"]
 

@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from copal.errors import CopalError
-from flows.init import init_with_base, init_workspace
-from flows.settings import Settings, Workspace, load_settings, open_workspace
-from flows.terminal import console, progress_bar
+from flows.settings import Settings, load_settings
+from flows.start.init import init_with_base, init_workspace
+from flows.terminal.progress import console, progress_bar
+from flows.workspace import Workspace, open_workspace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from copal.progress import Progress
-    from flows.purge import Purged
-    from flows.reconcile import Plan
-    from flows.registry import ModelVersion, Registry
-    from flows.waiting import Waiting
+    from flows.pending.reconcile import Plan
+    from flows.pending.waiting import Waiting
+    from flows.registry.registry import ModelVersion, Registry
+    from flows.step.purge import Purged
 
 __all__ = ["CommandError", "export", "main", "watch_forever"]
 
@@ -123,7 +124,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _base(arguments: argparse.Namespace) -> int:
-    from flows.base import fetch_base
+    from flows.models.base import fetch_base
 
     with progress_bar() as progress:
         base = fetch_base(arguments.source, arguments.folder.expanduser().resolve(), progress)
@@ -145,7 +146,7 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _adapt(arguments: argparse.Namespace) -> int:
-    from flows.stages import resolve
+    from flows.step.resolve import resolve
 
     workspace, settings, registry = _open(arguments)
     known = resolve(workspace, settings, registry, arguments.domain, arguments.rev) is None
@@ -164,12 +165,12 @@ def _adapt(arguments: argparse.Namespace) -> int:
 
 
 def _withdraw(arguments: argparse.Namespace) -> int:
-    from flows.stages import resolve_withdrawal
+    from flows.step.resolve import resolve_withdrawal
 
     workspace, settings, registry = _open(arguments)
     domain, why, purge = arguments.domain, arguments.why, arguments.purge
     if resolve_withdrawal(workspace, settings, registry, domain, why) is None:  # nothing to compute: starts no server
-        from flows.run import plain_stages, run_withdrawal
+        from flows.step.run import plain_stages, run_withdrawal
 
         done = run_withdrawal(workspace, settings, registry, domain, why, plain_stages(), purge=purge, tell=print)
     else:
@@ -188,7 +189,7 @@ def _withdraw(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from flows.replay import replay
+    from flows.verification.replay import replay
 
     workspace, _, registry = _open(arguments)
     version = registry.resolve(arguments.version)
@@ -235,27 +236,28 @@ def _say_known(registry: Registry, domain: str) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from flows.status import lineages, render, render_lineages, status
+    from flows.pending.status import lineages, status
+    from flows.terminal.status import render_lineages, render_status
 
     workspace, settings, _ = _open(arguments)
     if arguments.all:
         every = lineages(workspace, settings)
         _show({"lineages": every}, arguments.json, lambda _: render_lineages(every, settings.model.name))
     else:
-        _show(status(workspace, settings), arguments.json, render)
+        _show(status(workspace, settings), arguments.json, render_status)
     return 0
 
 
 def _gates(arguments: argparse.Namespace) -> int:
-    from flows.aliases import gates_entry
-    from flows.gates import render
+    from flows.gates.champion import gates_entry
+    from flows.terminal.gates import render_gates
 
     workspace, settings, registry = _open(arguments)
     version = registry.resolve(arguments.version)
     if version.parent is None:
         raise CommandError(f"version {version.number} of {registry.model_name} is the dense base: it has no gates")
     if arguments.again:
-        from flows.conclude import conclude
+        from flows.gates.run import conclude
 
         conclude(workspace, settings, registry, version, None, _say, again=True)
     entry = gates_entry(version, registry.log())
@@ -264,12 +266,12 @@ def _gates(arguments: argparse.Namespace) -> int:
             f"version {version.number} of {registry.model_name} has not gone through its gates: "
             f"copal gates {version.number} --again"
         )
-    _show(entry, arguments.json, render)
+    _show(entry, arguments.json, render_gates)
     return 0 if entry["details"]["passed"] else 1
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    from flows.aliases import promote
+    from flows.gates.champion import promote
 
     _, settings, registry = _open(arguments)
     version = registry.resolve(arguments.version)
@@ -282,7 +284,7 @@ def _promote(arguments: argparse.Namespace) -> int:
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    from flows.aliases import rollback
+    from flows.gates.champion import rollback
 
     _, settings, registry = _open(arguments)
     _say_moved(registry, rollback(registry, settings, why=arguments.why, force=arguments.force, tell=_say))
@@ -309,7 +311,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _lineage(arguments: argparse.Namespace) -> int:
     from copal.files import write_atomic
-    from flows.history import render, up_to
+    from flows.lineage.history import up_to
+    from flows.terminal.chain import render_history
 
     history = _history(arguments)
     if arguments.version is not None:
@@ -318,45 +321,46 @@ def _lineage(arguments: argparse.Namespace) -> int:
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         raise CommandError(f"{file} cannot be written; name a file in a folder that exists")
     if arguments.html is not None:
-        from flows.page import render_page
+        from flows.lineage.page.page import render_page
 
         write_atomic(arguments.html, render_page(history))
         print(f"{arguments.html}: the lineage of {history['model']}")
     elif arguments.openlineage is not None:
         import json
 
-        from flows.openlineage import events
+        from flows.lineage.openlineage import events
 
         found = events(history)
         write_atomic(arguments.openlineage, "".join(f"{json.dumps(event)}\n" for event in found))
         print(f"{arguments.openlineage}: {len(found)} events")
     else:
-        _show(history, arguments.json, render)
+        _show(history, arguments.json, render_history)
     return 0
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from flows import questions
+    from flows.lineage import answers
+    from flows.terminal.answers import render_answer
 
     if arguments.question == "whose":
         answer = _whose(arguments)
     else:
         history = _history(arguments)
         if arguments.question == "used":
-            answer = questions.used(history, arguments.dataset)
+            answer = answers.used(history, arguments.dataset)
         elif arguments.question == "data":
-            answer = questions.data(history, arguments.alias, arguments.on)
+            answer = answers.data(history, arguments.alias, arguments.on)
         elif arguments.question == "diff":
-            answer = questions.diff(history, arguments.a, arguments.b)
+            answer = answers.diff(history, arguments.a, arguments.b)
         else:
-            answer = questions.worse(history, arguments.domain)
-    _show(answer, arguments.json, questions.render)
+            answer = answers.worse(history, arguments.domain)
+    _show(answer, arguments.json, render_answer)
     return 0
 
 
 def _whose(arguments: argparse.Namespace) -> dict[str, Any]:
-    from flows.lineage import file_digests
-    from flows.questions import whose
+    from flows.lineage.answers import whose
+    from flows.lineage.record import file_digests
 
     folder = arguments.folder.expanduser().resolve()
     if not folder.is_dir():
@@ -368,7 +372,7 @@ def _whose(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _history(arguments: argparse.Namespace) -> dict[str, Any]:
-    from flows.history import read_history
+    from flows.registry.history import read_history
 
     _, _, registry = _open(arguments)
     return read_history(registry)
@@ -386,7 +390,7 @@ def _show(found: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str
 def _verify(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from flows.verify import verify
+    from flows.verification.verify import verify
 
     workspace, settings, registry = _open(arguments)
     found = verify(workspace, settings, registry, registry.resolve(arguments.version), data=not arguments.no_data)
@@ -403,7 +407,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
-    from flows.gc import collect
+    from flows.step.gc import collect
 
     workspace, settings, registry = _open(arguments)
     found = collect(workspace, settings, registry, dry_run=arguments.dry_run)
@@ -424,7 +428,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    from flows.up import up, up_detached
+    from flows.stack.up import up, up_detached
 
     workspace = open_workspace(arguments.workspace)
     settings = load_settings(workspace.params)
@@ -450,7 +454,7 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _down(arguments: argparse.Namespace) -> int:
-    from flows.up import down
+    from flows.stack.up import down
 
     workspace = open_workspace(arguments.workspace)
     print(f"{'ended what ran' if down(workspace) else 'nothing runs'} in {workspace.root}")
@@ -458,7 +462,7 @@ def _down(arguments: argparse.Namespace) -> int:
 
 
 def _notify(arguments: argparse.Namespace) -> int:
-    from flows.notify import changed_since, notify
+    from flows.pending.notify import changed_since, notify
 
     if (arguments.since is None) == (not arguments.domains):
         raise CommandError("name domains, or --since REV")
@@ -474,7 +478,7 @@ def _notify(arguments: argparse.Namespace) -> int:
 
 
 def _hook(arguments: argparse.Namespace) -> int:
-    from flows import hook
+    from flows.pending import hook
 
     workspace = open_workspace(arguments.workspace)
     settings = load_settings(workspace.params)
@@ -491,7 +495,7 @@ def _hook(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from flows.demo import run_demo
+    from flows.start.demo import run_demo
 
     run_demo(arguments.workspace)
     return 0
@@ -531,9 +535,9 @@ def _changes_only() -> Callable[[str], None]:
 
 def _check(root: Path, tell: Callable[[str], None]) -> None:
     """One check of a watcher: run what is pending, in order. Neither Prefect nor torch is loaded where nothing is."""
-    from flows.reconcile import plan
-    from flows.registry import open_registry
-    from flows.waiting import waiting
+    from flows.pending.reconcile import plan
+    from flows.pending.waiting import waiting
+    from flows.registry.registry import open_registry
 
     workspace = open_workspace(root)
     settings = load_settings(workspace.params)
@@ -567,7 +571,7 @@ def _check(root: Path, tell: Callable[[str], None]) -> None:
 
 
 def _waits(missing: Mapping[str, Waiting]) -> list[str]:
-    from flows.status import waits
+    from flows.terminal.status import waits
 
     return [waits({"domain": domain} | missing[domain].as_dict()) for domain in sorted(missing)]
 
@@ -595,12 +599,13 @@ def _no_base(settings: Settings, workspace: Workspace) -> CopalError:
 def _show_versions(
     workspace: Workspace, settings: Settings, versions: Sequence[ModelVersion], tell: Callable[[str], None]
 ) -> None:
-    from flows.status import render, status
+    from flows.pending.status import status
+    from flows.terminal.status import render_status
 
     for version in versions:
         did = f"withdrew {version.withdrawn}" if version.withdrawn else f"adapted to {version.tags['copal.domain']}"
         tell(f"version {version.number} of {settings.model.name}: {did}")
-    console().print(render(status(workspace, settings)))
+    console().print(render_status(status(workspace, settings)))
 
 
 # --- export
@@ -616,7 +621,7 @@ def export(registry: Registry, version: ModelVersion, target: Path, progress: Pr
         RegistryError: the version's files are not there.
     """
     from copal.files import atomic_folder, write_atomic
-    from flows.card import CARD_FILE, license_of, model_card
+    from flows.models.card import CARD_FILE, license_of, model_card
 
     target = target.expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -652,7 +657,7 @@ def export(registry: Registry, version: ModelVersion, target: Path, progress: Pr
 
 
 def _open(arguments: argparse.Namespace) -> tuple[Workspace, Settings, Registry]:
-    from flows.registry import open_registry
+    from flows.registry.registry import open_registry
 
     workspace = open_workspace(arguments.workspace)
     settings = load_settings(workspace.params)

@@ -13,8 +13,9 @@ from importlib import metadata
 from pathlib import Path
 
 from copal.errors import CopalError
-from flows.git import run_git
-from flows.settings import Settings, Workspace, WorkspaceError, load_settings, open_workspace, without_secrets
+from flows.data.git import run_git
+from flows.settings import Settings, load_settings, without_secrets
+from flows.workspace import Workspace, WorkspaceError, open_workspace
 
 __all__ = ["Check", "doctor", "render"]
 
@@ -162,7 +163,8 @@ def _dvc(workspace: Workspace | None, settings: Settings) -> Check:
     check = _package("dvc")
     if not check.ok or workspace is None:
         return check
-    from flows.datasets import data_root, dataset_versions
+    from flows.data.repositories import data_root
+    from flows.data.versions import dataset_versions
 
     root, branch = data_root(workspace, settings.watch), settings.watch.branch or "HEAD"
     domains = [version.domain for version in dataset_versions(root, branch)]
@@ -183,7 +185,7 @@ def _mlflow(workspace: Workspace | None, settings: Settings) -> Check:
     check = _package("mlflow")
     if not check.ok or workspace is None:
         return check
-    from flows.registry import open_registry
+    from flows.registry.registry import open_registry
 
     store = without_secrets(workspace.registry_uri(settings))
     head = open_registry(workspace, settings).head()
@@ -243,7 +245,7 @@ def _disk(path: Path, workspace: Workspace | None, settings: Settings) -> Check:
 
 def _base_size(workspace: Workspace | None, settings: Settings) -> int | None:
     """Bytes of the base model; None where it cannot be told without fetching it."""
-    from flows.registry import open_registry
+    from flows.registry.registry import open_registry
 
     if workspace is None:
         return None

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError
-from flows.settings import load_settings, open_workspace
+from flows.settings import load_settings
+from flows.workspace import open_workspace
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -76,7 +77,7 @@ def _deployment(workspace: str) -> DeploymentResponse | None:
 
 def _newest(workspace: str, domain: str) -> int | None:
     """Number of the newest version that was adapted to the domain."""
-    from flows.registry import open_registry
+    from flows.registry.registry import open_registry
 
     work = open_workspace(Path(workspace))
     versions = open_registry(work, load_settings(work.params)).versions()
@@ -84,7 +85,7 @@ def _newest(workspace: str, domain: str) -> int | None:
 
 
 def _raise_failure(domain: str, state: State | None) -> None:
-    from flows.datasets import MissingDataError
+    from flows.data.dataset import MissingDataError
 
     if state is None or state.is_completed():
         return

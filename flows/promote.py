@@ -9,16 +9,17 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows import aliases
-from flows.registry import Registry, open_registry
-from flows.settings import load_settings, open_workspace
+from flows.gates import champion as aliases
+from flows.registry.registry import Registry, open_registry
+from flows.settings import load_settings
+from flows.workspace import open_workspace
 
 __all__ = ["promote", "rollback"]
 
 
 @flow(name="promote", flow_run_name="promote version {version}")
 def promote(workspace: str, version: str, why: str | None = None, force: bool = False) -> int | None:
-    """Make a version the champion: see `flows.aliases.promote`.
+    """Make a version the champion: see `flows.gates.champion.promote`.
 
     Args:
         workspace: the folder of the workspace.
@@ -42,7 +43,7 @@ def promote(workspace: str, version: str, why: str | None = None, force: bool = 
 
 @flow(name="rollback")
 def rollback(workspace: str, why: str | None = None, force: bool = False) -> int:
-    """Make the champion before this one the champion again: see `flows.aliases.rollback`.
+    """Make the champion before this one the champion again: see `flows.gates.champion.rollback`.
 
     Args:
         workspace, why, force: see `promote`.

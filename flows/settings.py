@@ -1,15 +1,11 @@
-"""The settings of a workspace: params.yaml and the environment -> typed, validated, fingerprinted values.
-
-A workspace is any git + DVC repository with `params.yaml` and `data/`. What a flow leaves there lies in `.copal/`.
-"""
+"""The settings of a workspace: params.yaml and the environment -> typed, validated, fingerprinted values."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +13,6 @@ from typing import Any, TypeVar
 
 from copal.config import CalibrationConfig, PruneConfig, check_whole, fingerprint, from_mapping
 from copal.errors import CopalError, DataError, SettingsError
-from copal.files import locked
 
 __all__ = [
     "GateSettings",
@@ -27,26 +22,26 @@ __all__ = [
     "Settings",
     "SigningSettings",
     "WatchSettings",
-    "Workspace",
-    "WorkspaceError",
     "check_domain_name",
-    "exclusive",
     "load_settings",
-    "open_workspace",
     "recorded_settings",
     "without_secrets",
 ]
 
+
 PROMOTE = ("manual", "auto")
+
+
 DTYPES = ("auto", "bfloat16", "float32")
+
+
 SECTIONS = ("model", "calibration", "prune", "domains", "gates", "watch", "run", "registry", "signing")
+
+
 IGNORED_SECTIONS = ("benchmark",)  # read by a stage of dvc.yaml, not by copal
 
+
 _T = TypeVar("_T")
-
-
-class WorkspaceError(CopalError):
-    """A folder is not a workspace."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,88 +251,6 @@ class Settings:
             "registry": asdict(self.registry),
             "signing": asdict(self.signing),
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """The places of a workspace. `root` is absolute (`open_workspace` sees to it)."""
-
-    root: Path
-
-    @property
-    def params(self) -> Path:
-        """The settings."""
-        return self.root / "params.yaml"
-
-    @property
-    def data(self) -> Path:
-        """The domains, tracked by DVC. Flows never write here."""
-        return self.root / "data"
-
-    @property
-    def private(self) -> Path:
-        """All that copal writes; ignored by git."""
-        return self.root / ".copal"
-
-    @property
-    def artifacts(self) -> Path:
-        """Models and states of the registry in the workspace."""
-        return self.private / "artifacts"
-
-    @property
-    def runs(self) -> Path:
-        """What a run has not published yet."""
-        return self.private / "runs"
-
-    @property
-    def cache(self) -> Path:
-        """Fetched dataset versions, and clones: these alone may have commits that a remote's rewritten history lost."""
-        return self.private / "cache"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that adapts."""
-        return self.private / "lock"
-
-    def path(self, text: str | None) -> Path | None:
-        """A path of the settings: relative ones begin at the workspace."""
-        return None if text is None else self.root / Path(text).expanduser()
-
-    def registry_uri(self, settings: Settings) -> str:
-        """The MLflow tracking URI: the one that is set, else SQLite in the workspace."""
-        return settings.registry.uri or f"sqlite:///{self.private / 'mlflow.db'}"
-
-
-def open_workspace(path: Path) -> Workspace:
-    """The workspace at `path`.
-
-    Raises:
-        WorkspaceError: no such folder, or not the root of a git + DVC repository with a params.yaml.
-    """
-    root = path.expanduser().resolve()
-    if not root.is_dir():
-        raise WorkspaceError(f"{path} is not a folder: run `copal init {path}` to make a workspace")
-    # In a linked work tree and in a submodule .git is a file.
-    for name, lacks in (
-        (".git", "is not the root of a git repository"),
-        (".dvc", "has no .dvc folder"),
-        ("params.yaml", "has no params.yaml"),
-    ):
-        if not (root / name).exists():
-            raise WorkspaceError(f"{root} {lacks}: run `copal init {path}` to make it a workspace")
-    return Workspace(root)
-
-
-@contextmanager
-def exclusive(workspace: Workspace) -> Iterator[None]:
-    """Hold the workspace's lock: what sets a workspace up and what clears it run alone.
-
-    Steps do not need it: who works on a lineage is a matter of `flows.claims`. The system frees it when the process
-    dies.
-    """
-    workspace.lock.parent.mkdir(parents=True, exist_ok=True)
-    with locked(workspace.lock):
-        yield
 
 
 def without_secrets(text: str) -> str:

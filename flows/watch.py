@@ -9,14 +9,15 @@ from pathlib import Path
 from prefect import flow
 
 from copal.errors import CopalError
-from flows.claims import claimed
-from flows.datasets import MissingDataError
+from flows.data.dataset import MissingDataError
 from flows.launch import run_adapt
-from flows.reconcile import Plan, plan
-from flows.registry import open_registry
-from flows.run import finish, plain_stages
-from flows.settings import Workspace, load_settings, open_workspace
-from flows.waiting import forget, note_missing, waiting
+from flows.pending.reconcile import Plan, plan
+from flows.pending.waiting import forget, note_missing, waiting
+from flows.registry.claims import claimed
+from flows.registry.registry import open_registry
+from flows.settings import load_settings
+from flows.step.run import finish, plain_stages
+from flows.workspace import Workspace, open_workspace
 
 __all__ = ["RefusedError", "take_up", "watch"]
 

@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from flows.base import BaseModel, fetch_base  # noqa: E402
+from flows.models.base import BaseModel, fetch_base  # noqa: E402
 
 settings.register_profile("any machine", deadline=None)  # a busy one is no failure
 settings.load_profile("any machine")

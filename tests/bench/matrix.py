@@ -28,8 +28,8 @@ from copal.evaluate import backward_transfer, evaluate, geometric_mean
 from copal.files import write_json
 from copal.progress import Progress, silent
 from copal.step import LayerReport, Parent, PruneGroup, StepReport, prune_step
-from flows.domains import DOMAINS
-from flows.terminal import progress_bar
+from flows.start.domains import DOMAINS
+from flows.terminal.progress import progress_bar
 
 OUT = Path("bench")
 METHODS: dict[str, tuple[PruneGroup | None, bool]] = {  # whether statistics are of every domain, or of the newest

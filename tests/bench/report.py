@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from matrix import METHODS, OUT, SPARSITIES
 
 from copal.files import write_atomic
-from flows.domains import DOMAINS
+from flows.start.domains import DOMAINS
 
 LABELS = {
     "dense": "dense",

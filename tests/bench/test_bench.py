@@ -14,7 +14,7 @@ from inputs import Inputs
 
 from copal.config import PruneConfig
 from copal.step import Base
-from flows.domains import DOMAINS
+from flows.start.domains import DOMAINS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from flows.base import BaseModel, base_fingerprint
-from flows.datasets import add_and_commit, init_repository
-from flows.registry import Registry, open_registry
-from flows.settings import Settings, Workspace, load_settings, open_workspace
-from flows.stages import register_root
+from flows.data.dvc import add_and_commit, init_repository
+from flows.models.base import BaseModel
+from flows.models.check import base_fingerprint
+from flows.registry.registry import Registry, open_registry
+from flows.settings import Settings, load_settings
+from flows.step.register import register_root
+from flows.workspace import Workspace, open_workspace
 
 PARAMS = """
 model: {name: tiny, dtype: float32}

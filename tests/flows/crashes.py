@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 
-from flows.reconcile import plan
-from flows.registry import open_registry
-from flows.run import plain_stages, run_step
-from flows.settings import load_settings, open_workspace
+from flows.pending.reconcile import plan
+from flows.registry.registry import open_registry
+from flows.settings import load_settings
+from flows.step.run import plain_stages, run_step
+from flows.workspace import open_workspace
 
 _PRELOADED = [
     "torch", "transformers", "datasets", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
-    "mlflow.store.model_registry.sqlalchemy_store", "dvc.repo", "dvc.api", "flows.worker", "flows.run", "crashes",
+    "mlflow.store.model_registry.sqlalchemy_store", "dvc.repo", "dvc.api", "flows.step.distributed", "flows.step.run",
+    "crashes",
 ]  # fmt: skip
 
 
@@ -51,10 +53,10 @@ def _both(target: str, nth: int = 1, of: str = "") -> list[Point]:
 # In the order in which a step comes by.
 POINTS = [
     *_both("mlflow:MlflowClient.create_registered_model", of=".claim-"),
-    *_both("flows.stages:write_atomic", of="step.json"),
-    Point("flows.datasets:_download", "before"),
-    Point("flows.datasets:_verify", "after"),
-    Point("flows.datasets:_fetch_once", "after"),
+    *_both("flows.step.staging:write_atomic", of="step.json"),
+    Point("flows.data.fetch:_download", "before"),
+    Point("flows.data.fetch:_verify", "after"),
+    Point("flows.data.fetch:_fetch_once", "after"),
     Point("copal.checkpoint:CheckpointWriter.write", "after"),
     Point("copal.state:StateWriter.contribution", "after"),
     Point("copal.state:StateWriter.sum", "after", 2),
@@ -62,8 +64,8 @@ POINTS = [
     Point("copal.checkpoint:CheckpointWriter.finish", "after"),
     Point("copal.state:StateWriter.finish", "after"),
     *_both("pathlib:Path.rename", of="version.partial"),
-    *_both("flows.stages:write_atomic", of="evaluation.json"),
-    Point("flows.registry:write_record", "after"),
+    *_both("flows.step.staging:write_atomic", of="evaluation.json"),
+    Point("flows.registry.registry:write_record", "after"),
     Point("mlflow:MlflowClient.create_run", "after"),
     *_both("mlflow:MlflowClient.create_logged_model"),
     *_both("mlflow:MlflowClient.log_model_artifacts"),
@@ -75,13 +77,13 @@ POINTS = [
     Point("mlflow:MlflowClient.delete_registered_model", "after", 2, ".claim-"),
     *_both("mlflow:MlflowClient.create_model_version"),
     Point("mlflow:MlflowClient.set_logged_model_tags", "after"),
-    *_both("flows.stages:discard", 2),
+    *_both("flows.step.staging:discard", 2),
     *_both("mlflow:MlflowClient.create_registered_model", of=".alias-claim-"),
-    *_both("flows.registry:Registry.append_log"),
+    *_both("flows.registry.registry:Registry.append_log"),
     *_both("mlflow:MlflowClient.log_artifact"),
     *_both("mlflow:MlflowClient.create_registered_model", of=".log-"),
     Point("mlflow:MlflowClient.delete_registered_model", "after", of=".log-"),
-    *_both("flows.registry:Registry.append_log", of="promotion"),
+    *_both("flows.registry.registry:Registry.append_log", of="promotion"),
     *_both("mlflow:MlflowClient.set_registered_model_alias"),
     Point("mlflow:MlflowClient.set_registered_model_tag", "before", of="copal.moved.challenger"),
     *_both("mlflow:MlflowClient.set_registered_model_alias", of="champion"),

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flows.lineage import DomainRecord, build_record, record_digest
-from flows.log import next_entry
+from flows.lineage.entries import next_entry
+from flows.lineage.record import DomainRecord, build_record, record_digest
 
 SETTINGS = {"prune": {"sparsity": 0.5, "rounds": [0.6, 1.0]}, "calibration": {"windows": 24}}
 

@@ -12,9 +12,9 @@ from toys import expire_claim, other_masks, weights
 from copal.errors import CopalError, DataError
 from flows import stages
 from flows.adapt import adapt
-from flows.datasets import DatasetError, MissingDataError
-from flows.reconcile import plan
-from flows.registry import LineageConflictError
+from flows.data.dataset import DatasetError, MissingDataError
+from flows.pending.reconcile import plan
+from flows.registry.registry import LineageConflictError
 from flows.watch import RefusedError, watch
 
 pytestmark = pytest.mark.usefixtures("prefect")
@@ -155,7 +155,7 @@ def test_a_check_that_finds_nothing_needs_neither_prefect_nor_torch(bench):
     watch(str(bench.root))
     program = (
         "import sys; from pathlib import Path\n"
-        "from flows.reconcile import plan; from flows.registry import open_registry\n"
+        "from flows.pending.reconcile import plan; from flows.registry import open_registry\n"
         "from flows.settings import load_settings, open_workspace\n"
         "work = open_workspace(Path(sys.argv[1])); settings = load_settings(work.params)\n"
         "assert not plan(work, settings, open_registry(work, settings)).pending\n"

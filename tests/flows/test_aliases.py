@@ -14,14 +14,14 @@ from test_registry import a_record, a_registry, staged
 from toys import step
 
 from copal.errors import CopalError
-from flows import aliases as module
-from flows.aliases import PromotionError, judged, promote, rollback, settle
-from flows.claims import ClaimLostError, claimed
 from flows.cli import main
-from flows.log import champions
-from flows.registry import AliasMovedError, Registry
-from flows.run import plain_stages, run_step
+from flows.gates import champion as module
+from flows.gates.champion import PromotionError, judged, promote, rollback, settle
+from flows.lineage.entries import champions
+from flows.registry.claims import ClaimLostError, claimed
+from flows.registry.registry import AliasMovedError, Registry
 from flows.settings import Settings
+from flows.step.run import plain_stages, run_step
 
 SETTINGS = Settings()
 

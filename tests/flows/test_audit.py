@@ -6,9 +6,9 @@ import pytest
 from prefect.client.orchestration import get_client
 from toys import step
 
-from flows.aliases import promote
 from flows.audit import AuditError, audit
-from flows.registry import RegistryError
+from flows.gates.champion import promote
+from flows.registry.registry import RegistryError
 
 
 def artifact() -> str:

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from copal.errors import CopalError, ModelError
-from flows.base import BaseModel, base_fingerprint, check_causal_lm, fetch_base
-from flows.packages import FetchError
+from flows.models.base import BaseModel, fetch_base
+from flows.models.check import base_fingerprint, check_causal_lm
+from flows.models.packages import FetchError
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import ModelCard
 from test_lineage import arguments
 
-from flows.card import license_of, model_card
 from flows.cli import export
-from flows.lineage import build_record, record_digest
-from flows.run import plain_stages, run_step
+from flows.lineage.record import build_record, record_digest
+from flows.models.card import license_of, model_card
+from flows.step.run import plain_stages, run_step
 
 
 def card(**changes) -> ModelCard:

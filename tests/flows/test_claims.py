@@ -14,9 +14,9 @@ import pytest
 from crashes import Point, process, start, watch_rounds
 from toys import last_claim
 
-from flows.claims import ClaimLostError, claimed
-from flows.git import git
-from flows.registry import Registry
+from flows.data.git import git
+from flows.registry.claims import ClaimLostError, claimed
+from flows.registry.registry import Registry
 
 
 @pytest.fixture

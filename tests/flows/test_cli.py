@@ -17,8 +17,9 @@ import pytest
 from copal.errors import CopalError, DataError
 from flows import cli
 from flows.cli import main, watch_forever
-from flows.init import default_params, model_name_for
-from flows.settings import Settings, load_settings, open_workspace
+from flows.settings import Settings, load_settings
+from flows.start.init import default_params, model_name_for
+from flows.workspace import open_workspace
 
 
 @pytest.fixture(autouse=True)
@@ -238,7 +239,7 @@ def test_what_fails_late_leaves_an_existing_folder_as_it_was_too(refused, monkey
     def conflict(*_):
         raise CopalError("another base under the same model name")
 
-    monkeypatch.setattr("flows.stages.register_root", conflict)
+    monkeypatch.setattr("flows.step.register.register_root", conflict)
     assert "another base" in refused("init", tmp_path, "--base", tiny_base)
     assert tree(tmp_path) == before
     assert git(tmp_path, "status", "--porcelain").splitlines() == ["A  mine.txt", "?? .gitignore"]

@@ -19,9 +19,9 @@ from crashes import POINTS, Point, start
 from mlflow import MlflowClient
 
 from copal.checkpoint import Checkpoint
-from flows.gc import collect
-from flows.lineage import verify_files
-from flows.reconcile import plan
+from flows.lineage.record import verify_files
+from flows.pending.reconcile import plan
+from flows.step.gc import collect
 
 Weights = dict[str, torch.Tensor]
 
@@ -160,7 +160,7 @@ def test_a_step_killed_at_a_durable_boundary_is_finished_by_the_next(pair: Pair,
 def at_a_boundary(trials: Trials, point: Point | None) -> None:
     if point is None:
         return
-    if "flows.datasets" in point.target:
+    if "flows.data.fetch" in point.target:
         for path in trials.bench.workspace.cache.glob("*.dir"):
             shutil.rmtree(path)
     assert trials.trial(point), f"the step never came by {point}"

@@ -10,18 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from flows.datasets import (
-    DatasetError,
-    DatasetVersion,
-    add_and_commit,
-    data_root,
-    dataset_version,
-    dataset_versions,
-    fetch_version,
-    in_history,
-    init_repository,
-)
-from flows.settings import WatchSettings, Workspace
+from flows.data.commits import in_history
+from flows.data.dataset import DatasetError, DatasetVersion
+from flows.data.dvc import add_and_commit, init_repository
+from flows.data.fetch import fetch_version
+from flows.data.repositories import data_root
+from flows.data.versions import dataset_version, dataset_versions
+from flows.settings import WatchSettings
+from flows.workspace import Workspace
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +262,6 @@ def test_a_workspace_that_moved_finds_its_data(workspace: Workspace, tmp_path: P
     ],
 )  # fmt: skip
 def test_what_is_a_url_and_what_is_a_path(workspace: Workspace, repository: str, is_url: bool) -> None:
-    import flows.datasets
+    import flows.data.repositories
 
-    assert flows.datasets.is_url(repository) == is_url
+    assert flows.data.repositories.is_url(repository) == is_url

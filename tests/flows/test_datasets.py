@@ -14,17 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.datasets import (
-    DatasetError,
-    DatasetVersion,
-    MissingDataError,
-    add_and_commit,
-    dataset_version,
-    dataset_versions,
-    fetch,
-    init_repository,
-    resolve_commit,
-)
+from flows.data.commits import resolve_commit
+from flows.data.dataset import DatasetError, DatasetVersion, MissingDataError
+from flows.data.dvc import add_and_commit, init_repository
+from flows.data.fetch import fetch
+from flows.data.versions import dataset_version, dataset_versions
 
 A, B, C = ("a" * 32 + ".dir", "b" * 32 + ".dir", "c" * 32 + ".dir")
 
@@ -702,7 +696,7 @@ def test_an_md5_that_is_none_cannot_name_a_folder(root: Path, cache: Path) -> No
 def test_dvc_says_nothing_on_a_terminal(root: Path, tmp_path: Path) -> None:
     write(root, "legal", one="the law")
     code = (
-        "import sys; from pathlib import Path; from flows.datasets import *\n"
+        "import sys; from pathlib import Path; from flows.data.repositories import *\n"
         f"root = Path({str(root)!r}); init_repository(root); add_and_commit(root, 'legal', 'legal')\n"
         f"fetch(root, dataset_version(root, 'legal'), Path({str(tmp_path / 'fetched')!r}))\n"
     )

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from copal.calibration import read_documents, split_documents
-from flows import domains
-from flows.domains import DOMAINS, build_domain
-from flows.packages import FetchError
+from flows.models.packages import FetchError
+from flows.start import domains
+from flows.start.domains import DOMAINS, build_domain
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,9 +82,9 @@ def test_an_unknown_domain_leaves_nothing(tmp_path: Path) -> None:
 def test_the_command_that_dvc_runs(tmp_path: Path) -> None:
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["domain"]
     assert tuple(stage["foreach"]) == DOMAINS
-    assert stage["do"]["cmd"] == "python -m flows.domains ${item} data/${item}"
+    assert stage["do"]["cmd"] == "python -m flows.start.domains ${item} data/${item}"
     for name, code in (("legal", 0), ("poems", 2)):
-        command = [sys.executable, "-m", "flows.domains", name, str(tmp_path / name)]
+        command = [sys.executable, "-m", "flows.start.domains", name, str(tmp_path / name)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
         assert run.returncode == code, run.stderr

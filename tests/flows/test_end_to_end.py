@@ -14,11 +14,11 @@ from copal.calibration import domain_windows
 from copal.evaluate import evaluate, geometric_mean
 from copal.step import Base, NewDomain, prune_step
 from copal.streaming import compute_dtype
-from flows.base import BaseModel
 from flows.cli import main
-from flows.datasets import add_and_commit
-from flows.domains import build_domain
+from flows.data.dvc import add_and_commit
+from flows.models.base import BaseModel
 from flows.settings import load_settings
+from flows.start.domains import build_domain
 
 pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("prefect")]
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows import stages
-from flows.gates import GateResult, as_table, failed, judge
-from flows.run import plain_stages, run_step
+from flows.gates.judge import GateResult, as_table, failed, judge
 from flows.settings import GateSettings
+from flows.step.run import plain_stages, run_step
 
 # The demo's table in README.md: perplexity by version and domain, and of the dense base.
 DENSE = {"code": 11.04, "legal": 10.10, "medical": 8.25}

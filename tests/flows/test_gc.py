@@ -12,9 +12,9 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from toys import other_masks, step, weights
 
 from flows.cli import main
-from flows.gc import collect
-from flows.lineage import verify_files
-from flows.registry import RegistryError
+from flows.lineage.record import verify_files
+from flows.registry.registry import RegistryError
+from flows.step.gc import collect
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from flows.git import GitError, commit, git, run_git
+from flows.data.git import GitError, commit, git, run_git
 
 
 @pytest.fixture

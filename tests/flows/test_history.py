@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from flows.cli import main
-from flows.history import HistoryError, find_version, measures, read_history, render, step_texts, summary, up_to
-from flows.lineage import record_digest
-from flows.openlineage import events
+from flows.lineage.history import HistoryError, find_version, measures, render, step_texts, summary, up_to
+from flows.lineage.openlineage import events
+from flows.lineage.record import record_digest
+from flows.registry.history import read_history
 from tests.flows.histories import a_history, md5, three_domains
 
 

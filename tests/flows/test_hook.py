@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flows import hook
 from flows.cli import main
-from flows.git import git
-from flows.hook import HookError
-from flows.notify import NotifyError, changed_since, notify
+from flows.data.git import git
+from flows.pending import hook
+from flows.pending.hook import HookError
+from flows.pending.notify import NotifyError, changed_since, notify
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 from prefect.states import Cancelled, Completed, Crashed, Failed, State
 
 from copal.errors import CopalError
-from flows.datasets import MissingDataError
+from flows.data.dataset import MissingDataError
 from flows.launch import AdaptFailedError, _raise_failure
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flows.lineage import (
+from flows.lineage.record import (
     DomainRecord,
     LineageError,
     build_record,
@@ -23,7 +23,7 @@ from flows.lineage import (
     verify_files,
     write_record,
 )
-from flows.schema import problem_with, schema_of
+from flows.lineage.schema import problem_with, schema_of
 
 
 def a_domain(name: str = "code", contribution_version: int | None = None) -> DomainRecord:

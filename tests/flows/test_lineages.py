@@ -8,11 +8,11 @@ import pytest
 from mlflow import MlflowClient
 from toys import last_claim, step
 
-from flows.claims import claimed
 from flows.cli import main
-from flows.gc import collect
-from flows.registry import open_registry
-from flows.verify import verify
+from flows.registry.claims import claimed
+from flows.registry.registry import open_registry
+from flows.step.gc import collect
+from flows.verification.verify import verify
 
 
 @pytest.fixture

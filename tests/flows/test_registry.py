@@ -17,8 +17,16 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from flows.lineage import DomainRecord, LineageError, build_record, file_digests, record_digest, step_key, verify_files
-from flows.registry import (
+from flows.lineage.record import (
+    DomainRecord,
+    LineageError,
+    build_record,
+    file_digests,
+    record_digest,
+    step_key,
+    verify_files,
+)
+from flows.registry.registry import (
     DomainMetrics,
     HeadMovedError,
     LineageConflictError,

@@ -9,9 +9,9 @@ from functools import partial
 from toys import step
 
 from flows.cli import main
-from flows.gc import collect
-from flows.registry import Registry
-from flows.run import plain_stages, run_withdrawal
+from flows.registry.registry import Registry
+from flows.step.gc import collect
+from flows.step.run import plain_stages, run_withdrawal
 
 
 def test_a_replay_is_identical_tells_what_differs_and_needs_the_data(bench, capsys, monkeypatch, tmp_path):

@@ -17,13 +17,11 @@ from flows.settings import (
     Settings,
     SigningSettings,
     WatchSettings,
-    Workspace,
-    WorkspaceError,
     check_domain_name,
     load_settings,
-    open_workspace,
     without_secrets,
 )
+from flows.workspace import Workspace, WorkspaceError, open_workspace
 
 
 @pytest.fixture(autouse=True)

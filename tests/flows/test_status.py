@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import io
 
+from flows.status import render
 from rich.console import Console
 
-from flows.init import init_workspace
+from flows.pending.status import status
 from flows.settings import load_settings
-from flows.status import render, status
+from flows.start.init import init_workspace
 
 
 def version(number: int, domain: str | None, perplexity: dict[str, float], dense: dict[str, float], **more) -> dict:

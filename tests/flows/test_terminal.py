@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from flows import terminal
-from flows.terminal import console, progress_bar
+from flows.terminal import progress as terminal
+from flows.terminal.progress import console, progress_bar
 
 
 class Screen(io.StringIO):

@@ -24,11 +24,14 @@ import pytest
 import yaml
 
 from flows import launch
-from flows.claims import claimed
 from flows.cli import main
-from flows.datasets import MissingDataError
+from flows.data.dataset import MissingDataError
+from flows.registry.claims import claimed
 from flows.settings import WatchSettings, load_settings
-from flows.up import Process, UpError, down, is_up, prefect_file, read_stack, render_prefect_file, up_detached
+from flows.stack.deployments import prefect_file, render_prefect_file
+from flows.stack.prefect_server import UpError
+from flows.stack.state import Process, is_up, read_stack
+from flows.stack.up import down, up_detached
 
 INTERVAL = 10  # seconds of the schedule
 COPAL = (sys.executable, "-m", "flows.cli")

@@ -18,11 +18,11 @@ from toys import step
 
 from copal.files import json_text
 from flows.cli import main
-from flows.lineage import record_digest
-from flows.log import anchor_of, chain_problems
-from flows.run import plain_stages, run_step
-from flows.signing import SigningError, signature_problem
-from flows.verify import Verification, folder_problems, record_problems, verify
+from flows.lineage.entries import anchor_of, chain_problems
+from flows.lineage.record import record_digest
+from flows.lineage.signing import SigningError, signature_problem
+from flows.step.run import plain_stages, run_step
+from flows.verification.verify import Verification, folder_problems, record_problems, verify
 
 
 def make_keys(folder: Path, name: str) -> tuple[Path, Path]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.settings import Workspace
-from flows.waiting import Waiting, forget, note_missing, waiting
+from flows.pending.waiting import Waiting, forget, note_missing, waiting
+from flows.workspace import Workspace
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 A, B = "a" * 32 + ".dir", "b" * 32 + ".dir"

@@ -13,13 +13,14 @@ import pytest
 
 from copal.errors import DataError
 from flows.cli import main
-from flows.datasets import DatasetError, MissingDataError
-from flows.reconcile import plan
-from flows.run import plain_stages, run_step
-from flows.settings import Workspace, load_settings, open_workspace
-from flows.status import status
-from flows.waiting import waiting
+from flows.data.dataset import DatasetError, MissingDataError
+from flows.pending.reconcile import plan
+from flows.pending.status import status
+from flows.pending.waiting import waiting
+from flows.settings import load_settings
+from flows.step.run import plain_stages, run_step
 from flows.watch import RefusedError, take_up
+from flows.workspace import Workspace, open_workspace
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -37,7 +38,7 @@ def _on_its_own(monkeypatch):
 
 def step(root: str, domain: str, rev: str) -> int | None:
     """What the flow `adapt` does."""
-    from flows.registry import open_registry
+    from flows.registry.registry import open_registry
 
     work = open_workspace(Path(root))
     settings = load_settings(work.params)

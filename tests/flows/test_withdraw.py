@@ -12,16 +12,16 @@ from toys import other_masks, weights
 
 from copal.errors import DataError, StateError
 from flows import stages
-from flows.claims import claimed
 from flows.cli import main
-from flows.datasets import fetch
-from flows.gc import collect
-from flows.lineage import verify_files, withdrawal_of
-from flows.log import chain_problems
-from flows.reconcile import plan
-from flows.run import finish, plain_stages, run_step, run_withdrawal
-from flows.stages import NoBaseError, WithdrawError
-from flows.status import status
+from flows.data.fetch import fetch
+from flows.lineage.entries import chain_problems
+from flows.lineage.record import verify_files, withdrawal_of
+from flows.pending.reconcile import plan
+from flows.pending.status import status
+from flows.registry.claims import claimed
+from flows.step.gc import collect
+from flows.step.resolve import NoBaseError, WithdrawError
+from flows.step.run import finish, plain_stages, run_step, run_withdrawal
 
 
 def step(bench, domain: str) -> int:
@@ -82,7 +82,7 @@ def test_the_version_is_that_of_a_lineage_that_never_had_the_domain(lineage, mon
         fetched.append(version.domain)
         return fetch(root, version, cache)
 
-    monkeypatch.setattr("flows.datasets.fetch", fetch_and_tell)
+    monkeypatch.setattr("flows.data.fetch.fetch", fetch_and_tell)
     before = lineage.registry.record(lineage.registry.head())
     done = withdraw(lineage, "legal")
     assert done.made.number == 5

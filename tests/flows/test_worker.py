@@ -11,9 +11,9 @@ import pytest
 
 from copal.errors import CopalError, ModelError, NumericsError, ResourceError, SettingsError, SmallerBatchWarning
 from copal.progress import silent
-from flows import worker
 from flows.adapt import adapt
 from flows.settings import ModelSettings, Settings
+from flows.step import distributed as worker
 
 TWO = Settings(model=ModelSettings(processes=2, dtype="float32"))
 

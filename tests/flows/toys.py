@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from copal.checkpoint import Checkpoint
-from flows.registry import Registry
-from flows.run import Made, plain_stages, run_step
+from flows.registry.registry import Registry
+from flows.step.run import Made, plain_stages, run_step
 
 
 def step(bench: Any, domain: str = "code") -> Made | None:

@@ -1,0 +1,120 @@
+"""DVC: a repository opened at a commit, and the few calls that change one. Its errors become one line.
+
+DVC takes a second to import, so it is imported inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from copal.files import write_atomic
+from flows.data.commits import git_root, resolve_commit
+from flows.data.dataset import DatasetError
+from flows.data.git import commit as git_commit
+from flows.data.git import git
+
+__all__ = [
+    "add_and_commit",
+    "dvc_errors",
+    "init_repository",
+    "one_line",
+    "open_dvc",
+]
+
+
+def init_repository(root: Path) -> None:
+    """Make `root` a git + DVC repository that ignores `.copal/`. What is there already stays; commits nothing, stages
+    what it wrote.
+
+    Raises:
+        GitError: git refuses.
+        DatasetError: DVC refuses.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / ".git").exists():
+        git(root, "init", "--quiet", "--initial-branch=main")
+    with dvc_errors(f"DVC cannot set up {root}"):
+        from dvc.repo import Repo
+
+        dvc = Repo(str(root)) if (root / ".dvc").is_dir() else Repo.init(str(root))
+        with dvc:
+            if dvc.config["core"].get("analytics", True):
+                with dvc.config.edit("repo") as config:
+                    config["core"]["analytics"] = False
+    ignored = root / ".gitignore"
+    lines = ignored.read_text(encoding="utf-8").splitlines() if ignored.exists() else []
+    if ".copal/" not in lines:
+        write_atomic(ignored, "\n".join([*lines, ".copal/", ""]))
+    _stage(root, ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore")
+
+
+def add_and_commit(root: Path, domain: str, message: str) -> str:
+    """`dvc add data/<domain>` and commit its pointer with whatever else is staged; the SHA of HEAD afterwards.
+
+    Makes no commit where nothing changed. Where git knows no identity the author is `copal <copal@localhost>`.
+
+    Raises:
+        GitError: git refuses.
+        DatasetError: `root` is not the root of a git repository, or DVC refuses.
+    """
+    git_root(root)
+    with dvc_errors(f"DVC cannot add data/{domain}"):
+        from dvc.repo import Repo
+
+        with Repo(str(root)) as dvc:
+            dvc.add(str(root / "data" / domain))
+    _stage(root, f"data/{domain}.dvc", "data/.gitignore")
+    git_commit(root, message)
+    return resolve_commit(root, "HEAD")
+
+
+def _stage(root: Path, *paths: str) -> None:
+    git(root, "add", "--", *(path for path in paths if (root / path).exists()))
+
+
+def open_dvc(root: Path, commit: str, scratch: Path | None = None, remote_only: bool = False) -> Any:
+    """The DVC repository as it is at `commit`, with the storage that is configured today.
+
+    At an old commit the remote or the cache folder may not have been what it is now. Files are copied out of DVC's
+    cache, never linked: a link would break, or change, with the cache. `scratch` takes DVC's index of the data, which
+    otherwise lies in a database that all processes of the machine share, and that remembers damaged listings. With
+    `remote_only` the cache is an empty folder in there, where the repository has a default remote.
+    """
+    from dvc.repo import Repo
+
+    config: dict[str, Any] = {"core": {}, "cache": {"type": "copy"}}
+    remote = None
+    if (root / ".dvc").is_dir():  # else DVC would take the settings of a repository around this one
+        with Repo(str(root)) as today:
+            config["cache"]["dir"] = today.cache.local_cache_dir
+            config["remote"] = dict(today.config["remote"])
+            remote = today.config["core"].get("remote")
+    if scratch is not None:
+        config["core"]["site_cache_dir"] = str(scratch)
+        if remote_only and remote:
+            config["cache"]["dir"] = str(scratch / "cache")
+    # uninitialized: the first pointer may have been committed before .dvc was.
+    return Repo(str(root), rev=commit, uninitialized=True, config=config, remote=remote)
+
+
+@contextmanager
+def dvc_errors(what: str) -> Iterator[None]:
+    """Silence DVC's log, spinner and progress bars (they ask for the log level), and make one line of its errors."""
+    from dvc.exceptions import DvcException
+    from dvc.ui import ui
+
+    ui.error_console.quiet = True
+    for name in ("dvc", "dvc_objects", "dvc_data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    except DvcException as error:
+        raise DatasetError(f"{what}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException | None) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,93 @@
+"""The repository of the data: the workspace, another folder, or a clone of a URL."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from copal.files import locked, write_atomic
+from flows.data.commits import find_commit
+from flows.data.dataset import DatasetError
+from flows.data.git import git, reason, run_git
+from flows.settings import WatchSettings, without_secrets
+from flows.workspace import Workspace
+
+__all__ = [
+    "data_root",
+    "has_commit",
+    "is_url",
+    "place_of",
+]
+
+
+_REMOTE_HEAD = "refs/copal/head"  # in a clone; git knows no other place for a HEAD without a branch
+
+
+def data_root(workspace: Workspace, watch: WatchSettings, commit: str | None = None) -> Path:
+    """The repository whose domains count: the workspace, or the one that `watch.repository` names.
+
+    A path is read where it is. A URL has a clone in the workspace's cache, which has the remote's branches and tags
+    under their own names, HEAD at the watched branch (without one at the remote's HEAD), and of the work tree only
+    DVC's settings: so a revision means in a clone what it means in the other two. The clone is fetched each time,
+    unless it has `commit`, and loses no commit when the remote's history is rewritten.
+
+    Args:
+        commit: full SHA of the only commit that is wanted.
+
+    Raises:
+        DatasetError: the remote does not answer, or has no such branch.
+        GitError: git refuses.
+    """
+    root = place_of(workspace, watch.repository)
+    if watch.repository is None or not is_url(watch.repository) or (commit and has_commit(root, commit)):
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with locked(root.with_name(f"{root.name}.lock")):
+        _mirror(root, watch.repository, watch.branch)
+    return root
+
+
+def place_of(workspace: Workspace, repository: str | None) -> Path:
+    """The folder of a repository, which need not be there. A new password does not make a URL another repository."""
+    if repository is None:
+        return workspace.root
+    if not is_url(repository):
+        return workspace.root / repository
+    digest = hashlib.sha256(without_secrets(repository).encode()).hexdigest()
+    return workspace.cache / "repositories" / digest[:16]
+
+
+def is_url(repository: str | None) -> bool:
+    """Whether a repository is at a URL, and not at a path."""
+    return repository is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|[\w.-]+@[\w.-]+:", repository) is not None
+
+
+def has_commit(root: Path, commit: str) -> bool:
+    return (root / ".git").exists() and find_commit(root, commit) == commit
+
+
+def _mirror(root: Path, url: str, branch: str | None) -> None:
+    """Bring the clone `root` up to date, or make it. What was killed in here, the next call completes."""
+    shown = without_secrets(url)
+    sparse = root / ".git" / "info" / "sparse-checkout"
+    if not sparse.exists():
+        root.mkdir(exist_ok=True)
+        git(root, "init", "--quiet", "--template=")
+        git(root, "config", "gc.pruneExpire", "never")  # a lineage may be made of commits that the remote dropped
+        git(root, "config", "remote.origin.url", shown)
+        git(root, "config", "core.sparseCheckout", "true")
+        sparse.parent.mkdir(exist_ok=True)
+        write_atomic(sparse, "/.dvc/\n")
+    wanted = ["+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"]
+    if branch is None:
+        wanted.append(f"+HEAD:{_REMOTE_HEAD}")
+    patience = ("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60")  # of a remote that says nothing
+    options = ("--quiet", "--prune", "--update-head-ok", "--no-write-fetch-head")
+    done = run_git(root, *patience, "fetch", *options, url, *wanted)
+    if done.returncode != 0:
+        raise DatasetError(f"cannot fetch {shown}: {without_secrets(reason(done))}")
+    tip = find_commit(root, branch or _REMOTE_HEAD)
+    if tip is None:
+        raise DatasetError(f"{shown} has no branch {branch!r}: mend watch.branch")
+    git(root, "checkout", "--quiet", "--force", "--detach", tip)

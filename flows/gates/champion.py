@@ -1,0 +1,284 @@
+"""Which version serves: `challenger` is the newest that passed its gates, `champion` the one that somebody promoted.
+
+An alias moves under a claim on the aliases of its lineage, in three writes: the log entry that says so, the alias, and
+a tag with the number of that entry. The log comes first, for only so can a move that a process was killed in be told
+from one that somebody made by hand in MLflow's UI:
+
+    tag older than the entry, alias as the entry found it     killed: `settle` makes the move
+    tag older than the entry, alias as the entry wants it     killed: `settle` sets the tag
+    anything else that is not as the last entry wants it      by hand: refused, unless it is forced with a reason
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from copal.errors import CopalError
+from flows.lineage import entries as log
+from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias
+from flows.registry.claims import ALIASES, claimed
+from flows.registry.registry import AliasMovedError, LogMovedError
+
+if TYPE_CHECKING:
+    from flows.registry.claims import Claim
+    from flows.registry.registry import ModelVersion, Registry
+    from flows.settings import Settings
+
+__all__ = [
+    "PromotionError",
+    "decided",
+    "gates_entry",
+    "judged",
+    "move_champion",
+    "named",
+    "promote",
+    "rollback",
+    "settle",
+    "unsettled",
+    "unshown",
+]
+
+Entry = Mapping[str, Any]
+_T = TypeVar("_T")
+
+
+class PromotionError(CopalError):
+    """A version may not become the champion, or there is none to go back to; nothing changed."""
+
+
+def promote(
+    registry: Registry,
+    settings: Settings,
+    number: int,
+    *,
+    why: str | None = None,
+    force: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Any] | None:
+    """Make version `number` the champion.
+
+    Args:
+        why: for the log.
+        force: even if its gates failed or never ran, or the alias was moved by hand; wants a reason.
+        tell: called with a line where another process moves an alias.
+
+    Returns:
+        The log entry; None where the version is the champion already.
+
+    Raises:
+        PromotionError: its gates failed or never ran, or `force` has no reason.
+        AliasMovedError: the alias was moved by hand, or another promotion came first.
+        RegistryError: there is no such version, or the registry fails.
+        LineageError: the log was altered.
+    """
+    _check_reason(force, why)
+    seen = len(alias_moves(registry.log(), CHAMPION))
+    with claimed(registry, f"promote version {number}", lease=settings.run.lease, on=ALIASES, tell=tell) as claim:
+
+        def move(entries: Sequence[Entry]) -> dict[str, Any] | None:
+            refusal = _refusal(registry.version(number), entries)
+            if refusal and not force:
+                raise PromotionError(
+                    f"version {number} of {registry.model_name} {refusal}; "
+                    f"to promote it all the same: copal promote {number} --force --why TEXT"
+                )
+            _check_first(registry, entries, seen)
+            return move_champion(registry, claim, entries, "promotion", number, why=why, force=force)
+
+        return decided(registry, claim, move)
+
+
+def rollback(
+    registry: Registry,
+    settings: Settings,
+    *,
+    why: str | None = None,
+    force: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Make the champion before this one the champion again; once more: the one before that.
+
+    Args:
+        why, force, tell: see `promote`.
+
+    Returns:
+        The log entry.
+
+    Raises:
+        PromotionError: there was no champion before, or `force` has no reason.
+        AliasMovedError, RegistryError, LineageError: see `promote`.
+    """
+    _check_reason(force, why)
+    seen = len(alias_moves(registry.log(), CHAMPION))
+    with claimed(registry, "roll back", lease=settings.run.lease, on=ALIASES, tell=tell) as claim:
+
+        def move(entries: Sequence[Entry]) -> dict[str, Any]:
+            there = {version.number for version in registry.versions()}
+            now = registry.alias(CHAMPION)  # by force also from where somebody set it by hand, to that of the log
+            stack = champions(entries)
+            earlier = [number for number in (stack[:-1] if stack[-1:] == [now] else stack) if number in there]
+            if not earlier:
+                raise PromotionError(f"{registry.model_name} had no champion before this one: nothing to go back to")
+            _check_first(registry, entries, seen)
+            made = move_champion(registry, claim, entries, "rollback", earlier[-1], why=why, force=force)
+            if made is None:
+                raise PromotionError(
+                    f"somebody set {CHAMPION} of {registry.model_name} to version {earlier[-1]} already"
+                )
+            return made
+
+        return decided(registry, claim, move)
+
+
+def decided(registry: Registry, claim: Claim, move: Callable[[Sequence[Entry]], _T]) -> _T:
+    """What `move` gives, which gets the log, looks at the aliases, decides, and appends what it decided to the log.
+
+    Where others append in between, it looks again: so nobody logs a move from where the alias is no more, however late
+    a paused process wakes.
+
+    Raises:
+        ClaimLostError: the aliases were taken over. What the log has by then, whoever holds them does.
+    """
+    while True:
+        claim.check()
+        entries = registry.log()
+        settle(registry, entries)
+        with suppress(LogMovedError):
+            return move(entries)
+
+
+def settle(registry: Registry, entries: Sequence[Entry]) -> None:
+    """Do what the log names and a killed process did not: move aliases, show gates that ran again. Only for who holds
+    the aliases.
+
+    Args:
+        entries: the log.
+
+    Raises:
+        RegistryError: the registry fails.
+    """
+    for alias, entry, actual in unsettled(registry, entries):
+        if actual in (entry["from"], entry["to"]):
+            registry.move_alias(alias, entry["to"], expected=actual, entry=entry["number"])
+    for version, entry in unshown(registry, entries):
+        registry.conclude(version, entry)
+
+
+def unsettled(registry: Registry, entries: Sequence[Entry]) -> list[tuple[str, Entry, int | None]]:
+    """(alias, the log entry that moves it, the version that it names now) of moves that were not made to their end."""
+    return [
+        (alias, moves[-1], registry.alias(alias))
+        for alias in (CHALLENGER, CHAMPION)
+        if (moves := alias_moves(entries, alias)) and registry.moved_by(alias) < moves[-1]["number"]
+    ]
+
+
+def unshown(registry: Registry, entries: Sequence[Entry]) -> list[tuple[ModelVersion, Entry]]:
+    """(version, its newest gate results) of concluded versions that show older ones: their gates ran again."""
+    newest = [(version, gates_entry(version, entries)) for version in registry.versions() if version.gates is not None]
+    return [(version, entry) for version, entry in newest if entry is not None and version.log_entry < entry["number"]]
+
+
+def judged(
+    registry: Registry, version: ModelVersion, details: Mapping[str, Any], entries: Sequence[Entry]
+) -> dict[str, Any]:
+    """Log the gate results of a version, and with them where `challenger` goes; within `decided`.
+
+    The newest version that passed is the challenger. One that passed and was judged again and failed is it no more.
+    """
+    to = now = registry.alias(CHALLENGER)
+    if details["passed"] and (now is None or now < version.number):
+        to = version.number
+    elif not details["passed"] and now == version.number:
+        others = (other for other in registry.versions() if other.number != version.number)
+        passed = [other.number for other in others if _has_passed(other, entries)]
+        to = max(passed, default=None)
+    moves = to != now
+    return registry.append_log(
+        "gates",
+        version=version.number,
+        from_version=now if moves else None,
+        to_version=to if moves else None,
+        details=details,
+        after=len(entries),
+    )
+
+
+def move_champion(
+    registry: Registry, claim: Claim, entries: Sequence[Entry], kind: str, number: int, *, why: str | None, force: bool
+) -> dict[str, Any] | None:
+    """Move `champion` to version `number`, with a log entry of `kind`; None where it is there already; within
+    `decided`.
+
+    Args:
+        entries: the log, by which it was decided.
+
+    Raises:
+        AliasMovedError: it was moved by hand since the last entry, and `force` is not set.
+        LogMovedError: there are other entries by now; nothing changed.
+        ClaimLostError: the aliases were taken over after the entry was logged.
+    """
+    logged, actual = logged_alias(entries, CHAMPION), registry.alias(CHAMPION)
+    if actual != logged and not force:
+        raise AliasMovedError(
+            f"{CHAMPION} of {registry.model_name} was moved by hand: it names {named(actual)}, the log says "
+            f"{named(logged)}; set it back in MLflow, or go on from there with --force --why TEXT"
+        )
+    if actual == number == logged:
+        return None
+    passed = gates_entry(registry.version(number), entries)
+    details = {
+        "alias": CHAMPION,
+        "forced": force,
+        "gates": None if passed is None else passed["number"],
+        "logged_before": logged,
+    }
+    entry = registry.append_log(
+        kind, version=number, from_version=actual, to_version=number, why=why, details=details, after=len(entries)
+    )
+    claim.check()
+    registry.move_alias(CHAMPION, number, expected=actual, entry=entry["number"])
+    return entry
+
+
+def gates_entry(version: ModelVersion, entries: Sequence[Entry]) -> Entry | None:
+    """The log entry with the results of the version's gates, of this record of it; None where there is none."""
+    return log.gates_entry(entries, version.number, version.tags["copal.lineage_digest"])
+
+
+def _has_passed(version: ModelVersion, entries: Sequence[Entry]) -> bool:
+    entry = gates_entry(version, entries)
+    return entry is not None and bool(entry["details"]["passed"])
+
+
+def _check_first(registry: Registry, entries: Sequence[Entry], seen: int) -> None:
+    """What was looked at before the claim is still so."""
+    moves = alias_moves(entries, CHAMPION)
+    if len(moves) != seen:
+        raise AliasMovedError(
+            f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1]['to'])} by {moves[-1]['who']} "
+            "in the meantime; look at it, then try again"
+        )
+
+
+def _refusal(version: ModelVersion, entries: Sequence[Entry]) -> str | None:
+    """Why a version may not be promoted; None where it may. The dense base has no gates."""
+    if version.parent is None:
+        return None
+    entry = gates_entry(version, entries)
+    if entry is None:
+        return "has not gone through its gates"
+    bad = [gate["name"] for gate in entry["details"]["gates"] if not gate["passed"]]
+    return f"failed its gates ({', '.join(bad)})" if not entry["details"]["passed"] else None
+
+
+def _check_reason(force: bool, why: str | None) -> None:
+    if force and not (why and why.strip()):
+        raise PromotionError("--force wants a reason for the log: add --why TEXT")
+
+
+def named(number: int | None) -> str:
+    """A version, for people."""
+    return "no version" if number is None else f"version {number}"

@@ -1,0 +1,230 @@
+"""What follows a registration: the gates of the new version, and the aliases that they move.
+
+The log entry with the results is what counts. It comes first, tags and aliases after it and the tag `copal.gates` last:
+a version without that tag is not concluded, and whoever takes the lineage next does what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copal.errors import CopalError, StateError
+from flows.data.recorded import dataset_of
+from flows.gates.champion import decided, gates_entry, judged, move_champion, settle
+from flows.gates.judge import GateResult, judge
+from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves
+from flows.lineage.page.page import render_page
+from flows.lineage.record import LineageError, domain_records, record_digest, verify_files
+from flows.registry.claims import ALIASES, claimed
+from flows.registry.history import read_history
+from flows.registry.registry import AliasMovedError
+
+if TYPE_CHECKING:
+    from flows.registry.claims import Claim
+    from flows.registry.registry import ModelVersion, Registry
+    from flows.settings import Settings
+    from flows.workspace import Workspace
+
+__all__ = ["conclude"]
+
+PROMPT_TOKENS, TOKENS = 32, 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Evidence:
+    """What gates judge by; see `flows.gates.judge`."""
+
+    record: Mapping[str, Any]
+    others: Mapping[int, Mapping[str, Any]]
+    rounding: float
+    generation: Mapping[str, str | None]
+    problems: tuple[str, ...]
+
+
+def conclude(
+    workspace: Workspace,
+    settings: Settings,
+    registry: Registry,
+    version: ModelVersion,
+    claim: Claim | None,
+    tell: Callable[[str], None] | None = None,
+    *,
+    again: bool = False,
+) -> tuple[GateResult, ...]:
+    """Run the gates of a version and move the aliases that they move; what was done before is not done again.
+
+    A gate that fails is a result and no error: the version stays the head of the lineage.
+
+    Args:
+        claim: on the lineage, of who has just registered the version; None: nobody is hurt if two do this at once.
+        tell: called with a line where `champion` was moved by hand, which `promote: auto` leaves alone.
+        again: run them with the settings of today even if they ran before.
+
+    Raises:
+        ClaimLostError: the lineage was taken over.
+        RegistryError: the registry fails.
+        LineageError: the log was altered.
+    """
+    evidence = None
+    if again or gates_entry(version, registry.log()) is None:
+        evidence = _gather(workspace, settings, registry, version, claim)
+    with claimed(registry, f"gates of version {version.number}", lease=settings.run.lease, on=ALIASES) as aliases:
+        _check(claim)  # others may have held the aliases for long
+        if evidence is not None:  # judged only now, for the champion may have moved
+            decided(registry, aliases, partial(_judge, registry, version, settings, evidence))
+        entries = registry.log()
+        settle(registry, entries)
+        entry = gates_entry(version, entries)
+        assert entry is not None
+        if entry["details"]["passed"] and entry["details"]["promote"] == "auto":
+            decided(registry, aliases, partial(_promote, registry, version, aliases, tell))
+        with suppress(LineageError):  # of an altered record; a gate has said so
+            registry.log_page(version, render_page(read_history(registry)))
+        _check(claim)
+        registry.conclude(version, entry)
+    return tuple(GateResult(**gate) for gate in entry["details"]["gates"])
+
+
+def _check(claim: Claim | None) -> None:
+    if claim is not None:
+        claim.check()
+
+
+def _promote(
+    registry: Registry,
+    version: ModelVersion,
+    claim: Claim,
+    tell: Callable[[str], None] | None,
+    entries: Sequence[Mapping[str, Any]],
+) -> None:
+    """What passed becomes the champion, unless somebody has decided otherwise since, or a newer one passed."""
+    champion = registry.alias(CHAMPION)
+    if registry.alias(CHALLENGER) != version.number or (champion is not None and champion > version.number):
+        return
+    first = next(each for each in entries if each["kind"] == "gates" and each["version"] == version.number)
+    if any(move["number"] > first["number"] for move in alias_moves(entries, CHAMPION)):
+        return
+    try:
+        move_champion(registry, claim, entries, "promotion", version.number, why="all gates passed", force=False)
+    except AliasMovedError as error:
+        if tell:
+            tell(str(error))
+
+
+def _judge(
+    registry: Registry,
+    version: ModelVersion,
+    settings: Settings,
+    evidence: _Evidence,
+    entries: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The log entry with the results of the gates, against the champion that serves now."""
+    results = judge(
+        evidence.record,
+        evidence.others,
+        registry.alias(CHAMPION),
+        settings.gates,
+        rounding=evidence.rounding,
+        generation=evidence.generation,
+        problems=evidence.problems,
+    )
+    details = {
+        "record": version.tags["copal.lineage_digest"],
+        "passed": all(result.passed for result in results),
+        "promote": settings.gates.promote,
+        "gates": [result.as_dict() for result in results],
+    }
+    return judged(registry, version, details, entries)
+
+
+def _gather(
+    workspace: Workspace, settings: Settings, registry: Registry, version: ModelVersion, claim: Claim | None
+) -> _Evidence:
+    record = registry.record(version)
+    others, problems = _chain(registry, version, record)
+    folder = registry.folder(version)
+    problems += verify_files(record, folder, **version.dropped)
+    _check(claim)
+    written = _write(workspace, settings, version, record, folder / "model") if settings.gates.generation else {}
+    return _Evidence(
+        record=record, others=others, rounding=_rounding(folder), generation=written, problems=tuple(problems)
+    )
+
+
+def _chain(
+    registry: Registry, version: ModelVersion, record: Mapping[str, Any]
+) -> tuple[dict[int, Mapping[str, Any]], list[str]]:
+    """The records of the versions before this one, and what is wrong with the chain of their digests."""
+    records: dict[int, Mapping[str, Any]] = {}
+    problems: list[str] = []
+    for other in registry.versions():
+        if other.number != version.number:
+            try:
+                records[other.number] = registry.record(other)
+            except CopalError as error:
+                problems.append(str(error))
+    child: Mapping[str, Any] = record
+    while child["parent"] is not None:
+        parent = child["parent"]
+        if parent["version"] not in records:
+            problems.append(f"the record of version {parent['version']} is not there")
+            break
+        child = records[parent["version"]]
+        if record_digest(child) != parent["digest"]:
+            problems.append(f"version {parent['version']} is not the one that its child was made of")
+    return records, problems
+
+
+def _write(
+    workspace: Workspace, settings: Settings, version: ModelVersion, record: Mapping[str, Any], model: Path
+) -> dict[str, str | None]:
+    """What is wrong with the text that the model writes after the beginning of an evaluation window, by domain."""
+    from transformers import AutoTokenizer
+
+    from copal.calibration import domain_windows
+    from copal.generate import continue_greedily
+    from copal.processes import device
+    from copal.streaming import compute_dtype
+    from flows.data.fetch import fetch_version
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    found: dict[str, str | None] = {}
+    prompts = {}
+    for domain in domain_records(record, version.number):
+        try:
+            data = fetch_version(workspace, settings.watch, dataset_of(domain))
+            window = domain_windows(data, tokenizer, settings.calibration).evaluation[0]
+        except CopalError as error:
+            found[domain.name] = f"no prompt: {error}"
+        else:
+            prompts[domain.name] = window[:PROMPT_TOKENS]
+    if not prompts:
+        return found
+    try:
+        dtype = compute_dtype(settings.model.dtype, device())
+        continued = continue_greedily(model, prompts, tokens=TOKENS, dtype=dtype)
+    except CopalError as error:
+        return found | dict.fromkeys(prompts, str(error))
+    for name, text in continued.items():
+        if not text.finite:
+            found[name] = "the model's output is not finite"
+        elif text.degenerate or not tokenizer.decode(text.tokens, skip_special_tokens=True).strip():
+            found[name] = f"the text is empty, or one token over and over: {tokenizer.decode(text.tokens)!r}"
+        else:
+            found[name] = None
+    return found
+
+
+def _rounding(folder: Path) -> float:
+    """How far a row's share of zeros may be from the wanted one, for there are no half weights."""
+    from copal.step import read_report
+
+    try:
+        return max(0.5 / layer.features for layer in read_report(folder).layers)
+    except StateError:  # the report is no part of the record: without it nothing is rounded
+        return 0.0

@@ -1,0 +1,1 @@
+"""The page of a lineage: one HTML file that loads nothing."""

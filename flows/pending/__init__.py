@@ -1,0 +1,1 @@
+"""Pending: which dataset versions the newest model version does not know yet, and who is told."""

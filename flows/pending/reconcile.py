@@ -1,0 +1,98 @@
+"""Desired against actual: which dataset versions the head of the lineage does not know yet.
+
+Desired is, for each domain, the version at the watched branch; actual is the version in the head's record. What differs
+is pending, in the order in which the pointers last changed. Nothing here depends on events, so a missed one, a
+force-push, a revert or ten versions at once need no special case. Neither Prefect nor torch is needed to know.
+
+What was looked for in vain is put off for a while (`flows.pending.waiting`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from copal.errors import DataError
+from flows.lineage.record import domain_records
+from flows.pending.waiting import Waiting, waiting
+from flows.settings import Settings, check_domain_name
+from flows.workspace import Workspace
+
+if TYPE_CHECKING:
+    from flows.data.dataset import DatasetVersion
+    from flows.registry.registry import ModelVersion, Registry
+
+__all__ = ["Plan", "plan"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a check found.
+
+    Attributes:
+        head: the newest version; None before a base is registered.
+        pending: dataset versions to adapt to now, oldest change first.
+        waiting: dataset versions whose data was missing, and which are not due again yet.
+        notes: what changes nothing but should be said, such as a pointer that is gone.
+        problems: what keeps a dataset from being adapted to, such as a name that no domain may have.
+    """
+
+    head: ModelVersion | None
+    pending: tuple[DatasetVersion, ...]
+    waiting: tuple[tuple[DatasetVersion, Waiting], ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def plan(workspace: Workspace, settings: Settings, registry: Registry, now: datetime | None = None) -> Plan:
+    """Compare the watched branch with the head's record; changes nothing but a clone of another repository.
+
+    Args:
+        now: what is due is due at this time; None: at the time that it is.
+
+    Raises:
+        DatasetError: the repository cannot be read, or reached.
+        RegistryError: the registry cannot be read.
+    """
+    from flows.data.commits import in_history
+    from flows.data.repositories import data_root
+    from flows.data.versions import dataset_versions
+
+    now = now or datetime.now(UTC)
+    head = registry.head()
+    record = registry.record(head) if head else None
+    known = {entry.name: entry for entry in domain_records(record, head.number)} if head and record else {}
+    withdrawn = {(entry["name"], entry["dvc_md5"]) for entry in record["withdrawn"]} if record else set()
+    root, branch = data_root(workspace, settings.watch), settings.watch.branch or "HEAD"
+    desired = dataset_versions(root, branch)
+    missing = waiting(workspace, settings.model.name)
+    pending, later, notes, problems = [], [], [], []
+    for version in desired:
+        try:
+            check_domain_name(version.domain)
+        except DataError as error:
+            problems.append(f"{version.path}: {error}")
+            continue
+        entry = known.get(version.domain)
+        if entry and entry.repository == version.repository and not in_history(root, entry.git_rev, branch):
+            notes.append(
+                f"{version.path}: commit {entry.git_rev[:10]}, of which version {entry.contribution_version} was made, "
+                f"is not in the history of {branch} (any more); the lineage keeps it"
+            )
+        if entry and entry.dvc_md5 == version.md5:
+            continue
+        if (version.domain, version.md5) in withdrawn:
+            notes.append(
+                f"{version.path} at {version.md5[:10]} was withdrawn; it comes back only as another version, "
+                f"or by `copal adapt {version.domain}`"
+            )
+            continue
+        wait = missing.get(version.domain)
+        if wait and wait.dvc_md5 == version.md5 and not wait.is_due(now):
+            later.append((version, wait))
+        else:
+            pending.append(version)
+    gone = sorted(known.keys() - {version.domain for version in desired})
+    notes += [f"data/{domain} is no longer tracked here; the model keeps what it knows of it" for domain in gone]
+    return Plan(head=head, pending=tuple(pending), waiting=tuple(later), notes=tuple(notes), problems=tuple(problems))

@@ -1,0 +1,105 @@
+"""What a workspace knows: the versions of its lineage, their figures, and what is pending."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flows.settings import Settings
+from flows.workspace import Workspace
+
+if TYPE_CHECKING:
+    from flows.data.dataset import DatasetVersion
+    from flows.registry.registry import ModelVersion
+
+__all__ = [
+    "lineages",
+    "status",
+]
+
+
+def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
+    """The state of a workspace as plain JSON values.
+
+    `model`: the name of the lineage. `versions`, oldest first, each with version, parent, domain, dvc_md5, git_rev
+    (these three None at the root, and where it withdrew a domain), withdrawn (that domain, or None), sparsity (zeros as
+    counted, a share), weights_back (None where the parent is dense), perplexity and dense_perplexity ({domain: value}),
+    seconds ({statistics, solve, evaluate}), gates (passed or failed; None where they never ran), failed ({gate: why})
+    and aliases. `pending`, in the order in which the watcher would take them, each with domain, dvc_md5 and git_rev.
+    `waiting` for data that nobody has pushed, the same with tries, since and next_try. `notes` and `problems`: see
+    `flows.pending.reconcile.Plan`.
+
+    Raises:
+        DatasetError: the repository cannot be read.
+        RegistryError: the registry cannot be read.
+        LineageError: a version's record is damaged, or the log was altered.
+    """
+    from flows.pending.reconcile import plan
+    from flows.registry.registry import open_registry
+
+    registry = open_registry(workspace, settings)
+    found = plan(workspace, settings, registry)
+    entries = registry.log()
+    return {
+        "model": settings.model.name,
+        "versions": [_version(version, registry.record(version), entries) for version in registry.versions()],
+        "pending": [_dataset(version) for version in found.pending],
+        "waiting": [_dataset(version) | wait.as_dict() for version, wait in found.waiting],
+        "notes": list(found.notes),
+        "problems": list(found.problems),
+    }
+
+
+def lineages(workspace: Workspace, settings: Settings) -> list[dict[str, Any]]:
+    """Every lineage of the registry as plain JSON values, by name.
+
+    Each with model, head and versions (numbers), domains (of the head, by name) and aliases ({alias: number}).
+
+    Raises:
+        RegistryError: the registry cannot be read.
+        LineageError: the record of a head is damaged.
+    """
+    from flows.registry.registry import open_registry
+
+    found = []
+    for registry in open_registry(workspace, settings).lineages():
+        versions = registry.versions()
+        head = versions[-1]
+        found.append(
+            {
+                "model": registry.model_name,
+                "head": head.number,
+                "versions": [version.number for version in versions],
+                "domains": [domain["name"] for domain in registry.record(head)["domains"]],
+                "aliases": {alias: version.number for version in versions for alias in version.aliases},
+            }
+        )
+    return found
+
+
+def _dataset(version: DatasetVersion) -> dict[str, Any]:
+    return {"domain": version.domain, "dvc_md5": version.md5, "git_rev": version.git_rev}
+
+
+def _version(version: ModelVersion, record: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    from flows.gates.champion import gates_entry
+
+    step = record["step"] or {}
+    entry = gates_entry(version, entries)
+    gates = entry["details"]["gates"] if entry else []
+    return {
+        "version": version.number,
+        "parent": version.parent,
+        "domain": step.get("name"),
+        "dvc_md5": step.get("dvc_md5"),
+        "git_rev": step.get("git_rev"),
+        "withdrawn": version.withdrawn,
+        "sparsity": record["sparsity"]["counted"],
+        "weights_back": record["weights_back"],
+        "perplexity": record["perplexity"],
+        "dense_perplexity": record["dense_perplexity"],
+        "seconds": record["seconds"],
+        "gates": version.gates,
+        "failed": {gate["name"]: gate["detail"] for gate in gates if not gate["passed"]},
+        "aliases": list(version.aliases),
+    }

@@ -1,0 +1,1 @@
+"""Registry: model versions in MLflow. The only room that imports mlflow."""

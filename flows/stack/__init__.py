@@ -1,0 +1,1 @@
+"""Stack: what `copal up` starts for a team on one machine."""

@@ -1,0 +1,56 @@
+"""The deployments of a workspace: infra/prefect.yaml, filled in."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+from flows.settings import Settings
+from flows.stack.prefect_server import GPU_POOL, UpError
+from flows.workspace import Workspace
+
+__all__ = [
+    "is_server",
+    "prefect_file",
+    "render_prefect_file",
+]
+
+
+def prefect_file() -> Path:
+    """infra/prefect.yaml: of the checkout, or as installed with the package.
+
+    Raises:
+        UpError: it is not there.
+    """
+    places = (
+        Path(__file__).parents[2] / "infra" / "prefect.yaml",
+        Path(sysconfig.get_path("data")) / "share" / "copal" / "prefect.yaml",
+    )
+    for place in places:
+        if place.is_file():
+            return place
+    raise UpError(f"{places[0]} is missing, and so is {places[1]}: install copal anew")
+
+
+def render_prefect_file(
+    template: Path, workspace: Workspace, settings: Settings, *, registry: str | None, devices: str | None
+) -> str:
+    """The deployments of a workspace: infra/prefect.yaml with its folder, schedule, registry and devices filled in."""
+    import yaml
+
+    content = yaml.safe_load(template.read_text(encoding="utf-8"))
+    for deployment in content["deployments"]:
+        deployment["parameters"]["workspace"] = str(workspace.root)
+        variables = deployment["work_pool"]["job_variables"]["env"]
+        if registry is not None:
+            variables["COPAL_REGISTRY_URI"] = registry
+        if deployment["name"] == "watch":
+            watch = settings.watch
+            deployment["schedules"] = [{"cron": watch.cron} if watch.cron else {"interval": watch.interval}]
+        elif devices is not None and deployment["work_pool"]["name"] == GPU_POOL:
+            variables["CUDA_VISIBLE_DEVICES"] = devices
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def is_server(uri: str | None) -> bool:
+    return uri is not None and uri.startswith(("http://", "https://"))

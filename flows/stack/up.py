@@ -1,0 +1,171 @@
+"""`copal up`: what a team's workspace needs, on this machine's loopback, until it is stopped.
+
+A Prefect server, an MLflow server, the deployments of infra/prefect.yaml and a worker for each of their work pools.
+Each is a child process in a process group of its own, watched over by the process that runs `up`. What they keep lies
+in `.copal/`; of the user's own Prefect settings nothing is read or changed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from copal.files import write_atomic
+from flows.settings import Settings
+from flows.stack.deployments import is_server, prefect_file, render_prefect_file
+from flows.stack.prefect_server import POOLS, UpError, answers, create_pools, has_worker, settle_old_runs
+from flows.stack.state import END_SECONDS, end_known, is_up, read_stack, state_file
+from flows.stack.supervisor import HOST, Starting, StopRequested, stop_on_signals
+from flows.workspace import Workspace
+
+__all__ = [
+    "down",
+    "up",
+    "up_detached",
+]
+
+
+def up(
+    workspace: Workspace,
+    settings: Settings,
+    *,
+    port: int,
+    mlflow_port: int,
+    devices: str | None,
+    tell: Callable[[str], None],
+) -> None:
+    """Start servers, deployments and workers, and keep them until SIGINT, SIGTERM or SIGHUP; then end them all.
+
+    Args:
+        port: of the Prefect server.
+        mlflow_port: of the MLflow server; none is started where the settings name an http(s) registry.
+        devices: the CUDA devices that a step may see; None: those that this process sees.
+        tell: is called with each line that the user should see.
+
+    Raises:
+        UpError: it is up already, a port is taken, or something does not start or ended by itself. Nothing is left.
+    """
+    own_registry = not is_server(settings.registry.uri)
+    _refuse_if_up(workspace)
+    _end_leftovers(workspace)
+    _check_port(port, "--port")
+    if own_registry:
+        _check_port(mlflow_port, "--mlflow-port")
+    template = prefect_file()
+    api = f"http://{HOST}:{port}/api"
+    registry = f"http://{HOST}:{mlflow_port}" if own_registry else str(settings.registry.uri)
+    stack = Starting(workspace, api, registry)
+    with stop_on_signals() as stop:
+        try:
+            stack.save()
+            stack.start("prefect server", ("prefect", "server", "start", "--host", HOST, "--port", str(port)))
+            if own_registry:
+                stack.start_mlflow(workspace.registry_uri(settings), mlflow_port)
+            stack.wait(lambda: answers(f"{api}/health"), stop, f"the Prefect server to answer on port {port}")
+            tell(f"Prefect server: port {port}")
+            if own_registry:
+                stack.wait(lambda: answers(f"{registry}/health"), stop, "the MLflow server to answer")
+                tell(f"MLflow server: port {mlflow_port}")
+            create_pools(api)
+            settle_old_runs(api)
+            rendered = workspace.private / "prefect.yaml"
+            shown = None if not is_server(registry) else registry
+            write_atomic(rendered, render_prefect_file(template, workspace, settings, registry=shown, devices=devices))
+            stack.deploy(rendered, stop)
+            tell("deployments: watch, adapt, promote, rollback, audit")
+            for pool in POOLS:  # in turn: at once, their first words to the server lock its SQLite file for each other
+                stack.start(f"worker {pool}", ("prefect", "worker", "start", "--pool", pool, "--type", "process"))
+                stack.wait(partial(has_worker, api, pool), stop, f"the worker of pool {pool}")
+                tell(f"worker: pool {pool}")
+            stack.save(ready=True)
+            tell(f"Prefect: http://{HOST}:{port}")
+            tell(f"MLflow: {registry}")
+            tell(f"`copal down` in {workspace.root} ends all of it")
+            stack.watch_over(stop)
+        except StopRequested:
+            pass
+        finally:
+            stack.end()
+
+
+def up_detached(workspace: Workspace, arguments: Sequence[str], tell: Callable[[str], None]) -> None:
+    """Run `copal up ARGUMENTS` in the background; returns when all is up.
+
+    Raises:
+        UpError: it did not come up; says why.
+    """
+    _refuse_if_up(workspace)
+    logs = workspace.private / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / "up.log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "up", "--workspace", str(workspace.root), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            cwd=Path(__file__).parents[2],  # `-m` looks where it runs first: not among what lies in the user's folder
+            start_new_session=True,
+        )
+    try:
+        while not _is_ready(workspace, process.pid):
+            try:
+                process.wait(0.2)
+            except subprocess.TimeoutExpired:
+                continue
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+            raise UpError(said[-1].removeprefix("copal: "))
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    tell(log.read_text(encoding="utf-8").rstrip())
+
+
+def down(workspace: Workspace) -> bool:
+    """End what `copal up` runs in this workspace, and wait for the end.
+
+    Returns:
+        Whether anything ran.
+    """
+    stack = read_stack(workspace)
+    if stack is None:
+        return False
+    ran = end_known([stack.supervisor], limit=4 * END_SECONDS)  # it ends its children, in turn
+    return _end_leftovers(workspace) or ran
+
+
+def _refuse_if_up(workspace: Workspace) -> None:
+    stack = is_up(workspace)
+    if stack is not None and stack.supervisor.pid != os.getpid():
+        raise UpError(
+            f"copal is up in {workspace.root} already (process {stack.supervisor.pid}, Prefect at {stack.prefect}): "
+            "run `copal down` first"
+        )
+
+
+def _is_ready(workspace: Workspace, pid: int) -> bool:
+    stack = read_stack(workspace)
+    return stack is not None and stack.ready and stack.supervisor.pid == pid
+
+
+def _end_leftovers(workspace: Workspace) -> bool:
+    """End what a killed supervisor left, and remove its state file; whether there was anything that ran."""
+    stack = read_stack(workspace)
+    ran = end_known(stack.children, limit=END_SECONDS) if stack is not None else False
+    state_file(workspace).unlink(missing_ok=True)
+    return ran
+
+
+def _check_port(port: int, option: str) -> None:
+    with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what closed a second ago is not in use
+        try:
+            found.bind((HOST, port))
+        except OSError as error:
+            raise UpError(f"port {port} is in use ({error.strerror}): choose another one with {option}") from error

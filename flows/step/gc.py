@@ -1,0 +1,60 @@
+"""Frees what can be made again or what nobody needs: running sums of old versions, and what killed runs left."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from copal.files import freed_bytes
+from flows.data.fetch import scratch_folders
+from flows.registry.claims import claimed
+from flows.settings import Settings
+from flows.step.staging import run_folders
+from flows.workspace import Workspace, exclusive
+
+if TYPE_CHECKING:
+    from flows.registry.registry import Registry
+
+__all__ = ["Freed", "collect"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Freed:
+    """Something that was deleted, and the bytes it took."""
+
+    what: str
+    size: int
+
+
+def collect(workspace: Workspace, settings: Settings, registry: Registry, *, dry_run: bool = False) -> list[Freed]:
+    """Delete the running sum of every version but the head, run folders that no run will go on with, and what killed
+    registrations left in the registry; waits for a step that runs. What a version refers to is never deleted.
+
+    A step needs the head's sum only. After a version was withdrawn the new head's may be gone: the next step makes it
+    again from the contributions.
+
+    Args:
+        dry_run: only say what would go.
+
+    Raises:
+        RegistryError: the registry cannot be read, or its artifact store does not let sums be deleted.
+    """
+    found: list[Freed] = []
+    head = registry.head()
+    if head is None:
+        return found
+    with exclusive(workspace), claimed(registry, "collect garbage", lease=settings.run.lease):
+        for version in registry.versions()[:-1]:
+            size = registry.drop_sum(version, dry_run=dry_run)
+            if size:
+                found.append(Freed(what=f"running sum of version {version.number}", size=size))
+        runs = run_folders(workspace, registry.model_name).items()
+        useless = [folder for folder, built_on in runs if built_on != head.number]  # in the others a version may wait
+        for folder in (*useless, *scratch_folders(workspace.cache)):
+            found.append(Freed(what=str(folder.relative_to(workspace.root)), size=freed_bytes(folder)))
+            if not dry_run:
+                shutil.rmtree(folder)
+        if not dry_run:
+            registry.sweep()
+    return found

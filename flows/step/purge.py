@@ -1,0 +1,75 @@
+"""Purging a domain that was withdrawn: what is kept of its data goes, and what cannot go is named.
+
+Its contributions go from every version that holds one, and so do the running sums that contain them. No later step
+needs them: the head is without the domain. Of run folders and fetched data nobody knows for sure whose they are, so all
+of them go but the data of domains that are in use: steps make and fetch them again. Weights that were computed with the
+domain stay, for versions are not deleted here; those are the traces.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from copal.files import freed_bytes
+from flows.data.fetch import drop_copies
+from flows.step.staging import run_folders
+from flows.workspace import Workspace
+
+if TYPE_CHECKING:
+    from flows.registry.registry import Registry
+
+__all__ = ["Purged", "purge_domain"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Purged:
+    """What a purge did.
+
+    Attributes:
+        domain: that was purged.
+        deleted: versions whose contribution is gone, by this purge or an earlier one.
+        traces: versions whose weights were computed with the domain's data, the same ones among them.
+        size: bytes that this purge freed.
+    """
+
+    domain: str
+    deleted: tuple[int, ...]
+    traces: tuple[int, ...]
+    size: int
+
+
+def purge_domain(workspace: Workspace, registry: Registry, domain: str, why: str) -> Purged:
+    """Delete what is kept of a withdrawn domain, at whatever data version, and write it into the log.
+
+    A purge that was killed is completed by the next one. Only for who holds the lineage and the workspace's lock.
+
+    Raises:
+        RegistryError: the artifact store does not let it be deleted.
+        LineageError: a record or the log was altered.
+    """
+    head = registry.head()
+    assert head is not None
+    gone = next(entry for entry in reversed(registry.record(head)["withdrawn"]) if entry["name"] == domain)
+    deleted, traces, size = [], [], 0
+    for folder in run_folders(workspace, registry.model_name):
+        size += freed_bytes(folder)
+        shutil.rmtree(folder)
+    for version in registry.versions():
+        record = registry.record(version)
+        held = next((entry for entry in record["domains"] if entry["name"] == domain), None)
+        if held is None:
+            continue
+        traces.append(version.number)
+        size += registry.drop_sum(version)
+        if held["contribution_version"] is None:
+            deleted.append(version.number)
+            size += registry.drop_contribution(version)
+    heads = [lineage.record(newest) for lineage in registry.lineages() if (newest := lineage.head())]
+    size += drop_copies(workspace.cache, {entry["dvc_md5"] for record in heads for entry in record["domains"]})
+    registry.sweep()
+    details = {"domain": domain, "dvc_md5": gone["dvc_md5"], "deleted": deleted, "traces": traces}
+    if not any(entry["kind"] == "purge" and entry["details"] == details for entry in registry.log()):
+        registry.append_log("purge", why=why, details=details)
+    return Purged(domain=domain, deleted=tuple(deleted), traces=tuple(traces), size=size)

@@ -1,0 +1,189 @@
+"""What a step is: the version that it builds on, the domain that it adds or takes out, the key that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from copal.errors import CopalError
+from flows.data.recorded import dataset_of
+from flows.lineage.record import DomainRecord, domain_records, step_key, withdrawal_key
+from flows.settings import Settings, check_domain_name
+from flows.workspace import Workspace
+
+if TYPE_CHECKING:
+    from flows.data.dataset import DatasetVersion
+    from flows.registry.registry import ModelVersion, Registry
+
+__all__ = [
+    "NoBaseError",
+    "Step",
+    "WithdrawError",
+    "resolve",
+    "resolve_withdrawal",
+    "step_on",
+]
+
+
+_LONGEST_WHY = 1000  # characters
+
+
+class NoBaseError(CopalError):
+    """The lineage has no root yet."""
+
+
+class WithdrawError(CopalError):
+    """A domain cannot be withdrawn as things are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One step, resolved: what it builds on and what it adds, or takes out.
+
+    Attributes:
+        model: name of the lineage.
+        head: number of the version that it builds on.
+        base: the dense base model's folder; `base_fingerprint`: of that folder.
+        parent: folder of the head (model/, state/); None where the head is the dense base itself.
+        states: version -> state folder, of every version whose contribution the head's state names.
+        run: the step's own folder, named by the lineage and the key.
+        version: the dataset version to adapt to, or to take out.
+        key: names the step.
+        earlier: the other domains in the head's state.
+        withdraws: whether `version` is taken out.
+        why: it is, in the words of who asked for it.
+    """
+
+    model: str
+    head: int
+    base: Path
+    base_fingerprint: str
+    parent: Path | None
+    states: Mapping[int, Path]
+    run: Path
+    version: DatasetVersion
+    key: str
+    earlier: tuple[DomainRecord, ...]
+    withdraws: bool = False
+    why: str | None = None
+
+    @property
+    def new(self) -> str | None:
+        """The domain that it adds or replaces; None where it takes one out."""
+        return None if self.withdraws else self.version.domain
+
+    @property
+    def out(self) -> Path:
+        """Where the new version is staged."""
+        return self.run / "version"
+
+
+def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain: str, rev: str | None) -> Step | None:
+    """Find the head and the dataset version; None where the head already knows it, made with these settings.
+
+    Raises:
+        DataError: no domain may have that name.
+        DatasetError: the domain is not tracked at `rev`.
+        NoBaseError: no base is registered yet.
+        LineageConflictError: the lineage has another sparsity.
+        SigningError: versions are to be signed, and cannot be.
+    """
+    from flows.data.repositories import data_root
+    from flows.data.versions import dataset_version
+
+    check_domain_name(domain)
+    version = dataset_version(data_root(workspace, settings.watch, rev), domain, rev or settings.watch.branch or "HEAD")
+    head = _head(workspace, settings, registry)
+    record = registry.record(head)
+    known = {entry.name: entry for entry in domain_records(record, head.number)}
+    settings_fingerprint = settings.fingerprint()
+    same_data = domain in known and known[domain].dvc_md5 == version.md5
+    if same_data and record["settings_fingerprint"] == settings_fingerprint:
+        return None
+    key = step_key(head.number, domain, version.md5, settings_fingerprint)
+    return step_on(registry, head, version, key, run_folder(workspace, settings, key))
+
+
+def resolve_withdrawal(
+    workspace: Workspace, settings: Settings, registry: Registry, domain: str, why: str
+) -> Step | None:
+    """The step that takes a domain out of the head; None where it was withdrawn already.
+
+    Raises:
+        DataError: no domain may have that name.
+        WithdrawError: the head does not know the domain, or knows nothing else; or `why` says nothing.
+        NoBaseError: no base is registered yet.
+        LineageConflictError: the lineage has another sparsity.
+    """
+    check_domain_name(domain)
+    if not 0 < len(why.strip()) <= _LONGEST_WHY:
+        raise WithdrawError(f"say why {domain} is withdrawn, in 1 to {_LONGEST_WHY} characters: the log keeps it")
+    head = _head(workspace, settings, registry)
+    record = registry.record(head)
+    known = {entry.name: entry for entry in domain_records(record, head.number)}
+    if domain not in known:
+        if any(entry["name"] == domain for entry in record["withdrawn"]):
+            return None
+        raise WithdrawError(
+            f"version {head.number} of {settings.model.name} does not know {domain}; "
+            f"it knows {', '.join(known) or 'no domain'}"
+        )
+    if len(known) == 1:
+        root = registry.root()
+        assert root is not None
+        raise WithdrawError(
+            f"{domain} is the only domain of version {head.number}: without it, the model is the dense base, "
+            f"version {root.number}; serve that one, or adapt to another domain first"
+        )
+    version = dataset_of(known[domain])
+    key = withdrawal_key(head.number, domain, version.md5, settings.fingerprint())
+    return step_on(registry, head, version, key, run_folder(workspace, settings, key), withdraws=True, why=why.strip())
+
+
+def run_folder(workspace: Workspace, settings: Settings, key: str) -> Path:
+    return workspace.runs / f"{settings.model.name}-{key[:16]}"
+
+
+def _head(workspace: Workspace, settings: Settings, registry: Registry) -> ModelVersion:
+    head = registry.head()
+    if head is None:
+        raise NoBaseError(
+            f"{settings.model.name} has no base model yet: run `copal init {workspace.root} --base SOURCE`"
+        )
+    registry.check_sparsity(head, settings.prune.sparsity)
+    registry.check_signing()
+    return head
+
+
+def step_on(
+    registry: Registry,
+    parent: ModelVersion,
+    version: DatasetVersion,
+    key: str,
+    run: Path,
+    *,
+    withdraws: bool = False,
+    why: str | None = None,
+) -> Step:
+    """The step from `parent`, a version of the lineage; see `Step`."""
+    root = registry.root()
+    assert root is not None
+    record = registry.record(parent)
+    known = domain_records(record, parent.number)
+    versions = {entry.contribution_version for entry in known if entry.contribution_version is not None}
+    return Step(
+        head=parent.number,
+        base=registry.folder(root) / "model",
+        base_fingerprint=record["base"]["fingerprint"],
+        parent=registry.folder(parent) if known else None,
+        states={number: registry.folder(registry.version(number)) / "state" for number in sorted(versions)},
+        model=registry.model_name,
+        run=run,
+        version=version,
+        key=key,
+        earlier=tuple(entry for entry in known if entry.name != version.domain),
+        withdraws=withdraws,
+        why=why,
+    )

@@ -1,0 +1,115 @@
+"""The run folder of a step: what an earlier run finished stays there for the next.
+
+    runs/<model>-<key>/step.json  what the folder is for, and the code that works on it
+                       version/   model/, state/ and the report, once pruning is whole
+                       evaluation.json    once evaluation is
+
+Each appears by a rename. Nothing of it is visible before the registry has the version.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copal.errors import StateError
+from copal.files import write_atomic
+from flows.lineage.record import DomainRecord
+from flows.machine import code_version
+from flows.step.resolve import Step
+from flows.workspace import Workspace
+
+if TYPE_CHECKING:
+    from copal.step import StepReport
+
+__all__ = [
+    "EVALUATION_FILE",
+    "Evaluation",
+    "discard",
+    "run_folders",
+    "stage",
+    "staged_evaluation",
+    "staged_report",
+]
+
+
+STEP_FILE, EVALUATION_FILE = "step.json", "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Perplexities by domain after the step and of the dense base; of the new domain, if any, before the step."""
+
+    perplexity: Mapping[str, float]
+    dense: Mapping[str, float]
+    before: float | None
+    domains: tuple[DomainRecord, ...]
+    seconds: float
+
+
+def stage(step: Step) -> None:
+    """Make the step's run folder ready: what an earlier run finished stays, what it left half done goes.
+
+    What another version of copal made goes too: it might not be what this one would make.
+    """
+    meant = {
+        "model": step.model,
+        "base": step.base_fingerprint,
+        "key": step.key,
+        "head": step.head,
+        "code": code_version(),
+    }
+    if meant_for(step.run) != meant:
+        discard(step)
+        step.run.mkdir(parents=True)
+        write_atomic(step.run / STEP_FILE, json.dumps(meant))
+    for path in step.run.iterdir():
+        if path.name not in (STEP_FILE, EVALUATION_FILE, step.out.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def staged_report(step: Step) -> StepReport | None:
+    """The report of the version that an earlier run staged; None where there is none, or it is damaged."""
+    from copal.step import read_report
+
+    try:
+        return read_report(step.out) if step.out.is_dir() else None
+    except StateError:
+        discard(step)
+        stage(step)
+        return None
+
+
+def staged_evaluation(step: Step) -> Evaluation | None:
+    """The evaluation of the staged version by an earlier run; None where there is none."""
+    path = step.run / EVALUATION_FILE
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Evaluation(**values | {"domains": tuple(DomainRecord(**domain) for domain in values["domains"])})
+
+
+def run_folders(workspace: Workspace, model: str) -> dict[Path, int | None]:
+    """The run folders but those of other lineages, with the version that a step builds on.
+
+    None: nobody will go on with it.
+    """
+    found = {path: meant_for(path) or {} for path in sorted(workspace.runs.glob("*")) if path.is_dir()}
+    return {path: meant.get("head") for path, meant in found.items() if meant.get("model", model) == model}
+
+
+def meant_for(run: Path) -> dict[str, Any] | None:
+    try:
+        meant = json.loads((run / STEP_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return meant if isinstance(meant, dict) else None
+
+
+def discard(step: Step) -> None:
+    """Remove the step's run folder."""
+    shutil.rmtree(step.run, ignore_errors=True)

@@ -1,0 +1,189 @@
+"""The work of a step as plain functions, which `flows.adapt` wraps in Prefect tasks: fetch, prune, evaluate.
+
+They take and give paths, ids and small values, never tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from copal.errors import DataError
+from copal.files import write_atomic
+from copal.progress import Progress, silent
+from flows.data.recorded import dataset_of
+from flows.lineage.record import DomainRecord
+from flows.machine import device_and_dtype
+from flows.settings import Settings, load_settings
+from flows.step.resolve import Step
+from flows.step.staging import EVALUATION_FILE, Evaluation
+from flows.workspace import Workspace
+
+if TYPE_CHECKING:
+    from copal.calibration import DomainWindows
+    from copal.step import StepReport
+    from flows.registry.registry import Registry
+
+__all__ = [
+    "evaluate_step",
+    "fetch_data",
+    "prune_domain",
+]
+
+
+def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
+    """Fetch every domain of the new version at its data version: domain -> folder. The work tree is not touched.
+
+    What a step takes out is not fetched.
+
+    Raises:
+        MissingDataError: a pointer's data is nowhere.
+        DatasetError: what was fetched is not what the pointer says.
+    """
+    from flows.data.fetch import fetch_version
+
+    watch = load_settings(workspace.params).watch
+    wanted = [*([] if step.withdraws else [step.version]), *map(dataset_of, step.earlier)]
+    return {version.domain: str(fetch_version(workspace, watch, version)) for version in wanted}
+
+
+def prune_domain(settings: Settings, step: Step, data: str | None, progress: Progress = silent) -> StepReport:
+    """Prune the base for every domain so far and the one in the folder `data`, or without the one that the step takes
+    out (`data` None); stages model/ and state/.
+
+    Raises:
+        CopalError: see `copal.step.prune_step` and `copal.calibration.domain_windows`.
+    """
+    from copal.step import Base, NewDomain, Parent, WithdrawnDomain, prune_step
+
+    domain: NewDomain | WithdrawnDomain
+    if step.withdraws:
+        domain = WithdrawnDomain(name=step.version.domain)
+    else:
+        assert data is not None
+        domain = NewDomain(
+            name=step.version.domain,
+            md5=step.version.md5,
+            weight=settings.weight(step.version.domain),
+            windows=windows_of(step, step.version.domain, Path(data), settings).calibration,
+        )
+    parent = None
+    if step.parent:
+        parent = Parent(version=step.head, model=step.parent / "model", state=step.parent / "state", states=step.states)
+    base = Base(folder=step.base, fingerprint=step.base_fingerprint)
+    if settings.model.processes > 1:
+        from flows.step.distributed import prune_in_processes
+
+        return prune_in_processes(step.run / "prune", settings, base, parent, domain, step.out, progress)
+    device, dtype = device_and_dtype(settings)
+    return prune_step(
+        base,
+        parent,
+        domain,
+        step.out,
+        calibration=settings.calibration,
+        prune=settings.prune,
+        device=device,
+        dtype=dtype,
+        batch=settings.model.batch,
+        progress=progress,
+    )
+
+
+def evaluate_step(
+    settings: Settings,
+    registry: Registry,
+    step: Step,
+    report: StepReport,
+    data: Mapping[str, str],
+    progress: Progress = silent,
+) -> Evaluation:
+    """Evaluate the staged version on every domain, and the new domain, if any, on the parent and on the dense base.
+
+    The dense base's figures on earlier domains are taken from the head's record where the evaluation windows are the
+    same.
+    """
+    from flows.step.distributed import evaluate_in_processes, evaluate_jobs
+
+    began = time.perf_counter()
+    new = step.new
+    windows = {name: windows_of(step, name, Path(folder), settings) for name, folder in sorted(data.items())}
+    tokens = {name: found.evaluation for name, found in windows.items()}
+
+    recorded = registry.record(registry.version(step.head))["dense_perplexity"]
+    unchanged = {
+        entry.name for entry in step.earlier if entry.evaluation_digest == windows[entry.name].evaluation_digest
+    }
+    dense = {name: recorded[name] for name in unchanged}
+    jobs: dict[str, tuple[Path, list[str]]] = {"after": (step.out / "model", list(tokens))}
+    if tokens.keys() - unchanged:
+        jobs["dense"] = (step.base, [name for name in tokens if name not in unchanged])
+    if new and step.parent:
+        jobs["before"] = (step.parent / "model", [new])
+    model, todo = settings.model, list(jobs.values())
+    if model.processes > 1:
+        scores = evaluate_in_processes(step.run / "evaluate", settings, todo, tokens, progress)
+    else:
+        scores = evaluate_jobs(todo, tokens, dtype=model.dtype, batch=model.batch, progress=progress)
+    found = {
+        job: {name: score.perplexity for name, score in by_domain.items()}
+        for job, by_domain in zip(jobs, scores, strict=True)
+    }
+    dense |= found.get("dense", {})
+    before = None if new is None else found.get("before", dense)[new]
+    domains = [
+        replace(
+            entry,
+            evaluation_digest=windows[entry.name].evaluation_digest,
+            evaluation_tokens=_predicted(windows[entry.name]),
+        )
+        for entry in step.earlier
+    ]
+    if new is not None:
+        own = next(entry for entry in report.manifest.domains if entry.name == new)
+        domains.append(
+            DomainRecord(
+                name=new,
+                path=step.version.path,
+                dvc_md5=step.version.md5,
+                git_rev=step.version.git_rev,
+                repository=step.version.repository,
+                weight=own.weight,
+                tokens=own.tokens,
+                windows=own.windows,
+                contribution_version=None,
+                evaluation_digest=windows[new].evaluation_digest,
+                evaluation_tokens=_predicted(windows[new]),
+            )
+        )
+    evaluation = Evaluation(
+        perplexity=found["after"],
+        dense=dict(sorted(dense.items())),
+        before=before,
+        domains=tuple(sorted(domains, key=lambda domain: domain.name)),
+        seconds=time.perf_counter() - began,
+    )
+    write_atomic(step.run / EVALUATION_FILE, json.dumps(asdict(evaluation)))
+    return evaluation
+
+
+def windows_of(step: Step, domain: str, data: Path, settings: Settings) -> DomainWindows:
+    """The windows of `domain`, read from the folder `data`; errors name the user's folder, not the cache's."""
+    from transformers import AutoTokenizer
+
+    from copal.calibration import domain_windows
+
+    tokenizer = AutoTokenizer.from_pretrained(step.base, local_files_only=True, trust_remote_code=False)
+    try:
+        return domain_windows(data, tokenizer, settings.calibration)
+    except DataError as error:
+        raise DataError(str(error).replace(str(data), f"data/{domain}")) from error
+
+
+def _predicted(windows: DomainWindows) -> int:
+    """Predicted tokens of the evaluation windows: all of a window but its first."""
+    return windows.evaluation.shape[0] * (windows.evaluation.shape[1] - 1)

@@ -1,0 +1,1 @@
+"""Terminal: what a person reads there. Everything that rich draws."""

@@ -1,0 +1,107 @@
+"""The places of a workspace: any git + DVC repository with `params.yaml` and `data/`.
+
+What copal writes there lies in `.copal/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from copal.errors import CopalError
+from copal.files import locked
+from flows.settings import Settings
+
+__all__ = [
+    "Workspace",
+    "WorkspaceError",
+    "exclusive",
+    "open_workspace",
+]
+
+
+class WorkspaceError(CopalError):
+    """A folder is not a workspace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The places of a workspace. `root` is absolute (`open_workspace` sees to it)."""
+
+    root: Path
+
+    @property
+    def params(self) -> Path:
+        """The settings."""
+        return self.root / "params.yaml"
+
+    @property
+    def data(self) -> Path:
+        """The domains, tracked by DVC. Flows never write here."""
+        return self.root / "data"
+
+    @property
+    def private(self) -> Path:
+        """All that copal writes; ignored by git."""
+        return self.root / ".copal"
+
+    @property
+    def artifacts(self) -> Path:
+        """Models and states of the registry in the workspace."""
+        return self.private / "artifacts"
+
+    @property
+    def runs(self) -> Path:
+        """What a run has not published yet."""
+        return self.private / "runs"
+
+    @property
+    def cache(self) -> Path:
+        """Fetched dataset versions, and clones: these alone may have commits that a remote's rewritten history lost."""
+        return self.private / "cache"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that adapts."""
+        return self.private / "lock"
+
+    def path(self, text: str | None) -> Path | None:
+        """A path of the settings: relative ones begin at the workspace."""
+        return None if text is None else self.root / Path(text).expanduser()
+
+    def registry_uri(self, settings: Settings) -> str:
+        """The MLflow tracking URI: the one that is set, else SQLite in the workspace."""
+        return settings.registry.uri or f"sqlite:///{self.private / 'mlflow.db'}"
+
+
+def open_workspace(path: Path) -> Workspace:
+    """The workspace at `path`.
+
+    Raises:
+        WorkspaceError: no such folder, or not the root of a git + DVC repository with a params.yaml.
+    """
+    root = path.expanduser().resolve()
+    if not root.is_dir():
+        raise WorkspaceError(f"{path} is not a folder: run `copal init {path}` to make a workspace")
+    # In a linked work tree and in a submodule .git is a file.
+    for name, lacks in (
+        (".git", "is not the root of a git repository"),
+        (".dvc", "has no .dvc folder"),
+        ("params.yaml", "has no params.yaml"),
+    ):
+        if not (root / name).exists():
+            raise WorkspaceError(f"{root} {lacks}: run `copal init {path}` to make it a workspace")
+    return Workspace(root)
+
+
+@contextmanager
+def exclusive(workspace: Workspace) -> Iterator[None]:
+    """Hold the workspace's lock: what sets a workspace up and what clears it run alone.
+
+    Steps do not need it: who works on a lineage is a matter of claims. The system frees it when the process dies.
+    """
+    workspace.lock.parent.mkdir(parents=True, exist_ok=True)
+    with locked(workspace.lock):
+        yield
