@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
@@ -22,18 +21,17 @@ from prefect.utilities.timeout import timeout
 from copal.errors import CopalError
 from copal.step import StepReport
 from flows.gates.judge import GateResult, as_table, failed
-from flows.gates.run import conclude as run_gates
+from flows.gates.run import run_gates
 from flows.machine import has_gpu
+from flows.project import Project, open_project
 from flows.registry.claims import Claim
-from flows.registry.registry import ModelVersion, Registry, open_registry
-from flows.settings import Settings, load_settings
+from flows.registry.registry import ModelVersion
 from flows.step.register import register_step
 from flows.step.resolve import Step
-from flows.step.run import Made, Stages, Withdrawal, run_step, run_withdrawal
+from flows.step.run import Made, Tasks, Withdrawal, run_step, run_withdrawal
 from flows.step.staging import Evaluation
 from flows.step.work import evaluate_step, fetch_data, prune_domain
 from flows.terminal.progress import progress_bar
-from flows.workspace import open_workspace
 
 __all__ = ["TimeLimitError", "adapt", "perplexity_table", "time_limit", "withdraw"]
 
@@ -52,46 +50,40 @@ def _may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=_may_pass)
-def fetch(workspace: str, step: Step) -> dict[str, str]:
+def fetch(project: Project, step: Step) -> dict[str, str]:
     """Fetch every domain's data version."""
-    return fetch_data(open_workspace(Path(workspace)), step)
+    return fetch_data(project, step)
 
 
 @task(cache_policy=NO_CACHE)
-def prune(settings: Settings, step: Step, data: str | None, claim: Claim) -> StepReport:
+def prune(project: Project, step: Step, data: str | None, claim: Claim) -> StepReport:
     """One COPAL step; on the GPU where there is one."""
     with progress_bar() as progress:
-        return prune_domain(settings, step, data, claim.guard(progress))
+        return prune_domain(project.settings, step, data, claim.guard(progress))
 
 
 @task(cache_policy=NO_CACHE)
-def evaluate(
-    settings: Settings, registry: Registry, step: Step, report: StepReport, data: Mapping[str, str], claim: Claim
-) -> Evaluation:
+def evaluate(project: Project, step: Step, report: StepReport, data: Mapping[str, str], claim: Claim) -> Evaluation:
     """Perplexity on the new domain before the step and on every domain after it."""
     with progress_bar() as progress:
-        return evaluate_step(settings, registry, step, report, data, claim.guard(progress))
+        return evaluate_step(project, step, report, data, claim.guard(progress))
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=_may_pass)
-def register(
-    settings: Settings, registry: Registry, step: Step, report: StepReport, evaluation: Evaluation, claim: Claim
-) -> ModelVersion:
+def register(project: Project, step: Step, report: StepReport, evaluation: Evaluation, claim: Claim) -> ModelVersion:
     """Register the version: the last thing that happens, it makes it `latest`."""
     with progress_bar() as progress:
-        return register_step(settings, registry, step, report, evaluation, claim.seal, progress)
+        return register_step(project, step, report, evaluation, claim.seal, progress)
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=_may_pass)
-def conclude(
-    workspace: str, settings: Settings, registry: Registry, version: ModelVersion, claim: Claim
-) -> tuple[GateResult, ...]:
+def gates(project: Project, version: ModelVersion, claim: Claim) -> tuple[GateResult, ...]:
     """Run the gates of the registered version and move the aliases that they move."""
-    results = run_gates(open_workspace(Path(workspace)), settings, registry, version, claim, print)
+    results = run_gates(project, version, claim, print)
     create_markdown_artifact(
         key="gates",
         markdown=as_table(version.number, results),
-        description=f"{settings.model.name} version {version.number}: "
+        description=f"{project.name} version {version.number}: "
         + (f"{len(failed(results))} gates failed" if failed(results) else "passed its gates"),
     )
     return results
@@ -114,13 +106,12 @@ def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
             and so does one that is registered and has not gone through its gates.
         TimeLimitError: the step took longer than run.time_limit.
     """
-    work = open_workspace(Path(workspace))
-    settings = load_settings(work.params)
-    with time_limit(settings.run.time_limit):
-        made = run_step(work, settings, open_registry(work, settings), domain, rev, _tasks(), tell=print)
+    project = open_project(workspace)
+    with time_limit(project.settings.run.time_limit):
+        made = run_step(project, domain, rev, _tasks(), tell=print)
     if made is None:
         return None
-    _show(settings, made)
+    _show(project, made)
     return made.number
 
 
@@ -132,34 +123,30 @@ def withdraw(workspace: str, domain: str, why: str, purge: bool = False) -> With
         CopalError: what a user has to mend; nothing was registered. A version that is pruned waits for the next run.
         TimeLimitError: it took longer than run.time_limit.
     """
-    work = open_workspace(Path(workspace))
-    settings = load_settings(work.params)
-    registry = open_registry(work, settings)
-    with time_limit(settings.run.time_limit):
-        done = run_withdrawal(work, settings, registry, domain, why, _tasks(), purge=purge, tell=print)
+    project = open_project(workspace)
+    with time_limit(project.settings.run.time_limit):
+        done = run_withdrawal(project, domain, why, _tasks(), purge=purge, tell=print)
     if done.made is not None:
-        _show(settings, done.made)
+        _show(project, done.made)
     return done
 
 
-def _tasks() -> Stages:
+def _tasks() -> Tasks:
     device = "gpu" if has_gpu() else "cpu"
-    return Stages(
-        fetch=lambda workspace, step: fetch(str(workspace.root), step),
+    return Tasks(
+        fetch=fetch,
         prune=prune.with_options(tags=[device], task_run_name=f"prune on {device}"),
         evaluate=evaluate,
         register=register,
-        conclude=lambda workspace, settings, registry, version, claim: conclude(
-            str(workspace.root), settings, registry, version, claim
-        ),
+        gates=gates,
     )
 
 
-def _show(settings: Settings, made: Made) -> None:
+def _show(project: Project, made: Made) -> None:
     create_markdown_artifact(
         key="perplexity",
         markdown=perplexity_table(made.number, made.report, made.evaluation),
-        description=f"{settings.model.name} version {made.number}: perplexity by domain",
+        description=f"{project.name} version {made.number}: perplexity by domain",
     )
 
 

@@ -6,16 +6,14 @@ A run fails where anything differs, so that whatever a team hangs on failed runs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from copal.errors import CopalError
-from flows.registry.registry import ModelVersion, open_registry
-from flows.settings import load_settings
+from flows.project import open_project
+from flows.registry.registry import ModelVersion
 from flows.verification.verify import Verification, verify
-from flows.workspace import open_workspace
 
 __all__ = ["AuditError", "audit"]
 
@@ -40,9 +38,8 @@ def audit(workspace: str, version: str | None = None, data: bool = True) -> list
         AuditError: something differs; says what, of which version.
         CopalError: the registry cannot be read, or there is no such version.
     """
-    work = open_workspace(Path(workspace))
-    settings = load_settings(work.params)
-    registry = open_registry(work, settings)
+    project = open_project(workspace)
+    registry = project.registry
     chosen = (
         [registry.resolve(version)] if version is not None else [each for each in registry.versions() if each.aliases]
     )
@@ -50,7 +47,7 @@ def audit(workspace: str, version: str | None = None, data: bool = True) -> list
     problems: dict[int, Sequence[str]] = {}
     for each in chosen:
         try:
-            found[each.number] = verify(work, settings, registry, each, data=data)
+            found[each.number] = verify(project, each, data=data)
             problems[each.number] = found[each.number].findings
         except CopalError as error:  # a key that is not there, say: the other versions are looked at all the same
             problems[each.number] = (f"it cannot be checked: {error}",)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from copal.errors import CopalError
+from flows.project import Project, open_project, project_of
 from flows.settings import Settings, load_settings
 from flows.start.init import init_with_base, init_workspace
 from flows.terminal.progress import console, progress_bar
@@ -149,7 +150,7 @@ def _adapt(arguments: argparse.Namespace) -> int:
     from flows.step.resolve import resolve
 
     workspace, settings, registry = _open(arguments)
-    known = resolve(workspace, settings, registry, arguments.domain, arguments.rev) is None
+    known = resolve(_project(arguments), arguments.domain, arguments.rev) is None
     head = registry.head()
     if known and head is not None and head.concluded:  # quick, and starts no server
         _say_known(registry, arguments.domain)
@@ -160,7 +161,7 @@ def _adapt(arguments: argparse.Namespace) -> int:
     if number is None:
         _say_known(registry, arguments.domain)
     else:
-        _show_versions(workspace, settings, [registry.version(number)], print)
+        _show_versions(workspace, settings, registry, [registry.version(number)], print)
     return 0
 
 
@@ -169,16 +170,16 @@ def _withdraw(arguments: argparse.Namespace) -> int:
 
     workspace, settings, registry = _open(arguments)
     domain, why, purge = arguments.domain, arguments.why, arguments.purge
-    if resolve_withdrawal(workspace, settings, registry, domain, why) is None:  # nothing to compute: starts no server
-        from flows.step.run import plain_stages, run_withdrawal
+    if resolve_withdrawal(_project(arguments), domain, why) is None:  # nothing to compute: starts no server
+        from flows.step.run import plain_tasks, run_withdrawal
 
-        done = run_withdrawal(workspace, settings, registry, domain, why, plain_stages(), purge=purge, tell=print)
+        done = run_withdrawal(_project(arguments), domain, why, plain_tasks(), purge=purge, tell=print)
     else:
         from flows.adapt import withdraw
 
         done = withdraw(str(workspace.root), domain, why, purge)
     if done.made is not None:
-        _show_versions(workspace, settings, [registry.version(done.made.number)], print)
+        _show_versions(workspace, settings, registry, [registry.version(done.made.number)], print)
     elif not purge:
         head = registry.head()
         assert head is not None
@@ -191,11 +192,15 @@ def _withdraw(arguments: argparse.Namespace) -> int:
 def _replay(arguments: argparse.Namespace) -> int:
     from flows.verification.replay import replay
 
-    workspace, _, registry = _open(arguments)
+    _workspace, _settings, registry = _open(arguments)
     version = registry.resolve(arguments.version)
     with progress_bar() as progress:
         found = replay(
-            workspace, registry, version, last_step=arguments.last_step, keep=arguments.keep, progress=progress
+            _project(arguments),
+            version,
+            last_step=arguments.last_step,
+            keep=arguments.keep,
+            progress=progress,
         )
     if arguments.json:
         import json
@@ -239,12 +244,12 @@ def _status(arguments: argparse.Namespace) -> int:
     from flows.pending.status import lineages, status
     from flows.terminal.status import render_lineages, render_status
 
-    workspace, settings, _ = _open(arguments)
+    _workspace, settings, _registry = _open(arguments)
     if arguments.all:
-        every = lineages(workspace, settings)
+        every = lineages(_project(arguments))
         _show({"lineages": every}, arguments.json, lambda _: render_lineages(every, settings.model.name))
     else:
-        _show(status(workspace, settings), arguments.json, render_status)
+        _show(status(_project(arguments)), arguments.json, render_status)
     return 0
 
 
@@ -252,14 +257,14 @@ def _gates(arguments: argparse.Namespace) -> int:
     from flows.gates.champion import gates_entry
     from flows.terminal.gates import render_gates
 
-    workspace, settings, registry = _open(arguments)
+    _workspace, _settings, registry = _open(arguments)
     version = registry.resolve(arguments.version)
     if version.parent is None:
         raise CommandError(f"version {version.number} of {registry.model_name} is the dense base: it has no gates")
     if arguments.again:
-        from flows.gates.run import conclude
+        from flows.gates.run import run_gates
 
-        conclude(workspace, settings, registry, version, None, _say, again=True)
+        run_gates(_project(arguments), version, None, _say, again=True)
     entry = gates_entry(version, registry.log())
     if entry is None:
         raise CommandError(
@@ -271,11 +276,11 @@ def _gates(arguments: argparse.Namespace) -> int:
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    from flows.gates.champion import promote
+    from flows.gates.champion import make_champion
 
-    _, settings, registry = _open(arguments)
+    _workspace, _settings, registry = _open(arguments)
     version = registry.resolve(arguments.version)
-    entry = promote(registry, settings, version.number, why=arguments.why, force=arguments.force, tell=_say)
+    entry = make_champion(_project(arguments), version.number, why=arguments.why, force=arguments.force, tell=_say)
     if entry is None:
         print(f"nothing to do: version {version.number} of {registry.model_name} is the champion")
     else:
@@ -284,10 +289,13 @@ def _promote(arguments: argparse.Namespace) -> int:
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    from flows.gates.champion import rollback
+    from flows.gates.champion import restore_champion
 
-    _, settings, registry = _open(arguments)
-    _say_moved(registry, rollback(registry, settings, why=arguments.why, force=arguments.force, tell=_say))
+    _workspace, _settings, registry = _open(arguments)
+    _say_moved(
+        registry,
+        restore_champion(_project(arguments), why=arguments.why, force=arguments.force, tell=_say),
+    )
     return 0
 
 
@@ -392,8 +400,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from flows.verification.verify import verify
 
-    workspace, settings, registry = _open(arguments)
-    found = verify(workspace, settings, registry, registry.resolve(arguments.version), data=not arguments.no_data)
+    _workspace, _settings, registry = _open(arguments)
+    found = verify(_project(arguments), registry.resolve(arguments.version), data=not arguments.no_data)
     if arguments.json:
         import json
 
@@ -409,8 +417,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _gc(arguments: argparse.Namespace) -> int:
     from flows.step.gc import collect
 
-    workspace, settings, registry = _open(arguments)
-    found = collect(workspace, settings, registry, dry_run=arguments.dry_run)
+    _workspace, _settings, _registry = _open(arguments)
+    found = collect(_project(arguments), dry_run=arguments.dry_run)
     for freed in found:
         print(f"{freed.what}: {freed.size / 1e6:.1f} MB")
     total = sum(freed.size for freed in found)
@@ -468,11 +476,11 @@ def _notify(arguments: argparse.Namespace) -> int:
         raise CommandError("name domains, or --since REV")
     workspace = open_workspace(arguments.workspace)
     settings = load_settings(workspace.params)
-    domains = arguments.domains or changed_since(workspace, settings, arguments.since)
+    domains = arguments.domains or changed_since(project_of(workspace, settings), arguments.since)
     if not domains:
         print("nothing to notify of: no domain changed")
         return 0
-    url = notify(workspace, settings, domains)
+    url = notify(project_of(workspace, settings), domains)
     print(f"notified {url} of {', '.join(domains)}")
     return 0
 
@@ -483,10 +491,10 @@ def _hook(arguments: argparse.Namespace) -> int:
     workspace = open_workspace(arguments.workspace)
     settings = load_settings(workspace.params)
     if arguments.action == "install":
-        for path in hook.install(workspace, settings):
+        for path in hook.install(project_of(workspace, settings)):
             print(f"{path}: notifies the watcher")
         return 0
-    removed = hook.uninstall(workspace, settings)
+    removed = hook.uninstall(project_of(workspace, settings))
     for path in removed:
         print(f"{path}: copal's part is removed")
     if not removed:
@@ -542,7 +550,7 @@ def _check(root: Path, tell: Callable[[str], None]) -> None:
     workspace = open_workspace(root)
     settings = load_settings(workspace.params)
     registry = open_registry(workspace, settings)
-    found = plan(workspace, settings, registry)
+    found = plan(Project(workspace, settings, registry))
     if not found.pending and (found.head is None or found.head.concluded):
         waits = _waits({version.domain: wait for version, wait in found.waiting})
         lines = waits or _nothing_new(settings, registry, found)
@@ -565,7 +573,7 @@ def _check(root: Path, tell: Callable[[str], None]) -> None:
     finally:  # one dataset may have been refused and others not
         made = [version for version in registry.versions() if version.number > found.head.number]
         if made:
-            _show_versions(workspace, settings, made, tell)
+            _show_versions(workspace, settings, registry, made, tell)
         elif waits := _waits(waiting(workspace, settings.model.name)):
             tell("\n".join(waits))
 
@@ -597,7 +605,11 @@ def _no_base(settings: Settings, workspace: Workspace) -> CopalError:
 
 
 def _show_versions(
-    workspace: Workspace, settings: Settings, versions: Sequence[ModelVersion], tell: Callable[[str], None]
+    workspace: Workspace,
+    settings: Settings,
+    registry: Registry,
+    versions: Sequence[ModelVersion],
+    tell: Callable[[str], None],
 ) -> None:
     from flows.pending.status import status
     from flows.terminal.status import render_status
@@ -605,7 +617,7 @@ def _show_versions(
     for version in versions:
         did = f"withdrew {version.withdrawn}" if version.withdrawn else f"adapted to {version.tags['copal.domain']}"
         tell(f"version {version.number} of {settings.model.name}: {did}")
-    console().print(render_status(status(workspace, settings)))
+    console().print(render_status(status(Project(workspace, settings, registry))))
 
 
 # --- export
@@ -654,6 +666,10 @@ def export(registry: Registry, version: ModelVersion, target: Path, progress: Pr
 
 
 # --- the command line
+
+
+def _project(arguments: argparse.Namespace) -> Project:
+    return open_project(arguments.workspace)
 
 
 def _open(arguments: argparse.Namespace) -> tuple[Workspace, Settings, Registry]:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError
-from flows.settings import load_settings
-from flows.workspace import open_workspace
+from flows.project import open_project
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -77,10 +76,8 @@ def _deployment(workspace: str) -> DeploymentResponse | None:
 
 def _newest(workspace: str, domain: str) -> int | None:
     """Number of the newest version that was adapted to the domain."""
-    from flows.registry.registry import open_registry
 
-    work = open_workspace(Path(workspace))
-    versions = open_registry(work, load_settings(work.params)).versions()
+    versions = open_project(workspace).registry.versions()
     return max((version.number for version in versions if version.tags.get("copal.domain") == domain), default=None)
 
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.gates import champion as aliases
-from flows.registry.registry import Registry, open_registry
-from flows.settings import load_settings
-from flows.workspace import open_workspace
+from flows.gates.champion import make_champion, named, restore_champion
+from flows.project import Project, open_project
 
 __all__ = ["promote", "rollback"]
 
 
 @flow(name="promote", flow_run_name="promote version {version}")
 def promote(workspace: str, version: str, why: str | None = None, force: bool = False) -> int | None:
-    """Make a version the champion: see `flows.gates.champion.promote`.
+    """Make a version the champion: see `flows.gates.champion.make_champion`.
 
     Args:
         workspace: the folder of the workspace.
@@ -33,17 +30,15 @@ def promote(workspace: str, version: str, why: str | None = None, force: bool = 
     Raises:
         CopalError: it may not be promoted, or there is none; nothing changed.
     """
-    work = open_workspace(Path(workspace))
-    settings = load_settings(work.params)
-    registry = open_registry(work, settings)
-    number = registry.resolve(version).number
-    entry = aliases.promote(registry, settings, number, why=why, force=force, tell=print)
-    return None if entry is None else _show(registry, entry)
+    project = open_project(workspace)
+    number = project.registry.resolve(version).number
+    entry = make_champion(project, number, why=why, force=force, tell=print)
+    return None if entry is None else _show(project, entry)
 
 
 @flow(name="rollback")
 def rollback(workspace: str, why: str | None = None, force: bool = False) -> int:
-    """Make the champion before this one the champion again: see `flows.gates.champion.rollback`.
+    """Make the champion before this one the champion again: see `flows.gates.champion.restore_champion`.
 
     Args:
         workspace, why, force: see `promote`.
@@ -54,17 +49,15 @@ def rollback(workspace: str, why: str | None = None, force: bool = False) -> int
     Raises:
         CopalError: there was no champion before; nothing changed.
     """
-    work = open_workspace(Path(workspace))
-    settings = load_settings(work.params)
-    registry = open_registry(work, settings)
-    return _show(registry, aliases.rollback(registry, settings, why=why, force=force, tell=print))
+    project = open_project(workspace)
+    return _show(project, restore_champion(project, why=why, force=force, tell=print))
 
 
-def _show(registry: Registry, entry: Mapping[str, Any]) -> int:
+def _show(project: Project, entry: Mapping[str, Any]) -> int:
     create_markdown_artifact(
         key="champion",
-        markdown=f"{entry['kind']} of {registry.model_name} from {aliases.named(entry['from'])} to "
-        f"{aliases.named(entry['to'])}: {entry['why'] or 'no reason given'} (log entry {entry['number']})",
-        description=f"champion of {registry.model_name}: {aliases.named(entry['to'])}",
+        markdown=f"{entry['kind']} of {project.name} from {named(entry['from'])} to "
+        f"{named(entry['to'])}: {entry['why'] or 'no reason given'} (log entry {entry['number']})",
+        description=f"champion of {project.name}: {named(entry['to'])}",
     )
     return int(entry["number"])

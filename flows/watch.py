@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 
 from prefect import flow
 
@@ -13,11 +12,9 @@ from flows.data.dataset import MissingDataError
 from flows.launch import run_adapt
 from flows.pending.reconcile import Plan, plan
 from flows.pending.waiting import forget, note_missing, waiting
-from flows.registry.claims import claimed
-from flows.registry.registry import open_registry
-from flows.settings import load_settings
-from flows.step.run import finish, plain_stages
-from flows.workspace import Workspace, open_workspace
+from flows.project import hold_lineage, open_project
+from flows.step.run import finish, plain_tasks
+from flows.workspace import Workspace
 
 __all__ = ["RefusedError", "take_up", "watch"]
 
@@ -56,18 +53,17 @@ def take_up(
     Raises:
         CopalError: a dataset was refused; says which and why. The others were adapted to.
     """
-    work = open_workspace(Path(workspace))
-    settings = load_settings(work.params)
-    registry, model = open_registry(work, settings), settings.model.name
-    head = registry.head()
+    project = open_project(workspace)
+    work, settings, model = project.workspace, project.settings, project.name
+    head = project.registry.head()
     if head is not None and not head.concluded:
-        with claimed(registry, "conclude the newest version", lease=settings.run.lease) as claim:
-            finish(work, settings, registry, claim, plain_stages())
+        with hold_lineage(project, f"gates of version {head.number}") as claim:
+            finish(project, claim, plain_tasks())
     made: list[int] = []
     refused: list[str] = []
     tried: set[tuple[str, str]] = set()  # in vain: a step that changes nothing must not come again
     while True:
-        found = plan(work, settings, registry, clock())
+        found = plan(project, clock())
         _forget_old(work, model, found)
         version = next((version for version in found.pending if (version.domain, version.md5) not in tried), None)
         if version is None:

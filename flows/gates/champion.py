@@ -18,23 +18,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from copal.errors import CopalError
 from flows.lineage import entries as log
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias
-from flows.registry.claims import ALIASES, claimed
+from flows.project import Project, append_log, hold_aliases, read_log
 from flows.registry.registry import AliasMovedError, LogMovedError
 
 if TYPE_CHECKING:
     from flows.registry.claims import Claim
     from flows.registry.registry import ModelVersion, Registry
-    from flows.settings import Settings
 
 __all__ = [
     "PromotionError",
     "decided",
     "gates_entry",
     "judged",
+    "make_champion",
     "move_champion",
     "named",
-    "promote",
-    "rollback",
+    "restore_champion",
     "settle",
     "unsettled",
     "unshown",
@@ -48,9 +47,8 @@ class PromotionError(CopalError):
     """A version may not become the champion, or there is none to go back to; nothing changed."""
 
 
-def promote(
-    registry: Registry,
-    settings: Settings,
+def make_champion(
+    project: Project,
     number: int,
     *,
     why: str | None = None,
@@ -74,8 +72,9 @@ def promote(
         LineageError: the log was altered.
     """
     _check_reason(force, why)
-    seen = len(alias_moves(registry.log(), CHAMPION))
-    with claimed(registry, f"promote version {number}", lease=settings.run.lease, on=ALIASES, tell=tell) as claim:
+    registry = project.registry
+    seen = len(alias_moves(read_log(project), CHAMPION))
+    with hold_aliases(project, f"promote version {number}", tell) as claim:
 
         def move(entries: Sequence[Entry]) -> dict[str, Any] | None:
             refusal = _refusal(registry.version(number), entries)
@@ -85,14 +84,13 @@ def promote(
                     f"to promote it all the same: copal promote {number} --force --why TEXT"
                 )
             _check_first(registry, entries, seen)
-            return move_champion(registry, claim, entries, "promotion", number, why=why, force=force)
+            return move_champion(project, claim, entries, "promotion", number, why=why, force=force)
 
-        return decided(registry, claim, move)
+        return decided(project, claim, move)
 
 
-def rollback(
-    registry: Registry,
-    settings: Settings,
+def restore_champion(
+    project: Project,
     *,
     why: str | None = None,
     force: bool = False,
@@ -111,8 +109,9 @@ def rollback(
         AliasMovedError, RegistryError, LineageError: see `promote`.
     """
     _check_reason(force, why)
-    seen = len(alias_moves(registry.log(), CHAMPION))
-    with claimed(registry, "roll back", lease=settings.run.lease, on=ALIASES, tell=tell) as claim:
+    registry = project.registry
+    seen = len(alias_moves(read_log(project), CHAMPION))
+    with hold_aliases(project, "roll back", tell) as claim:
 
         def move(entries: Sequence[Entry]) -> dict[str, Any]:
             there = {version.number for version in registry.versions()}
@@ -122,17 +121,17 @@ def rollback(
             if not earlier:
                 raise PromotionError(f"{registry.model_name} had no champion before this one: nothing to go back to")
             _check_first(registry, entries, seen)
-            made = move_champion(registry, claim, entries, "rollback", earlier[-1], why=why, force=force)
+            made = move_champion(project, claim, entries, "restore_champion", earlier[-1], why=why, force=force)
             if made is None:
                 raise PromotionError(
                     f"somebody set {CHAMPION} of {registry.model_name} to version {earlier[-1]} already"
                 )
             return made
 
-        return decided(registry, claim, move)
+        return decided(project, claim, move)
 
 
-def decided(registry: Registry, claim: Claim, move: Callable[[Sequence[Entry]], _T]) -> _T:
+def decided(project: Project, claim: Claim, move: Callable[[Sequence[Entry]], _T]) -> _T:
     """What `move` gives, which gets the log, looks at the aliases, decides, and appends what it decided to the log.
 
     Where others append in between, it looks again: so nobody logs a move from where the alias is no more, however late
@@ -143,13 +142,13 @@ def decided(registry: Registry, claim: Claim, move: Callable[[Sequence[Entry]], 
     """
     while True:
         claim.check()
-        entries = registry.log()
-        settle(registry, entries)
+        entries = read_log(project)
+        settle(project, entries)
         with suppress(LogMovedError):
             return move(entries)
 
 
-def settle(registry: Registry, entries: Sequence[Entry]) -> None:
+def settle(project: Project, entries: Sequence[Entry]) -> None:
     """Do what the log names and a killed process did not: move aliases, show gates that ran again. Only for who holds
     the aliases.
 
@@ -159,35 +158,39 @@ def settle(registry: Registry, entries: Sequence[Entry]) -> None:
     Raises:
         RegistryError: the registry fails.
     """
-    for alias, entry, actual in unsettled(registry, entries):
+    registry = project.registry
+    for alias, entry, actual in unsettled(project, entries):
         if actual in (entry["from"], entry["to"]):
             registry.move_alias(alias, entry["to"], expected=actual, entry=entry["number"])
-    for version, entry in unshown(registry, entries):
-        registry.conclude(version, entry)
+    for version, entry in unshown(project, entries):
+        registry.show_gates(version, entry)
 
 
-def unsettled(registry: Registry, entries: Sequence[Entry]) -> list[tuple[str, Entry, int | None]]:
+def unsettled(project: Project, entries: Sequence[Entry]) -> list[tuple[str, Entry, int | None]]:
     """(alias, the log entry that moves it, the version that it names now) of moves that were not made to their end."""
     return [
-        (alias, moves[-1], registry.alias(alias))
+        (alias, moves[-1], project.registry.alias(alias))
         for alias in (CHALLENGER, CHAMPION)
-        if (moves := alias_moves(entries, alias)) and registry.moved_by(alias) < moves[-1]["number"]
+        if (moves := alias_moves(entries, alias)) and project.registry.moved_by(alias) < moves[-1]["number"]
     ]
 
 
-def unshown(registry: Registry, entries: Sequence[Entry]) -> list[tuple[ModelVersion, Entry]]:
+def unshown(project: Project, entries: Sequence[Entry]) -> list[tuple[ModelVersion, Entry]]:
     """(version, its newest gate results) of concluded versions that show older ones: their gates ran again."""
-    newest = [(version, gates_entry(version, entries)) for version in registry.versions() if version.gates is not None]
+    newest = [
+        (version, gates_entry(version, entries)) for version in project.registry.versions() if version.gates is not None
+    ]
     return [(version, entry) for version, entry in newest if entry is not None and version.log_entry < entry["number"]]
 
 
 def judged(
-    registry: Registry, version: ModelVersion, details: Mapping[str, Any], entries: Sequence[Entry]
+    project: Project, version: ModelVersion, details: Mapping[str, Any], entries: Sequence[Entry]
 ) -> dict[str, Any]:
     """Log the gate results of a version, and with them where `challenger` goes; within `decided`.
 
     The newest version that passed is the challenger. One that passed and was judged again and failed is it no more.
     """
+    registry = project.registry
     to = now = registry.alias(CHALLENGER)
     if details["passed"] and (now is None or now < version.number):
         to = version.number
@@ -196,7 +199,8 @@ def judged(
         passed = [other.number for other in others if _has_passed(other, entries)]
         to = max(passed, default=None)
     moves = to != now
-    return registry.append_log(
+    return append_log(
+        project,
         "gates",
         version=version.number,
         from_version=now if moves else None,
@@ -207,7 +211,7 @@ def judged(
 
 
 def move_champion(
-    registry: Registry, claim: Claim, entries: Sequence[Entry], kind: str, number: int, *, why: str | None, force: bool
+    project: Project, claim: Claim, entries: Sequence[Entry], kind: str, number: int, *, why: str | None, force: bool
 ) -> dict[str, Any] | None:
     """Move `champion` to version `number`, with a log entry of `kind`; None where it is there already; within
     `decided`.
@@ -220,6 +224,7 @@ def move_champion(
         LogMovedError: there are other entries by now; nothing changed.
         ClaimLostError: the aliases were taken over after the entry was logged.
     """
+    registry = project.registry
     logged, actual = logged_alias(entries, CHAMPION), registry.alias(CHAMPION)
     if actual != logged and not force:
         raise AliasMovedError(
@@ -235,8 +240,15 @@ def move_champion(
         "gates": None if passed is None else passed["number"],
         "logged_before": logged,
     }
-    entry = registry.append_log(
-        kind, version=number, from_version=actual, to_version=number, why=why, details=details, after=len(entries)
+    entry = append_log(
+        project,
+        kind,
+        version=number,
+        from_version=actual,
+        to_version=number,
+        why=why,
+        details=details,
+        after=len(entries),
     )
     claim.check()
     registry.move_alias(CHAMPION, number, expected=actual, entry=entry["number"])

@@ -20,17 +20,15 @@ from flows.gates.judge import GateResult, judge
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves
 from flows.lineage.page.page import render_page
 from flows.lineage.record import LineageError, domain_records, record_digest, verify_files
-from flows.registry.claims import ALIASES, claimed
+from flows.project import Project, hold_aliases, read_log
 from flows.registry.history import read_history
 from flows.registry.registry import AliasMovedError
 
 if TYPE_CHECKING:
     from flows.registry.claims import Claim
     from flows.registry.registry import ModelVersion, Registry
-    from flows.settings import Settings
-    from flows.workspace import Workspace
 
-__all__ = ["conclude"]
+__all__ = ["run_gates"]
 
 PROMPT_TOKENS, TOKENS = 32, 20
 
@@ -46,10 +44,8 @@ class _Evidence:
     problems: tuple[str, ...]
 
 
-def conclude(
-    workspace: Workspace,
-    settings: Settings,
-    registry: Registry,
+def run_gates(
+    project: Project,
     version: ModelVersion,
     claim: Claim | None,
     tell: Callable[[str], None] | None = None,
@@ -70,23 +66,24 @@ def conclude(
         RegistryError: the registry fails.
         LineageError: the log was altered.
     """
+    registry = project.registry
     evidence = None
-    if again or gates_entry(version, registry.log()) is None:
-        evidence = _gather(workspace, settings, registry, version, claim)
-    with claimed(registry, f"gates of version {version.number}", lease=settings.run.lease, on=ALIASES) as aliases:
+    if again or gates_entry(version, read_log(project)) is None:
+        evidence = _gather(project, version, claim)
+    with hold_aliases(project, f"gates of version {version.number}") as aliases:
         _check(claim)  # others may have held the aliases for long
         if evidence is not None:  # judged only now, for the champion may have moved
-            decided(registry, aliases, partial(_judge, registry, version, settings, evidence))
-        entries = registry.log()
-        settle(registry, entries)
+            decided(project, aliases, partial(_judge, project, version, evidence))
+        entries = read_log(project)
+        settle(project, entries)
         entry = gates_entry(version, entries)
         assert entry is not None
         if entry["details"]["passed"] and entry["details"]["promote"] == "auto":
-            decided(registry, aliases, partial(_promote, registry, version, aliases, tell))
+            decided(project, aliases, partial(_promote, project, version, aliases, tell))
         with suppress(LineageError):  # of an altered record; a gate has said so
-            registry.log_page(version, render_page(read_history(registry)))
+            registry.log_page(version, render_page(read_history(project.registry)))
         _check(claim)
-        registry.conclude(version, entry)
+        registry.show_gates(version, entry)
     return tuple(GateResult(**gate) for gate in entry["details"]["gates"])
 
 
@@ -96,13 +93,14 @@ def _check(claim: Claim | None) -> None:
 
 
 def _promote(
-    registry: Registry,
+    project: Project,
     version: ModelVersion,
     claim: Claim,
     tell: Callable[[str], None] | None,
     entries: Sequence[Mapping[str, Any]],
 ) -> None:
     """What passed becomes the champion, unless somebody has decided otherwise since, or a newer one passed."""
+    registry = project.registry
     champion = registry.alias(CHAMPION)
     if registry.alias(CHALLENGER) != version.number or (champion is not None and champion > version.number):
         return
@@ -110,16 +108,15 @@ def _promote(
     if any(move["number"] > first["number"] for move in alias_moves(entries, CHAMPION)):
         return
     try:
-        move_champion(registry, claim, entries, "promotion", version.number, why="all gates passed", force=False)
+        move_champion(project, claim, entries, "promotion", version.number, why="all gates passed", force=False)
     except AliasMovedError as error:
         if tell:
             tell(str(error))
 
 
 def _judge(
-    registry: Registry,
+    project: Project,
     version: ModelVersion,
-    settings: Settings,
     evidence: _Evidence,
     entries: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -127,8 +124,8 @@ def _judge(
     results = judge(
         evidence.record,
         evidence.others,
-        registry.alias(CHAMPION),
-        settings.gates,
+        project.registry.alias(CHAMPION),
+        project.settings.gates,
         rounding=evidence.rounding,
         generation=evidence.generation,
         problems=evidence.problems,
@@ -136,21 +133,20 @@ def _judge(
     details = {
         "record": version.tags["copal.lineage_digest"],
         "passed": all(result.passed for result in results),
-        "promote": settings.gates.promote,
+        "promote": project.settings.gates.promote,
         "gates": [result.as_dict() for result in results],
     }
-    return judged(registry, version, details, entries)
+    return judged(project, version, details, entries)
 
 
-def _gather(
-    workspace: Workspace, settings: Settings, registry: Registry, version: ModelVersion, claim: Claim | None
-) -> _Evidence:
+def _gather(project: Project, version: ModelVersion, claim: Claim | None) -> _Evidence:
+    registry = project.registry
     record = registry.record(version)
     others, problems = _chain(registry, version, record)
     folder = registry.folder(version)
     problems += verify_files(record, folder, **version.dropped)
     _check(claim)
-    written = _write(workspace, settings, version, record, folder / "model") if settings.gates.generation else {}
+    written = _write(project, version, record, folder / "model") if project.settings.gates.generation else {}
     return _Evidence(
         record=record, others=others, rounding=_rounding(folder), generation=written, problems=tuple(problems)
     )
@@ -180,9 +176,7 @@ def _chain(
     return records, problems
 
 
-def _write(
-    workspace: Workspace, settings: Settings, version: ModelVersion, record: Mapping[str, Any], model: Path
-) -> dict[str, str | None]:
+def _write(project: Project, version: ModelVersion, record: Mapping[str, Any], model: Path) -> dict[str, str | None]:
     """What is wrong with the text that the model writes after the beginning of an evaluation window, by domain."""
     from transformers import AutoTokenizer
 
@@ -192,6 +186,7 @@ def _write(
     from copal.streaming import compute_dtype
     from flows.data.fetch import fetch_version
 
+    workspace, settings = project.workspace, project.settings
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     found: dict[str, str | None] = {}
     prompts = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from copal.errors import CopalError
 from copal.files import write_atomic
 from flows.data.git import git
-from flows.settings import Settings
+from flows.project import Project
 from flows.workspace import Workspace
 
 __all__ = ["HookError", "install", "uninstall"]
@@ -27,7 +27,7 @@ class HookError(CopalError):
     """A hook is there that copal cannot add to."""
 
 
-def install(workspace: Workspace, settings: Settings) -> list[Path]:
+def install(project: Project) -> list[Path]:
     """Add copal's block to the hooks of the repository that holds the data, or bring it up to date.
 
     What else a hook says stays.
@@ -41,7 +41,7 @@ def install(workspace: Workspace, settings: Settings) -> list[Path]:
         GitError: git refuses.
     """
     texts = {}
-    root = _data_repository(workspace, settings)
+    root = _data_repository(project)
     for name, before in _BEFORE.items():
         path = _hook(root, name)
         text = "#!/bin/sh\n"
@@ -50,14 +50,14 @@ def install(workspace: Workspace, settings: Settings) -> list[Path]:
             _check(path, text)
         # At the top: a hook may end with exit or exec.
         first, _, rest = _BLOCK.sub("", text).partition("\n")
-        texts[path] = f"{first}\n{_block(workspace, before)}{rest}"
+        texts[path] = f"{first}\n{_block(project.workspace, before)}{rest}"
     for path, text in texts.items():
         if not path.exists() or _read(path) != text:
             _write(path, text)
     return list(texts)
 
 
-def uninstall(workspace: Workspace, settings: Settings) -> list[Path]:
+def uninstall(project: Project) -> list[Path]:
     """Remove copal's block from the hooks, and a hook in which nothing else is left.
 
     Returns:
@@ -68,7 +68,7 @@ def uninstall(workspace: Workspace, settings: Settings) -> list[Path]:
         GitError: git refuses.
     """
     found = []
-    root = _data_repository(workspace, settings)
+    root = _data_repository(project)
     for name in _BEFORE:
         path = _hook(root, name)
         text = _read(path) if path.is_file() else ""
@@ -83,15 +83,15 @@ def uninstall(workspace: Workspace, settings: Settings) -> list[Path]:
     return found
 
 
-def _data_repository(workspace: Workspace, settings: Settings) -> Path:
+def _data_repository(project: Project) -> Path:
     from flows.data.repositories import data_root, is_url
 
-    if is_url(settings.watch.repository):
+    if is_url(project.settings.watch.repository):
         raise HookError(
             "the data is in another repository, at a URL: let its own hooks or its CI call `copal notify DOMAIN`, "
             "or the schedule find it"
         )
-    return data_root(workspace, settings.watch)
+    return data_root(project.workspace, project.settings.watch)
 
 
 def _hook(root: Path, name: str) -> Path:

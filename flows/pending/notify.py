@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from copal.errors import CopalError
 from flows.pending.waiting import forget
-from flows.settings import Settings
+from flows.project import Project
 from flows.stack.state import is_up
-from flows.workspace import Workspace
 
 __all__ = ["EVENT", "NotifyError", "changed_since", "notify"]
 
@@ -20,7 +19,7 @@ class NotifyError(CopalError):
     """An event cannot be sent."""
 
 
-def changed_since(workspace: Workspace, settings: Settings, rev: str) -> list[str]:
+def changed_since(project: Project, rev: str) -> list[str]:
     """The domains whose data at the watched branch is not that of commit `rev`; all of them where `rev` is empty.
 
     Raises:
@@ -30,7 +29,8 @@ def changed_since(workspace: Workspace, settings: Settings, rev: str) -> list[st
     from flows.data.repositories import data_root
     from flows.data.versions import dataset_versions
 
-    root = data_root(workspace, settings.watch)
+    settings = project.settings
+    root = data_root(project.workspace, settings.watch)
     now = dataset_versions(root, settings.watch.branch or "HEAD")
     if not rev:
         return [version.domain for version in now]
@@ -38,7 +38,7 @@ def changed_since(workspace: Workspace, settings: Settings, rev: str) -> list[st
     return [version.domain for version in now if before.get(version.domain) != version.md5]
 
 
-def notify(workspace: Workspace, settings: Settings, domains: Sequence[str]) -> str:
+def notify(project: Project, domains: Sequence[str]) -> str:
     """Send the event of each domain; when this returns the server has them.
 
     Data that the watcher waits for is looked for at once.
@@ -54,6 +54,7 @@ def notify(workspace: Workspace, settings: Settings, domains: Sequence[str]) -> 
     from flows.data.repositories import data_root
     from flows.data.versions import dataset_versions
 
+    workspace, settings = project.workspace, project.settings
     stack = is_up(workspace)
     url = os.environ.get("PREFECT_API_URL") or (stack.prefect if stack else None)
     if not url:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from copal.errors import DataError
 from flows.lineage.record import domain_records
 from flows.pending.waiting import Waiting, waiting
-from flows.settings import Settings, check_domain_name
-from flows.workspace import Workspace
+from flows.project import Project
+from flows.settings import check_domain_name
 
 if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
-    from flows.registry.registry import ModelVersion, Registry
+    from flows.registry.registry import ModelVersion
 
 __all__ = ["Plan", "plan"]
 
@@ -45,7 +45,7 @@ class Plan:
     problems: tuple[str, ...]
 
 
-def plan(workspace: Workspace, settings: Settings, registry: Registry, now: datetime | None = None) -> Plan:
+def plan(project: Project, now: datetime | None = None) -> Plan:
     """Compare the watched branch with the head's record; changes nothing but a clone of another repository.
 
     Args:
@@ -59,6 +59,7 @@ def plan(workspace: Workspace, settings: Settings, registry: Registry, now: date
     from flows.data.repositories import data_root
     from flows.data.versions import dataset_versions
 
+    workspace, settings, registry = project.workspace, project.settings, project.registry
     now = now or datetime.now(UTC)
     head = registry.head()
     record = registry.record(head) if head else None

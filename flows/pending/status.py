@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.settings import Settings
-from flows.workspace import Workspace
+from flows.project import Project, read_log
 
 if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
@@ -18,7 +17,7 @@ __all__ = [
 ]
 
 
-def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
+def status(project: Project) -> dict[str, Any]:
     """The state of a workspace as plain JSON values.
 
     `model`: the name of the lineage. `versions`, oldest first, each with version, parent, domain, dvc_md5, git_rev
@@ -35,13 +34,12 @@ def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
         LineageError: a version's record is damaged, or the log was altered.
     """
     from flows.pending.reconcile import plan
-    from flows.registry.registry import open_registry
 
-    registry = open_registry(workspace, settings)
-    found = plan(workspace, settings, registry)
-    entries = registry.log()
+    registry = project.registry
+    found = plan(project)
+    entries = read_log(project)
     return {
-        "model": settings.model.name,
+        "model": project.name,
         "versions": [_version(version, registry.record(version), entries) for version in registry.versions()],
         "pending": [_dataset(version) for version in found.pending],
         "waiting": [_dataset(version) | wait.as_dict() for version, wait in found.waiting],
@@ -50,7 +48,7 @@ def status(workspace: Workspace, settings: Settings) -> dict[str, Any]:
     }
 
 
-def lineages(workspace: Workspace, settings: Settings) -> list[dict[str, Any]]:
+def lineages(project: Project) -> list[dict[str, Any]]:
     """Every lineage of the registry as plain JSON values, by name.
 
     Each with model, head and versions (numbers), domains (of the head, by name) and aliases ({alias: number}).
@@ -59,10 +57,9 @@ def lineages(workspace: Workspace, settings: Settings) -> list[dict[str, Any]]:
         RegistryError: the registry cannot be read.
         LineageError: the record of a head is damaged.
     """
-    from flows.registry.registry import open_registry
 
     found = []
-    for registry in open_registry(workspace, settings).lineages():
+    for registry in project.registry.lineages():
         versions = registry.versions()
         head = versions[-1]
         found.append(

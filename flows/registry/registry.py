@@ -115,7 +115,7 @@ class ModelVersion:
             the root), `copal.settings_fingerprint`, `copal.sparsity` (as counted), `copal.base_fingerprint`,
             `copal.lineage_digest`, `copal.logged_model` (MLflow's id of the artifacts), `copal.signature` where it was
             signed (SHA-256 of the file); `copal.gates` (passed or failed) and `copal.log_entry` (its number) from
-            `Registry.conclude` on, `copal.sum_dropped` from `Registry.drop_sum` on, and `copal.contribution_dropped`
+            `Registry.show_gates` on, `copal.sum_dropped` from `Registry.drop_sum` on, and `copal.contribution_dropped`
             from `Registry.drop_contribution` on. A version that withdrew a domain has `copal.withdrawn` (its name) and
             `copal.why` in place of the first three.
         run_id: of the MLflow run that made it.
@@ -742,7 +742,7 @@ class Registry:
                 client.delete_registered_model_alias(self.model_name, name)
             client.set_registered_model_tag(self.model_name, f"{_ALIAS_MOVED}{name}", str(entry))
 
-    def conclude(self, version: ModelVersion, entry: Mapping[str, Any]) -> None:
+    def show_gates(self, version: ModelVersion, entry: Mapping[str, Any]) -> None:
         """Show the gates of a version on it and on its run; the tag `copal.gates` is set last.
 
         Args:

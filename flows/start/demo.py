@@ -32,8 +32,7 @@ def run_demo(folder: Path) -> None:
     from flows.data.dvc import add_and_commit
     from flows.lineage.entries import CHALLENGER
     from flows.pending.status import status
-    from flows.registry.registry import open_registry
-    from flows.settings import load_settings
+    from flows.project import open_project
     from flows.start.domains import build_domain
     from flows.start.init import init_with_base
     from flows.terminal.progress import console, progress_bar
@@ -54,8 +53,8 @@ def run_demo(folder: Path) -> None:
         from flows.watch import watch  # brings Prefect and torch, which takes seconds: say what is going on first
 
         watch(str(folder))
-    settings = load_settings(workspace.params)
-    challenger = open_registry(workspace, settings).alias(CHALLENGER)
+    project = open_project(folder)
+    challenger = project.registry.alias(CHALLENGER)
     if challenger is None:
         out.print("No version passed its gates, so none is promoted.")
     else:
@@ -63,14 +62,14 @@ def run_demo(folder: Path) -> None:
 
         out.print(f"{len(DOMAINS) + 2}. version {challenger} passed its gates; it is promoted, and so the champion")
         promote(str(folder), str(challenger), why="it ends the demo")
-    out.print(render_status(status(workspace, settings)))
+    out.print(render_status(status(project)))
     out.print(f"This took {(time.perf_counter() - began) / 60:.1f} minutes. What to do next:\n")
     here = Path.cwd()
     shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
     for purpose, command in (
         (
             "runs, metrics and versions in MLflow's UI",
-            f"mlflow ui --backend-store-uri {workspace.registry_uri(settings)}",
+            f"mlflow ui --backend-store-uri {workspace.registry_uri(project.settings)}",
         ),
         ("this table again", f"copal status --workspace {shown}"),
         ("which data made which version, as a page", f"copal lineage --html lineage.html --workspace {shown}"),

@@ -66,6 +66,7 @@ def init_with_base(
         CopalError: as `init_workspace`, `fetch_base`, `load_settings` and `register_root`.
     """
     from flows.lineage.page.page import render_page
+    from flows.project import project_of
     from flows.registry.history import read_history
     from flows.step.register import register_root
 
@@ -78,11 +79,9 @@ def init_with_base(
             base = fetch_base(source, fetched, progress)
             workspace = _lay_out(folder, model_name)
             settings = load_settings(workspace.params)
-            from flows.registry.registry import open_registry
-
-            registry = open_registry(workspace, settings)
-            root = register_root(workspace, settings, registry, base, progress)
-            registry.log_page(root, render_page(read_history(registry)))
+            project = project_of(workspace, settings)
+            root = register_root(project, base, progress)
+            project.registry.log_page(root, render_page(read_history(project.registry)))
         finally:
             shutil.rmtree(fetched, ignore_errors=True)
         _commit(folder)

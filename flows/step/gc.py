@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from copal.files import freed_bytes
 from flows.data.fetch import scratch_folders
-from flows.registry.claims import claimed
-from flows.settings import Settings
+from flows.project import Project, hold_lineage
 from flows.step.staging import run_folders
-from flows.workspace import Workspace, exclusive
+from flows.workspace import exclusive
 
 if TYPE_CHECKING:
-    from flows.registry.registry import Registry
+    pass
 
 __all__ = ["Freed", "collect"]
 
@@ -27,7 +26,7 @@ class Freed:
     size: int
 
 
-def collect(workspace: Workspace, settings: Settings, registry: Registry, *, dry_run: bool = False) -> list[Freed]:
+def collect(project: Project, *, dry_run: bool = False) -> list[Freed]:
     """Delete the running sum of every version but the head, run folders that no run will go on with, and what killed
     registrations left in the registry; waits for a step that runs. What a version refers to is never deleted.
 
@@ -40,16 +39,17 @@ def collect(workspace: Workspace, settings: Settings, registry: Registry, *, dry
     Raises:
         RegistryError: the registry cannot be read, or its artifact store does not let sums be deleted.
     """
+    workspace, registry = project.workspace, project.registry
     found: list[Freed] = []
     head = registry.head()
     if head is None:
         return found
-    with exclusive(workspace), claimed(registry, "collect garbage", lease=settings.run.lease):
+    with exclusive(workspace), hold_lineage(project, "collect garbage"):
         for version in registry.versions()[:-1]:
             size = registry.drop_sum(version, dry_run=dry_run)
             if size:
                 found.append(Freed(what=f"running sum of version {version.number}", size=size))
-        runs = run_folders(workspace, registry.model_name).items()
+        runs = run_folders(project).items()
         useless = [folder for folder, built_on in runs if built_on != head.number]  # in the others a version may wait
         for folder in (*useless, *scratch_folders(workspace.cache)):
             found.append(Freed(what=str(folder.relative_to(workspace.root)), size=freed_bytes(folder)))

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from copal.files import freed_bytes
 from flows.data.fetch import drop_copies
+from flows.project import Project, append_log, read_log
 from flows.step.staging import run_folders
-from flows.workspace import Workspace
 
 if TYPE_CHECKING:
-    from flows.registry.registry import Registry
+    pass
 
 __all__ = ["Purged", "purge_domain"]
 
@@ -40,7 +40,7 @@ class Purged:
     size: int
 
 
-def purge_domain(workspace: Workspace, registry: Registry, domain: str, why: str) -> Purged:
+def purge_domain(project: Project, domain: str, why: str) -> Purged:
     """Delete what is kept of a withdrawn domain, at whatever data version, and write it into the log.
 
     A purge that was killed is completed by the next one. Only for who holds the lineage and the workspace's lock.
@@ -49,11 +49,12 @@ def purge_domain(workspace: Workspace, registry: Registry, domain: str, why: str
         RegistryError: the artifact store does not let it be deleted.
         LineageError: a record or the log was altered.
     """
+    registry = project.registry
     head = registry.head()
     assert head is not None
     gone = next(entry for entry in reversed(registry.record(head)["withdrawn"]) if entry["name"] == domain)
     deleted, traces, size = [], [], 0
-    for folder in run_folders(workspace, registry.model_name):
+    for folder in run_folders(project):
         size += freed_bytes(folder)
         shutil.rmtree(folder)
     for version in registry.versions():
@@ -67,9 +68,9 @@ def purge_domain(workspace: Workspace, registry: Registry, domain: str, why: str
             deleted.append(version.number)
             size += registry.drop_contribution(version)
     heads = [lineage.record(newest) for lineage in registry.lineages() if (newest := lineage.head())]
-    size += drop_copies(workspace.cache, {entry["dvc_md5"] for record in heads for entry in record["domains"]})
+    size += drop_copies(project.workspace.cache, {entry["dvc_md5"] for record in heads for entry in record["domains"]})
     registry.sweep()
     details = {"domain": domain, "dvc_md5": gone["dvc_md5"], "deleted": deleted, "traces": traces}
-    if not any(entry["kind"] == "purge" and entry["details"] == details for entry in registry.log()):
-        registry.append_log("purge", why=why, details=details)
+    if not any(entry["kind"] == "purge" and entry["details"] == details for entry in read_log(project)):
+        append_log(project, "purge", why=why, details=details)
     return Purged(domain=domain, deleted=tuple(deleted), traces=tuple(traces), size=size)

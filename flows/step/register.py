@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from copal.progress import Progress, silent
 from flows.lineage.record import DomainRecord, build_record, record_digest, version_files
 from flows.machine import surroundings
-from flows.registry.claims import claimed
+from flows.project import Project, hold_lineage
 from flows.settings import Settings, without_secrets
 from flows.step.resolve import Step
 from flows.step.staging import Evaluation
-from flows.workspace import Workspace
 
 if TYPE_CHECKING:
     from copal.step import StepReport
@@ -29,8 +28,7 @@ __all__ = [
 
 
 def register_step(
-    settings: Settings,
-    registry: Registry,
+    project: Project,
     step: Step,
     report: StepReport,
     evaluation: Evaluation,
@@ -50,6 +48,7 @@ def register_step(
     from copal.evaluate import backward_transfer
     from flows.registry.registry import DomainMetrics
 
+    settings, registry = project.settings, project.registry
     progress("register", 0, 1)
     head = registry.version(step.head)
     parent_record = registry.record(head)
@@ -111,18 +110,17 @@ def register_step(
     return registered
 
 
-def register_root(
-    workspace: Workspace, settings: Settings, registry: Registry, base: BaseModel, progress: Progress = silent
-) -> ModelVersion:
+def register_root(project: Project, base: BaseModel, progress: Progress = silent) -> ModelVersion:
     """Register the dense base as version 1, the root of the lineage; again: gives the version that is there.
 
     Raises:
         LineageConflictError: the name's lineage has another base.
     """
+    workspace, settings = project.workspace, project.settings
     progress("register base", 0, 1)
     workspace.runs.mkdir(parents=True, exist_ok=True)
     scratch = TemporaryDirectory(prefix="base-", dir=workspace.runs)
-    with claimed(registry, "register the base", lease=settings.run.lease) as claim, scratch as folder:
+    with hold_lineage(project, "register the base") as claim, scratch as folder:
         staged = Path(folder)
         shutil.copytree(base.folder, staged / "model", copy_function=_link_or_copy)
         record = build_record(
@@ -147,7 +145,9 @@ def register_root(
             **surroundings(settings),
             files=version_files(staged),
         )
-        registered = registry.register(staged, record, metrics=[], parent=None, expected_head=None, seal=claim.seal)
+        registered = project.registry.register(
+            staged, record, metrics=[], parent=None, expected_head=None, seal=claim.seal
+        )
         claim.unseal()
     progress("register base", 1, 1)
     return registered

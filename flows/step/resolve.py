@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from copal.errors import CopalError
 from flows.data.recorded import dataset_of
 from flows.lineage.record import DomainRecord, domain_records, step_key, withdrawal_key
-from flows.settings import Settings, check_domain_name
-from flows.workspace import Workspace
+from flows.project import Project
+from flows.settings import check_domain_name
 
 if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
@@ -80,7 +80,7 @@ class Step:
         return self.run / "version"
 
 
-def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain: str, rev: str | None) -> Step | None:
+def resolve(project: Project, domain: str, rev: str | None) -> Step | None:
     """Find the head and the dataset version; None where the head already knows it, made with these settings.
 
     Raises:
@@ -94,21 +94,20 @@ def resolve(workspace: Workspace, settings: Settings, registry: Registry, domain
     from flows.data.versions import dataset_version
 
     check_domain_name(domain)
-    version = dataset_version(data_root(workspace, settings.watch, rev), domain, rev or settings.watch.branch or "HEAD")
-    head = _head(workspace, settings, registry)
-    record = registry.record(head)
+    watch = project.settings.watch
+    version = dataset_version(data_root(project.workspace, watch, rev), domain, rev or watch.branch or "HEAD")
+    head = _head(project)
+    record = project.registry.record(head)
     known = {entry.name: entry for entry in domain_records(record, head.number)}
-    settings_fingerprint = settings.fingerprint()
+    settings_fingerprint = project.settings.fingerprint()
     same_data = domain in known and known[domain].dvc_md5 == version.md5
     if same_data and record["settings_fingerprint"] == settings_fingerprint:
         return None
     key = step_key(head.number, domain, version.md5, settings_fingerprint)
-    return step_on(registry, head, version, key, run_folder(workspace, settings, key))
+    return step_on(project.registry, head, version, key, _run_folder(project, key))
 
 
-def resolve_withdrawal(
-    workspace: Workspace, settings: Settings, registry: Registry, domain: str, why: str
-) -> Step | None:
+def resolve_withdrawal(project: Project, domain: str, why: str) -> Step | None:
     """The step that takes a domain out of the head; None where it was withdrawn already.
 
     Raises:
@@ -120,39 +119,41 @@ def resolve_withdrawal(
     check_domain_name(domain)
     if not 0 < len(why.strip()) <= _LONGEST_WHY:
         raise WithdrawError(f"say why {domain} is withdrawn, in 1 to {_LONGEST_WHY} characters: the log keeps it")
-    head = _head(workspace, settings, registry)
-    record = registry.record(head)
+    head = _head(project)
+    record = project.registry.record(head)
     known = {entry.name: entry for entry in domain_records(record, head.number)}
     if domain not in known:
         if any(entry["name"] == domain for entry in record["withdrawn"]):
             return None
         raise WithdrawError(
-            f"version {head.number} of {settings.model.name} does not know {domain}; "
+            f"version {head.number} of {project.name} does not know {domain}; "
             f"it knows {', '.join(known) or 'no domain'}"
         )
     if len(known) == 1:
-        root = registry.root()
+        root = project.registry.root()
         assert root is not None
         raise WithdrawError(
             f"{domain} is the only domain of version {head.number}: without it, the model is the dense base, "
             f"version {root.number}; serve that one, or adapt to another domain first"
         )
     version = dataset_of(known[domain])
-    key = withdrawal_key(head.number, domain, version.md5, settings.fingerprint())
-    return step_on(registry, head, version, key, run_folder(workspace, settings, key), withdraws=True, why=why.strip())
+    key = withdrawal_key(head.number, domain, version.md5, project.settings.fingerprint())
+    run = _run_folder(project, key)
+    return step_on(project.registry, head, version, key, run, withdraws=True, why=why.strip())
 
 
-def run_folder(workspace: Workspace, settings: Settings, key: str) -> Path:
-    return workspace.runs / f"{settings.model.name}-{key[:16]}"
+def _run_folder(project: Project, key: str) -> Path:
+    return project.workspace.runs / f"{project.name}-{key[:16]}"
 
 
-def _head(workspace: Workspace, settings: Settings, registry: Registry) -> ModelVersion:
+def _head(project: Project) -> ModelVersion:
+    registry = project.registry
     head = registry.head()
     if head is None:
         raise NoBaseError(
-            f"{settings.model.name} has no base model yet: run `copal init {workspace.root} --base SOURCE`"
+            f"{project.name} has no base model yet: run `copal init {project.workspace.root} --base SOURCE`"
         )
-    registry.check_sparsity(head, settings.prune.sparsity)
+    registry.check_sparsity(head, project.settings.prune.sparsity)
     registry.check_signing()
     return head
 

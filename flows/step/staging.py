@@ -20,8 +20,8 @@ from copal.errors import StateError
 from copal.files import write_atomic
 from flows.lineage.record import DomainRecord
 from flows.machine import code_version
+from flows.project import Project
 from flows.step.resolve import Step
-from flows.workspace import Workspace
 
 if TYPE_CHECKING:
     from copal.step import StepReport
@@ -30,8 +30,8 @@ __all__ = [
     "EVALUATION_FILE",
     "Evaluation",
     "discard",
+    "prepare",
     "run_folders",
-    "stage",
     "staged_evaluation",
     "staged_report",
 ]
@@ -51,7 +51,7 @@ class Evaluation:
     seconds: float
 
 
-def stage(step: Step) -> None:
+def prepare(step: Step) -> None:
     """Make the step's run folder ready: what an earlier run finished stays, what it left half done goes.
 
     What another version of copal made goes too: it might not be what this one would make.
@@ -80,7 +80,7 @@ def staged_report(step: Step) -> StepReport | None:
         return read_report(step.out) if step.out.is_dir() else None
     except StateError:
         discard(step)
-        stage(step)
+        prepare(step)
         return None
 
 
@@ -93,13 +93,15 @@ def staged_evaluation(step: Step) -> Evaluation | None:
     return Evaluation(**values | {"domains": tuple(DomainRecord(**domain) for domain in values["domains"])})
 
 
-def run_folders(workspace: Workspace, model: str) -> dict[Path, int | None]:
+def run_folders(project: Project) -> dict[Path, int | None]:
     """The run folders but those of other lineages, with the version that a step builds on.
 
     None: nobody will go on with it.
     """
-    found = {path: meant_for(path) or {} for path in sorted(workspace.runs.glob("*")) if path.is_dir()}
-    return {path: meant.get("head") for path, meant in found.items() if meant.get("model", model) == model}
+    found = {path: meant_for(path) or {} for path in sorted(project.workspace.runs.glob("*")) if path.is_dir()}
+    return {
+        path: meant.get("head") for path, meant in found.items() if meant.get("model", project.name) == project.name
+    }
 
 
 def meant_for(run: Path) -> dict[str, Any] | None:

@@ -18,15 +18,14 @@ from copal.progress import Progress, silent
 from flows.data.recorded import dataset_of
 from flows.lineage.record import DomainRecord
 from flows.machine import device_and_dtype
-from flows.settings import Settings, load_settings
+from flows.project import Project
+from flows.settings import Settings
 from flows.step.resolve import Step
 from flows.step.staging import EVALUATION_FILE, Evaluation
-from flows.workspace import Workspace
 
 if TYPE_CHECKING:
     from copal.calibration import DomainWindows
     from copal.step import StepReport
-    from flows.registry.registry import Registry
 
 __all__ = [
     "evaluate_step",
@@ -35,7 +34,7 @@ __all__ = [
 ]
 
 
-def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
+def fetch_data(project: Project, step: Step) -> dict[str, str]:
     """Fetch every domain of the new version at its data version: domain -> folder. The work tree is not touched.
 
     What a step takes out is not fetched.
@@ -46,9 +45,10 @@ def fetch_data(workspace: Workspace, step: Step) -> dict[str, str]:
     """
     from flows.data.fetch import fetch_version
 
-    watch = load_settings(workspace.params).watch
     wanted = [*([] if step.withdraws else [step.version]), *map(dataset_of, step.earlier)]
-    return {version.domain: str(fetch_version(workspace, watch, version)) for version in wanted}
+    return {
+        version.domain: str(fetch_version(project.workspace, project.settings.watch, version)) for version in wanted
+    }
 
 
 def prune_domain(settings: Settings, step: Step, data: str | None, progress: Progress = silent) -> StepReport:
@@ -95,8 +95,7 @@ def prune_domain(settings: Settings, step: Step, data: str | None, progress: Pro
 
 
 def evaluate_step(
-    settings: Settings,
-    registry: Registry,
+    project: Project,
     step: Step,
     report: StepReport,
     data: Mapping[str, str],
@@ -110,6 +109,7 @@ def evaluate_step(
     from flows.step.distributed import evaluate_in_processes, evaluate_jobs
 
     began = time.perf_counter()
+    settings, registry = project.settings, project.registry
     new = step.new
     windows = {name: windows_of(step, name, Path(folder), settings) for name, folder in sorted(data.items())}
     tokens = {name: found.evaluation for name, found in windows.items()}

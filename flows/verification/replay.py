@@ -15,10 +15,11 @@ from flows.data.fetch import fetch_version
 from flows.data.recorded import dataset_of
 from flows.lineage.record import DomainRecord, domain_records, verify_files, withdrawal_of
 from flows.machine import surroundings
-from flows.settings import Settings, load_settings, recorded_settings
+from flows.project import Project
+from flows.settings import Settings, recorded_settings
 from flows.step.resolve import Step, step_on
 from flows.step.work import prune_domain
-from flows.workspace import Workspace, exclusive
+from flows.workspace import exclusive
 
 if TYPE_CHECKING:
     from flows.registry.registry import ModelVersion, Registry
@@ -52,8 +53,7 @@ class Replay:
 
 
 def replay(
-    workspace: Workspace,
-    registry: Registry,
+    project: Project,
     version: ModelVersion,
     *,
     last_step: bool = False,
@@ -73,6 +73,7 @@ def replay(
         ReplayError: there is nothing to make again, or the stored files are not those of the record.
         CopalError: data is gone, or a file cannot be read.
     """
+    workspace, registry = project.workspace, project.registry
     record = registry.record(version)
     if record["parent"] is None:
         raise ReplayError(f"version {version.number} is the dense base: nothing was computed")
@@ -83,7 +84,7 @@ def replay(
     if problems:
         raise ReplayError(f"version {version.number}: {problems[0]}; bring the stored model back from a copy first")
     settings = recorded_settings(record["settings"], f"the record of version {version.number}")
-    watch = load_settings(workspace.params).watch
+    watch = project.settings.watch
     workspace.runs.mkdir(parents=True, exist_ok=True)
     with exclusive(workspace), TemporaryDirectory(prefix="replay-", dir=workspace.runs) as scratch:
         plan = _last_step if last_step else _from_data

@@ -18,12 +18,12 @@ from flows.gates.champion import named, unsettled
 from flows.lineage.entries import CHALLENGER, CHAMPION, chain_problems, logged_alias
 from flows.lineage.record import RECORD_FILE, SIGNATURE_FILE, LineageError, domain_records, read_record, verify_files
 from flows.lineage.signing import signature_problem
+from flows.project import Project
 from flows.registry.registry import ModelVersion, Registry, RegistryError, tags_of
 from flows.workspace import exclusive
 
 if TYPE_CHECKING:
-    from flows.settings import Settings
-    from flows.workspace import Workspace
+    pass
 
 __all__ = ["Verification", "folder_problems", "record_problems", "verify"]
 
@@ -47,9 +47,7 @@ class Verification:
     skipped: tuple[str, ...]
 
 
-def verify(
-    workspace: Workspace, settings: Settings, registry: Registry, version: ModelVersion, *, data: bool = True
-) -> Verification:
+def verify(project: Project, version: ModelVersion, *, data: bool = True) -> Verification:
     """Check all of a version against what was recorded of it. Changes nothing.
 
     Artifacts are read where they are stored; of a remote store they are fetched anew, past the cache.
@@ -61,6 +59,7 @@ def verify(
         RegistryError: the registry cannot be read.
         SigningError: the version is signed, and its signature cannot be checked with the keys that are set.
     """
+    workspace, settings, registry = project.workspace, project.settings, project.registry
     findings: list[str] = []
     checked, skipped = [], []
     record: dict[str, Any] | None = None
@@ -90,14 +89,14 @@ def verify(
     try:
         entries, anchor = registry.log_as_stored()
         found = chain_problems(entries, anchor)
-        findings += found or _log_problems(registry, entries)
+        findings += found or _log_problems(project, entries)
         checked.append(f"{len(entries)} log entries")
     except RegistryError as error:
         findings.append(f"log: {error}")
     if not data:
         skipped.append("data")
     elif record is not None:
-        findings += _data_problems(workspace, settings, version, record)
+        findings += _data_problems(project, version, record)
         checked.append(f"data of {len(record['domains'])} domains")
     return Verification(
         version=version.number, findings=tuple(findings), checked=tuple(checked), skipped=tuple(skipped)
@@ -172,8 +171,9 @@ def _ancestry_problems(
     return count, findings
 
 
-def _log_problems(registry: Registry, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _log_problems(project: Project, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Where the registry shows what a whole log does not tell: entries were cut off, or somebody moved an alias."""
+    registry = project.registry
     versions = registry.versions()
     purged = {number for entry in entries if entry["kind"] == "purge" for number in entry["details"]["deleted"]}
     for version in versions:
@@ -191,7 +191,7 @@ def _log_problems(registry: Registry, entries: Sequence[Mapping[str, Any]]) -> I
         if version.contribution_dropped and version.number not in purged:
             yield f"log: no entry tells that the contribution of version {version.number} was purged"
     unfinished = {
-        alias for alias, entry, actual in unsettled(registry, entries) if actual in (entry["from"], entry["to"])
+        alias for alias, entry, actual in unsettled(project, entries) if actual in (entry["from"], entry["to"])
     }
     for alias in (CHALLENGER, CHAMPION):
         told, actual = logged_alias(entries, alias), registry.alias(alias)
@@ -199,9 +199,7 @@ def _log_problems(registry: Registry, entries: Sequence[Mapping[str, Any]]) -> I
             yield f"log: {alias} names {named(actual)}, the log says {named(told)}"
 
 
-def _data_problems(
-    workspace: Workspace, settings: Settings, version: ModelVersion, record: Mapping[str, Any]
-) -> Iterator[str]:
+def _data_problems(project: Project, version: ModelVersion, record: Mapping[str, Any]) -> Iterator[str]:
     from flows.data.dataset import DatasetVersion
     from flows.data.fetch import check_stored
 
@@ -214,7 +212,7 @@ def _data_problems(
             repository=domain.repository,
         )
         try:
-            with exclusive(workspace):
-                check_stored(workspace, settings.watch, wanted)
+            with exclusive(project.workspace):
+                check_stored(project.workspace, project.settings.watch, wanted)
         except CopalError as error:
             yield f"data of {domain.name}: {error}"

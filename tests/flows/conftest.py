@@ -21,7 +21,8 @@ import pytest
 from flows.data.dvc import add_and_commit, init_repository
 from flows.models.base import BaseModel
 from flows.models.check import base_fingerprint
-from flows.registry.registry import Registry, open_registry
+from flows.project import Project, open_project
+from flows.registry.registry import Registry
 from flows.settings import Settings, load_settings
 from flows.step.register import register_root
 from flows.workspace import Workspace, open_workspace
@@ -54,8 +55,13 @@ class Bench:
         return load_settings(self.workspace.params)
 
     @property
+    def project(self) -> Project:
+        """Opened anew each time: it sees what others did in between."""
+        return open_project(self.root)
+
+    @property
     def registry(self) -> Registry:
-        return open_registry(self.workspace, self.settings)
+        return self.project.registry
 
     def write(self, domain: str, seed: int, documents: int = 24) -> None:
         """Put made-up text into data/`domain`; each seed speaks another dialect."""
@@ -86,7 +92,7 @@ class Bench:
     def register_root(self) -> None:
         """Register the tiny base under the name in params.yaml."""
         base = BaseModel(folder=self.base, fingerprint=base_fingerprint(self.base), source="tiny")
-        register_root(self.workspace, self.settings, self.registry, base)
+        register_root(self.project, base)
 
     def snapshot(self) -> dict[str, str]:
         """What must not change when input is refused: every file but caches and the lock, by its hash."""

@@ -19,10 +19,8 @@ from typing import Any
 import torch
 
 from flows.pending.reconcile import plan
-from flows.registry.registry import open_registry
-from flows.settings import load_settings
-from flows.step.run import plain_stages, run_step
-from flows.workspace import open_workspace
+from flows.project import open_project
+from flows.step.run import plain_tasks, run_step
 
 _PRELOADED = [
     "torch", "transformers", "datasets", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
@@ -113,13 +111,11 @@ def start(root: Path, domain: str, rev: str, point: Point | None = None) -> Any:
 def watch_rounds(root: str, barrier: Any, rounds: int) -> None:
     """A watcher below Prefect: whenever all are at the barrier, it takes what is pending."""
     torch.set_num_threads(1)
-    workspace = open_workspace(Path(root))
-    settings = load_settings(workspace.params)
-    registry = open_registry(workspace, settings)
     for _ in range(rounds):
         barrier.wait()
-        for version in plan(workspace, settings, registry).pending:
-            run_step(workspace, settings, registry, version.domain, version.git_rev, plain_stages())
+        project = open_project(root)
+        for version in plan(project).pending:
+            run_step(project, version.domain, version.git_rev, plain_tasks())
         barrier.wait()
 
 
@@ -127,9 +123,7 @@ def _step(root: str, domain: str, rev: str, point: Point | None) -> None:
     torch.set_num_threads(1)
     if point:
         _arm(point)
-    workspace = open_workspace(Path(root))
-    settings = load_settings(workspace.params)
-    run_step(workspace, settings, open_registry(workspace, settings), domain, rev, plain_stages())
+    run_step(open_project(root), domain, rev, plain_tasks())
 
 
 def _arm(point: Point) -> None:

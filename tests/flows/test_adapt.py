@@ -10,18 +10,18 @@ import torch
 from toys import expire_claim, other_masks, weights
 
 from copal.errors import CopalError, DataError
-from flows import stages
 from flows.adapt import adapt
 from flows.data.dataset import DatasetError, MissingDataError
 from flows.pending.reconcile import plan
 from flows.registry.registry import LineageConflictError
+from flows.step.work import prune_domain
 from flows.watch import RefusedError, watch
 
 pytestmark = pytest.mark.usefixtures("prefect")
 
 
 def pending(bench) -> list[str]:
-    return [version.domain for version in plan(bench.workspace, bench.settings, bench.registry).pending]
+    return [version.domain for version in plan(bench.project).pending]
 
 
 def test_three_commits_end_in_three_versions_in_the_order_of_the_commits(bench):
@@ -145,7 +145,7 @@ def test_a_deleted_pointer_is_noted_and_changes_nothing(bench):
     git = ["git", "-C", str(bench.root), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "rm", "-q", "data/code.dvc"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "Remove code"], check=True)
-    found = plan(bench.workspace, bench.settings, bench.registry)
+    found = plan(bench.project)
     assert not found.pending
     assert "data/code is no longer tracked" in found.notes[0]
 
@@ -248,15 +248,15 @@ def test_one_bad_dataset_does_not_keep_the_others_waiting(bench):
 def test_a_step_that_was_taken_over_publishes_nothing(bench, monkeypatch):
     bench.commit("code", 0)
     bench.commit("legal", 1)
-    real = stages.prune_domain
+    real = prune_domain
 
     def meanwhile(settings, step, data, progress):
-        monkeypatch.setattr(stages, "prune_domain", real)
+        monkeypatch.setattr("flows.adapt.prune_domain", real)
         expire_claim(bench.registry)  # as if it had been paused
         assert adapt(str(bench.root), "legal") == 2
         return real(settings, step, data, progress)
 
-    monkeypatch.setattr(stages, "prune_domain", meanwhile)
+    monkeypatch.setattr("flows.adapt.prune_domain", meanwhile)
     with pytest.raises(CopalError):
         adapt(str(bench.root), "code")
     assert [v.tags.get("copal.domain") for v in bench.registry.versions()] == [None, "legal"]
@@ -278,7 +278,7 @@ def test_gates_that_a_run_did_not_come_to_are_run_by_the_next(bench, monkeypatch
     bench.commit("code", 0)
     with monkeypatch.context() as patch:
         patch.setattr("flows.adapt.run_gates", lambda *_: 1 / 0)
-        patch.setattr("flows.adapt.conclude.retries", 0)
+        patch.setattr("flows.adapt.gates.retries", 0)
         with pytest.raises(ZeroDivisionError):
             adapt(str(bench.root), "code")
     assert not bench.registry.head().concluded

@@ -21,7 +21,7 @@ from flows.lineage.entries import champions
 from flows.registry.claims import ClaimLostError, claimed
 from flows.registry.registry import AliasMovedError, Registry
 from flows.settings import Settings
-from flows.step.run import plain_stages, run_step
+from flows.step.run import plain_tasks, run_step
 
 SETTINGS = Settings()
 
@@ -256,7 +256,7 @@ def test_champions_by_the_log():
 def test_the_command_line_promotes_and_rolls_back(make_learnt_bench, tmp_path, capsys):
     bench = make_learnt_bench(tmp_path / "workspace")
     for domain in ("code", "legal"):
-        made = run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
+        made = run_step(bench.project, domain, None, plain_tasks())
     assert bench.registry.alias("challenger") == made.number == 3
     here = ["--workspace", str(bench.root)]
     assert main(["promote", "2", *here]) == 0
@@ -275,10 +275,10 @@ def test_the_command_line_promotes_and_rolls_back(make_learnt_bench, tmp_path, c
 def test_auto_promotes_what_passed_and_leaves_a_hand_alone(make_learnt_bench, tmp_path):
     bench = make_learnt_bench(tmp_path / "workspace")
     bench.set("model: {name: tiny", "gates: {promote: auto}\nmodel: {name: tiny")
-    run_step(bench.workspace, bench.settings, bench.registry, "code", None, plain_stages())
+    run_step(bench.project, "code", None, plain_tasks())
     assert bench.registry.alias("champion") == 2
     by_hand(bench.registry, "champion", 1)
-    made = run_step(bench.workspace, bench.settings, bench.registry, "legal", None, plain_stages())
+    made = run_step(bench.project, "legal", None, plain_tasks())
     assert made.version.number == bench.registry.alias("challenger") == 3
     assert bench.registry.alias("champion") == 1
     client = MlflowClient(bench.registry.tracking_uri)

@@ -11,7 +11,7 @@ from test_lineage import arguments
 from flows.cli import export
 from flows.lineage.record import build_record, record_digest
 from flows.models.card import license_of, model_card
-from flows.step.run import plain_stages, run_step
+from flows.step.run import plain_tasks, run_step
 
 
 def card(**changes) -> ModelCard:
@@ -20,7 +20,7 @@ def card(**changes) -> ModelCard:
 
 def test_an_exported_folder_has_a_card_with_what_made_the_version(bench, tmp_path):
     bench.commit("code", 0)
-    assert run_step(bench.workspace, bench.settings, bench.registry, "code", None, plain_stages())
+    assert run_step(bench.project, "code", None, plain_tasks())
     version = bench.registry.version(2)
     export(bench.registry, version, tmp_path / "out", lambda *_: None)
     record = bench.registry.record(version)

@@ -65,7 +65,7 @@ class Trials:
         client = MlflowClient(tracking_uri=registry.tracking_uri, registry_uri=registry.tracking_uri)
         everything = client.search_model_versions("name = 'tiny'", max_results=1000)
         assert sorted(int(version.version) for version in everything) == [version.number for version in versions]
-        assert plan(self.bench.workspace, self.bench.settings, registry).head == versions[-1]
+        assert plan(self.bench.project).head == versions[-1]
         return [version.number for version in versions]
 
     def trial(self, kill: Point | float) -> bool:
@@ -95,7 +95,7 @@ class Trials:
         assert len(set(keys)) == len(keys)
 
         self.check_conclusions()
-        collect(self.bench.workspace, self.bench.settings, registry)
+        collect(self.bench.project)
         assert list(self.bench.workspace.runs.iterdir()) == []
         assert self.leftovers() == []
         self.turn = 1 - self.turn

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows import stages
 from flows.gates.judge import GateResult, as_table, failed, judge
 from flows.settings import GateSettings
-from flows.step.run import plain_stages, run_step
+from flows.step import run
+from flows.step.run import plain_tasks, run_step
 
 # The demo's table in README.md: perplexity by version and domain, and of the dense base.
 DENSE = {"code": 11.04, "legal": 10.10, "medical": 8.25}
@@ -214,10 +214,7 @@ def take(bench, name: str) -> list[list[str]]:
     """The failing gates of each step of a new lineage."""
     bench.set(f"name: {bench.settings.model.name}", f"name: {name}")
     bench.register_root()
-    made = [
-        run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
-        for domain in ("code", "legal", "medical")
-    ]
+    made = [run_step(bench.project, domain, None, plain_tasks()) for domain in ("code", "legal", "medical")]
     return [[gate.name for gate in failed(one.gates)] for one in made]
 
 
@@ -226,12 +223,12 @@ def test_a_step_with_the_state_passes_every_gate(learnt):
 
 
 def test_a_step_that_ignores_the_state_fails_a_gate(learnt, monkeypatch):
-    prune = stages.prune_domain
+    prune = run.prune_domain
 
     def ignorant(settings, step, data, progress):
         return prune(settings, replace(step, parent=None), data, progress)
 
-    monkeypatch.setattr(stages, "prune_domain", ignorant)
+    monkeypatch.setattr(run, "prune_domain", ignorant)
     first, second, third = take(learnt, "without-state")
     assert first == []
     assert "forgetting" in second

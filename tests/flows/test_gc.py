@@ -39,19 +39,19 @@ def test_old_sums_go_and_the_next_step_gives_the_same_weights(lineage):
     before, contribution = sums(lineage, 3), list((folder(lineage, 2) / "state" / "contribution").iterdir())
     size = sum(path.stat().st_size for path in sums(lineage, 2))
 
-    freed = collect(lineage.workspace, lineage.settings, lineage.registry)
+    freed = collect(lineage.project)
 
     assert [(one.what, one.size) for one in freed] == [("running sum of version 2", size)]
     assert sums(lineage, 2) == []
     assert sums(lineage, 3) == before
     assert all(path.is_file() for path in contribution)
-    assert collect(lineage.workspace, lineage.settings, lineage.registry) == []
+    assert collect(lineage.project) == []
     for version in lineage.registry.versions():
         record, found = lineage.registry.record(version), lineage.registry.folder(version)
         assert verify_files(record, found, sum_dropped=version.sum_dropped) == []
     step(lineage, "medical")
     with_gc = weights(lineage, 4)
-    collect(lineage.workspace, lineage.settings, lineage.registry)  # the sum of 3, which the step read
+    collect(lineage.project)  # the sum of 3, which the step read
     assert sums(lineage, 3) == []
 
     lineage.set("name: tiny", "name: without")
@@ -66,7 +66,7 @@ def test_a_step_on_a_version_whose_sum_went_gives_what_it_gave_with_it(lineage):
     uri = lineage.registry.tracking_uri
     step(lineage, "medical")
     with_sum = weights(lineage, 4)
-    collect(lineage.workspace, lineage.settings, lineage.registry)
+    collect(lineage.project)
     MlflowClient(tracking_uri=uri, registry_uri=uri).delete_model_version("tiny", "4")
     assert lineage.registry.head().number == 3
     assert sums(lineage, 3) == []
@@ -97,12 +97,12 @@ def test_what_a_killed_step_left_goes_and_a_dry_run_says_the_same_and_deletes_no
 def test_sums_in_a_remote_store_go_with_their_copies(lineage, monkeypatch):
     size = sum(path.stat().st_size for path in sums(lineage, 2))
     stored = folder(lineage, 2)
-    monkeypatch.setattr("flows.registry._local_path", lambda uri: None)  # as if it were on another machine
+    monkeypatch.setattr("flows.registry.registry._local_path", lambda uri: None)  # as if it were on another machine
     copy = folder(lineage, 2)
     with monkeypatch.context() as patch:
         patch.setattr(LocalArtifactRepository, "delete_artifacts", lambda *args: None)  # as some stores do
         with pytest.raises(RegistryError, match=r"does not let copal delete .*/state/sum"):
-            collect(lineage.workspace, lineage.settings, lineage.registry)
+            collect(lineage.project)
     shutil.rmtree(copy)
     copy = folder(lineage, 2)
     assert (copy / "state" / "sum").is_dir()

@@ -12,16 +12,17 @@ import pytest
 from rich.console import Console
 
 from flows.cli import main
-from flows.lineage.history import HistoryError, find_version, measures, render, step_texts, summary, up_to
+from flows.lineage.history import HistoryError, find_version, measures, step_texts, summary, up_to
 from flows.lineage.openlineage import events
 from flows.lineage.record import record_digest
 from flows.registry.history import read_history
+from flows.terminal.chain import render_history
 from tests.flows.histories import a_history, md5, three_domains
 
 
 def shown(history: dict) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=160).print(render(history))
+    Console(file=stream, width=160).print(render_history(history))
     return stream.getvalue()
 
 

@@ -37,7 +37,7 @@ def told(tmp_path, monkeypatch, bench):
     fake.write_text(f'#!/bin/sh\necho "$(pwd) ${{GIT_DIR-unset}} $*" >> {shlex.quote(str(log))}\n')
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
-    hook.install(bench.workspace, bench.settings)
+    hook.install(bench.project)
 
     def lines(count: int) -> list[str]:
         waiter = 'while [ "$(wc -l < "$1")" -lt "$2" ]; do sleep 0.05; done'
@@ -65,7 +65,7 @@ def test_a_commit_and_a_merge_tell_what_came_before_them(bench, told) -> None:
 
 def test_a_commit_says_nothing_and_succeeds_where_nobody_listens(bench, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "gone"))
-    hook.install(bench.workspace, bench.settings)
+    hook.install(bench.project)
     done = subprocess.run(
         ["git", "-c", "user.name=x", "-c", "user.email=x@y", "commit", "--quiet", "--allow-empty", "--message", "x"],
         cwd=bench.root,
@@ -78,13 +78,13 @@ def test_a_commit_says_nothing_and_succeeds_where_nobody_listens(bench, tmp_path
 
 def test_installing_twice_changes_nothing_and_uninstalling_leaves_no_trace(bench, hooks) -> None:
     before = sorted(hooks.glob("*")) if hooks.is_dir() else []
-    assert hook.install(bench.workspace, bench.settings) == [hooks / "post-commit", hooks / "post-merge"]
-    texts = [path.read_text() for path in hook.install(bench.workspace, bench.settings)]
-    assert texts == [path.read_text() for path in hook.install(bench.workspace, bench.settings)]
+    assert hook.install(bench.project) == [hooks / "post-commit", hooks / "post-merge"]
+    texts = [path.read_text() for path in hook.install(bench.project)]
+    assert texts == [path.read_text() for path in hook.install(bench.project)]
     assert all(text.count("flows.cli notify") == 1 for text in texts)
-    assert hook.uninstall(bench.workspace, bench.settings) == [hooks / "post-commit", hooks / "post-merge"]
+    assert hook.uninstall(bench.project) == [hooks / "post-commit", hooks / "post-merge"]
     assert sorted(hooks.glob("*")) == before
-    assert hook.uninstall(bench.workspace, bench.settings) == []
+    assert hook.uninstall(bench.project) == []
 
 
 def test_another_hook_keeps_its_content_and_its_mode(bench, hooks) -> None:
@@ -93,19 +93,19 @@ def test_another_hook_keeps_its_content_and_its_mode(bench, hooks) -> None:
     path = hooks / "post-commit"
     path.write_text(theirs)
     path.chmod(0o700)
-    hook.install(bench.workspace, bench.settings)
+    hook.install(bench.project)
     assert path.read_text().replace(theirs.partition("\n")[2], "") != path.read_text()
     git(bench.root, "commit", "--quiet", "--allow-empty", "--message", "x")
     assert (bench.root / "seen").read_text() == "theirs\n"
     assert path.stat().st_mode & 0o777 == 0o700
-    hook.uninstall(bench.workspace, bench.settings)
+    hook.uninstall(bench.project)
     assert path.read_text() == theirs
     assert path.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_configured_folder_of_hooks_counts(bench, tmp_path) -> None:
     git(bench.root, "config", "core.hooksPath", "tools/hooks")
-    assert hook.install(bench.workspace, bench.settings)[0] == bench.root / "tools" / "hooks" / "post-commit"
+    assert hook.install(bench.project)[0] == bench.root / "tools" / "hooks" / "post-commit"
     assert not (bench.root / ".git" / "hooks" / "post-commit").exists()
 
 
@@ -123,7 +123,7 @@ def test_a_hook_that_cannot_be_added_to_is_left_alone(bench, hooks, text: str, m
     path.write_text(text)
     path.chmod(mode)
     with pytest.raises(HookError, match=reason):
-        hook.install(bench.workspace, bench.settings)
+        hook.install(bench.project)
     assert path.read_text() == text
     assert not (hooks / "post-commit").exists(), "all or nothing"
 
@@ -132,10 +132,10 @@ def test_changed_is_what_has_other_data_than_at_a_commit(bench) -> None:
     first = bench.commit("code", seed=1)
     bench.commit("legal", seed=2)
     third = bench.commit("code", seed=3)
-    assert changed_since(bench.workspace, bench.settings, first) == ["legal", "code"]
-    assert changed_since(bench.workspace, bench.settings, f"{third}~1") == ["code"]
-    assert changed_since(bench.workspace, bench.settings, third) == []
-    assert changed_since(bench.workspace, bench.settings, "") == ["legal", "code"]
+    assert changed_since(bench.project, first) == ["legal", "code"]
+    assert changed_since(bench.project, f"{third}~1") == ["code"]
+    assert changed_since(bench.project, third) == []
+    assert changed_since(bench.project, "") == ["legal", "code"]
 
 
 def test_without_a_server_notify_says_so_in_one_line(bench, capsys) -> None:
@@ -154,7 +154,7 @@ def test_a_server_that_does_not_answer_is_named(bench, monkeypatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
     with pytest.raises(NotifyError, match=r"^the Prefect server at http://127.0.0.1:9/api was not notified: "):
-        notify(bench.workspace, bench.settings, ["code"])
+        notify(bench.project, ["code"])
 
 
 def test_a_domain_that_is_not_tracked_is_not_notified_of(bench, capsys, monkeypatch) -> None:

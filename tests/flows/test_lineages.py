@@ -53,13 +53,13 @@ def test_versions_logs_and_sums_of_two_names_are_apart(two, other):
     assert promotions == [[3], [2]]
 
     before = {path: path.stat().st_size for path in other.folder(other.version(2)).rglob("*") if path.is_file()}
-    assert collect(two.workspace, two.settings, two.registry)  # the sum of version 2 of tiny, not of tiny.claim-b
+    assert collect(two.project)  # the sum of version 2 of tiny, not of tiny.claim-b
     assert {path: path.stat().st_size for path in before if path.exists()} == before
     assert two.registry.version(2).sum_dropped
     assert not other.version(2).sum_dropped
     for registry in (two.registry, other):
         for version in registry.versions():
-            assert verify(two.workspace, two.settings, registry, version, data=False).findings == ()
+            assert verify(two.project, version, data=False).findings == ()
 
 
 def test_who_holds_one_lineage_does_not_keep_others_waiting(two, other):

@@ -129,7 +129,7 @@ def test_one_that_was_followed_at_once_knows_that_it_was_appended(bench, monkeyp
 
 def test_the_log_of_a_remote_store_is_fetched(bench, monkeypatch):
     written = bench.registry.append_log("promotion", to_version=1, details={"alias": "champion"})
-    monkeypatch.setattr("flows.registry._local_path", lambda uri: None)
+    monkeypatch.setattr("flows.registry.registry._local_path", lambda uri: None)
     assert bench.registry.log() == [written]
     assert json.dumps(bench.registry.log_as_stored()[0]) == json.dumps([written])
 

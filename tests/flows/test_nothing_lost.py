@@ -14,8 +14,8 @@ import pytest
 from mlflow import MlflowClient
 from toys import expire_claim, last_claim, step
 
-from flows import stages
 from flows.registry.registry import RegistryError
+from flows.step import run
 from flows.step.gc import collect
 
 
@@ -35,7 +35,7 @@ def not_again(monkeypatch) -> Callable[[str], None]:
         def called(*args, **kwargs):
             raise AssertionError(f"{name} ran again")
 
-        monkeypatch.setattr(stages, name, called)
+        monkeypatch.setattr(run, name, called)
 
     return forbid
 
@@ -43,7 +43,7 @@ def not_again(monkeypatch) -> Callable[[str], None]:
 def test_a_version_that_is_pruned_is_not_pruned_again(bench, monkeypatch, not_again):
     bench.commit("code", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "evaluate_step", interrupted)
+        patch.setattr(run, "evaluate_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             step(bench)
     assert staged(bench) == ["step.json", "version"]
@@ -55,10 +55,12 @@ def test_a_version_that_is_pruned_is_not_pruned_again(bench, monkeypatch, not_ag
 def test_what_another_copal_staged_is_not_gone_on_with(bench, monkeypatch, not_again):
     bench.commit("code", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "evaluate_step", interrupted)
+        patch.setattr(run, "evaluate_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             step(bench)
-    monkeypatch.setattr(stages, "_code", lambda: {"version": "0.0.1", "git_commit": None, "dirty": None})
+    monkeypatch.setattr(
+        "flows.step.staging.code_version", lambda: {"version": "0.0.1", "git_commit": None, "dirty": None}
+    )
     not_again("prune_domain")
     with pytest.raises(AssertionError, match="prune_domain ran again"):
         step(bench)
@@ -67,7 +69,7 @@ def test_what_another_copal_staged_is_not_gone_on_with(bench, monkeypatch, not_a
 def test_a_staged_version_that_is_damaged_is_made_anew(bench, monkeypatch):
     bench.commit("code", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "evaluate_step", interrupted)
+        patch.setattr(run, "evaluate_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             step(bench)
     (manifest,) = bench.workspace.runs.glob("*/version/state/manifest.json")
@@ -78,13 +80,13 @@ def test_a_staged_version_that_is_damaged_is_made_anew(bench, monkeypatch):
 def test_what_another_lineage_staged_is_left_alone(bench, monkeypatch):
     bench.commit("code", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "evaluate_step", interrupted)
+        patch.setattr(run, "evaluate_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             step(bench)
     bench.set("name: tiny", "name: other")
     bench.register_root()
     assert step(bench).number == 2
-    collect(bench.workspace, bench.settings, bench.registry)
+    collect(bench.project)
     assert staged(bench) == ["step.json", "version"]
     bench.set("name: other", "name: tiny")
     assert step(bench).number == 2
@@ -203,7 +205,7 @@ def test_a_step_past_its_time_limit_is_stopped_and_frees_the_lineage(bench, monk
     bench.commit("code", 0)
     bench.set("model: {name: tiny", "run: {time_limit: 0.5}\nmodel: {name: tiny")
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "evaluate_step", lambda *args: threading.Event().wait(60))
+        patch.setattr(run, "evaluate_step", lambda *args: threading.Event().wait(60))
         with pytest.raises(TimeLimitError, match=r"run.time_limit, 0.5 s"):
             adapt(str(bench.root), "code")
     assert last_claim(bench.registry)["held"] == "no"

@@ -7,19 +7,19 @@ import json
 import shutil
 
 import pytest
-from flows.questions import render
 from rich.console import Console
 
 from flows.cli import main
 from flows.lineage.answers import data, diff, used, whose, worse
 from flows.lineage.history import HistoryError, find_version
 from flows.lineage.record import file_digests
+from flows.terminal.answers import render_answer
 from tests.flows.histories import a_history, log, md5, three_domains
 
 
 def shown(answer: dict) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=200).print(render(answer))
+    Console(file=stream, width=200).print(render_answer(answer))
     return stream.getvalue()
 
 

@@ -480,7 +480,7 @@ def test_a_remote_version_is_fetched_once_and_verified(
     registry: Registry, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = publish(registry, tmp_path / "0", None, [])
-    monkeypatch.setattr("flows.registry._local_path", lambda uri: None)  # as if it were on another machine
+    monkeypatch.setattr("flows.registry.registry._local_path", lambda uri: None)  # as if it were on another machine
     downloads: list[str] = []
     download = mlflow.artifacts.download_artifacts
 
@@ -558,12 +558,12 @@ def test_a_pending_check_is_quiet_and_loads_neither_torch_nor_prefect(
     program = f"""
 import sys
 from pathlib import Path
-import flows.registry
+import flows.registry.registry
 assert "mlflow" not in sys.modules
 workspace = Path({str(workspace)!r})
 uri = f"sqlite:///{{workspace}}/mlflow.db"
-print(flows.registry.Registry(uri, workspace, "tiny", workspace).head().number)
-new = flows.registry.Registry(f"sqlite:///{{workspace}}/new.db", workspace, "tiny", workspace)
+print(flows.registry.registry.Registry(uri, workspace, "tiny", workspace).head().number)
+new = flows.registry.registry.Registry(f"sqlite:///{{workspace}}/new.db", workspace, "tiny", workspace)
 with new._store():  # migrates
     pass
 print(sorted({{"torch", "transformers", "prefect", "dvc"}} & set(sys.modules)))

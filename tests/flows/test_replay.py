@@ -11,7 +11,7 @@ from toys import step
 from flows.cli import main
 from flows.registry.registry import Registry
 from flows.step.gc import collect
-from flows.step.run import plain_stages, run_withdrawal
+from flows.step.run import plain_tasks, run_withdrawal
 
 
 def test_a_replay_is_identical_tells_what_differs_and_needs_the_data(bench, capsys, monkeypatch, tmp_path):
@@ -20,14 +20,14 @@ def test_a_replay_is_identical_tells_what_differs_and_needs_the_data(bench, caps
         step(bench, domain)
     bench.commit("prose", 7)
     step(bench, "prose")
-    withdraw = partial(run_withdrawal, bench.workspace, bench.settings, bench.registry, "code", "because")
-    withdraw(plain_stages())
-    collect(bench.workspace, bench.settings, bench.registry)  # the parents' sums
+    withdraw = partial(run_withdrawal, bench.project, "code", "because")
+    withdraw(plain_tasks())
+    collect(bench.project)  # the parents' sums
     where = ["--workspace", str(bench.root)]
     for number in ("4", "6"):
         assert main(["replay", number, "--last-step", "--json", *where]) == 0
         assert json.loads(capsys.readouterr().out)["identical"]
-    withdraw(plain_stages(), purge=True)
+    withdraw(plain_tasks(), purge=True)
     assert main(["replay", "5", "--last-step", *where]) == 2
     assert "contribution" in capsys.readouterr().err
     for number in ("2", "4", "6"):  # needs nothing of a state, only base and data

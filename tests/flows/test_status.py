@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import io
 
-from flows.status import render
 from rich.console import Console
 
 from flows.pending.status import status
-from flows.settings import load_settings
+from flows.project import open_project
 from flows.start.init import init_workspace
+from flows.terminal.status import render_status
 
 
 def version(number: int, domain: str | None, perplexity: dict[str, float], dense: dict[str, float], **more) -> dict:
@@ -43,7 +43,7 @@ def found(*versions: dict, **more) -> dict:
 
 def shown(what: dict) -> list[str]:
     stream = io.StringIO()
-    Console(file=stream, width=120).print(render(what))
+    Console(file=stream, width=120).print(render_status(what))
     return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
@@ -126,7 +126,7 @@ def test_what_is_pending_stands_below():
 
 def test_a_workspace_without_versions(tmp_path):
     workspace = init_workspace(tmp_path / "new", "tiny")
-    what = status(workspace, load_settings(workspace.params))
+    what = status(open_project(workspace.root))
     assert what == found()
     assert shown(what) == ["tiny has no versions yet: register a base with `copal init DIR --base SOURCE`"]
     assert not (workspace.private / "mlflow.db").exists()  # looking makes nothing

@@ -21,7 +21,7 @@ from flows.cli import main
 from flows.lineage.entries import anchor_of, chain_problems
 from flows.lineage.record import record_digest
 from flows.lineage.signing import SigningError, signature_problem
-from flows.step.run import plain_stages, run_step
+from flows.step.run import plain_tasks, run_step
 from flows.verification.verify import Verification, folder_problems, record_problems, verify
 
 
@@ -54,14 +54,14 @@ def signed(make_bench, tmp_path_factory):
     )
     for seed, domain in enumerate(("code", "legal")):
         bench.commit(domain, seed)
-        assert run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
+        assert run_step(bench.project, domain, None, plain_tasks())
     with Repo(str(bench.root)) as dvc:
         dvc.push()
     return bench
 
 
 def verified(bench, number: int = 3, *, data: bool = False) -> Verification:
-    return verify(bench.workspace, bench.settings, bench.registry, bench.registry.version(number), data=data)
+    return verify(bench.project, bench.registry.version(number), data=data)
 
 
 def folder_of(bench, number: int = 3) -> Path:
@@ -238,7 +238,7 @@ def test_a_running_sum_that_was_dropped_is_no_damage(bench):
     bench.commit("code", 0)
     bench.commit("legal", 1)
     for domain in ("code", "legal"):
-        assert run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
+        assert run_step(bench.project, domain, None, plain_tasks())
     assert bench.registry.drop_sum(bench.registry.version(2)) > 0
     assert verified(bench, 2).findings == ()
     assert verified(bench, 2).skipped == ("signature: there is none", "data")
@@ -277,7 +277,7 @@ def test_data_that_is_gone_or_damaged_on_the_remote_is_found_whatever_the_cache_
 
 def test_data_without_a_remote_is_looked_for_in_the_cache(bench):
     bench.commit("code", 0)
-    assert run_step(bench.workspace, bench.settings, bench.registry, "code", None, plain_stages())
+    assert run_step(bench.project, "code", None, plain_tasks())
     assert verified(bench, 2, data=True).findings == ()
     bench.lose_data()
     (line,) = verified(bench, 2, data=True).findings
@@ -347,7 +347,7 @@ def test_a_key_that_cannot_sign_is_refused_before_a_step(bench, content):
         params.write("signing: {key: key.pem}\n")
     bench.commit("code", 0)
     with pytest.raises(SigningError, match=r"signing\.key: .*key\.pem cannot sign: .*openssl ecparam"):
-        run_step(bench.workspace, bench.settings, bench.registry, "code", None, plain_stages())
+        run_step(bench.project, "code", None, plain_tasks())
     assert len(bench.registry.versions()) == 1
 
 
@@ -486,7 +486,7 @@ def test_artifacts_that_are_not_there_are_a_finding(signed):
 
 def test_what_is_stored_is_verified_and_not_the_cache(signed, monkeypatch):
     """A remote store is read anew: the copy in the cache may be whole where the store is not."""
-    monkeypatch.setattr("flows.registry._local_path", lambda uri: None)
+    monkeypatch.setattr("flows.registry.registry._local_path", lambda uri: None)
     stored = signed.workspace.artifacts
     (file,) = [path for path in stored.rglob("report.json") if "legal" in (path.parent / "lineage.json").read_text()]
     signed.registry.folder(signed.registry.version(3))

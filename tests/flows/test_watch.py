@@ -17,10 +17,10 @@ from flows.data.dataset import DatasetError, MissingDataError
 from flows.pending.reconcile import plan
 from flows.pending.status import status
 from flows.pending.waiting import waiting
-from flows.settings import load_settings
-from flows.step.run import plain_stages, run_step
+from flows.project import open_project
+from flows.step.run import plain_tasks, run_step
 from flows.watch import RefusedError, take_up
-from flows.workspace import Workspace, open_workspace
+from flows.workspace import Workspace
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -38,12 +38,7 @@ def _on_its_own(monkeypatch):
 
 def step(root: str, domain: str, rev: str) -> int | None:
     """What the flow `adapt` does."""
-    from flows.registry.registry import open_registry
-
-    work = open_workspace(Path(root))
-    settings = load_settings(work.params)
-    registry = open_registry(work, settings)
-    made = run_step(work, settings, registry, domain, rev, plain_stages())
+    made = run_step(open_project(root), domain, rev, plain_tasks())
     return made.number if made else None
 
 
@@ -58,7 +53,7 @@ def take(bench, now: datetime = NOON, one=step) -> list[int]:
 
 def look(bench, now: datetime = NOON):
     """What a check finds: what is pending, what waits, and the notes."""
-    found = plan(bench.workspace, bench.settings, bench.registry, now)
+    found = plan(bench.project, now)
     return [version.domain for version in found.pending], [v.domain for v, _ in found.waiting], list(found.notes)
 
 
@@ -133,7 +128,7 @@ def test_a_pointer_without_data_waits_and_is_adapted_to_when_the_data_comes(benc
     bench.commit("code", 0)
     bench.commit("legal", 1)
     sha = git(bench.root, "rev-parse", "HEAD")
-    md5 = plan(bench.workspace, bench.settings, bench.registry).pending[1].md5
+    md5 = plan(bench.project).pending[1].md5
     cache = bench.root / ".dvc" / "cache"
     listing = cache / "files" / "md5" / md5[:2] / md5[2:]
     listing.rename(bench.root / ".copal" / "elsewhere")
@@ -156,7 +151,7 @@ def test_a_pointer_without_data_waits_and_is_adapted_to_when_the_data_comes(benc
         "domain": "legal", "dvc_md5": md5, "git_rev": sha, "tries": 3, "since": "2026-01-01T12:00:00+00:00",
         "next_try": (now + 4 * minute).isoformat(timespec="seconds"),
     }  # fmt: skip
-    assert status(bench.workspace, bench.settings)["pending"] == []
+    assert status(bench.project)["pending"] == []
     line = f"waiting for data: legal at {md5[:10]}, looked for 3 times since 2026-01-01T12:00:00+00:00"
     assert line in " ".join(told(bench, capsys, "status")[1].split())
     code, out, err = told(bench, capsys, "watch", "--once")

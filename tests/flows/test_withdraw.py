@@ -11,7 +11,6 @@ import torch
 from toys import other_masks, weights
 
 from copal.errors import DataError, StateError
-from flows import stages
 from flows.cli import main
 from flows.data.fetch import fetch
 from flows.lineage.entries import chain_problems
@@ -19,23 +18,24 @@ from flows.lineage.record import verify_files, withdrawal_of
 from flows.pending.reconcile import plan
 from flows.pending.status import status
 from flows.registry.claims import claimed
+from flows.step import run
 from flows.step.gc import collect
 from flows.step.resolve import NoBaseError, WithdrawError
-from flows.step.run import finish, plain_stages, run_step, run_withdrawal
+from flows.step.run import finish, plain_tasks, run_step, run_withdrawal
 
 
 def step(bench, domain: str) -> int:
-    made = run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
+    made = run_step(bench.project, domain, None, plain_tasks())
     assert made
     return made.number
 
 
 def withdraw(bench, domain: str, why: str = "the licence ended", *, purge: bool = False):
-    return run_withdrawal(bench.workspace, bench.settings, bench.registry, domain, why, plain_stages(), purge=purge)
+    return run_withdrawal(bench.project, domain, why, plain_tasks(), purge=purge)
 
 
 def pending(bench) -> list[str]:
-    return [version.domain for version in plan(bench.workspace, bench.settings, bench.registry).pending]
+    return [version.domain for version in plan(bench.project).pending]
 
 
 def told(bench) -> list[dict]:
@@ -121,7 +121,7 @@ def test_it_runs_in_several_processes_too(lineage):
 
 def test_the_watcher_does_not_bring_it_back_another_version_does(lineage):
     withdraw(lineage, "legal")
-    found = plan(lineage.workspace, lineage.settings, lineage.registry)
+    found = plan(lineage.project)
     assert found.pending == ()
     assert [note for note in found.notes if "data/legal at" in note and "was withdrawn; it comes back only" in note]
     step_number = lineage.registry.head().number
@@ -150,7 +150,7 @@ def test_adapt_brings_it_back_and_the_tombstone_goes(lineage):
 
 def test_steps_after_it_work_with_sums_dropped_and_after_a_purge(lineage):
     withdraw(lineage, "code", purge=True)
-    collect(lineage.workspace, lineage.settings, lineage.registry)
+    collect(lineage.project)
     shutil.rmtree(lineage.registry.folder(lineage.registry.head()) / "state" / "sum")  # as if the head had been dropped
     lineage.commit("prose", 9)
     assert step(lineage, "prose") == 6
@@ -189,26 +189,28 @@ def test_what_cannot_be_withdrawn_is_refused_and_nothing_changes(lineage):
 
 def test_a_run_that_ended_half_way_is_gone_on_with(lineage, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("flows.registry._log_results", lambda *args: 1 / 0)
+        patch.setattr("flows.registry.registry._log_results", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             withdraw(lineage, "legal")
     assert lineage.registry.head().number == 4
     (left,) = lineage.workspace.runs.iterdir()
     assert sorted(path.name for path in left.iterdir()) == ["evaluation.json", "step.json", "version"]
-    monkeypatch.setattr(stages, "prune_domain", lambda *args: 1 / 0)  # it is not pruned again
+    monkeypatch.setattr(run, "prune_domain", lambda *args: 1 / 0)  # it is not pruned again
     assert withdraw(lineage, "legal").made.number == 5
     assert kinds(lineage) == [("withdrawal", 5)]
 
 
 def test_a_log_entry_that_a_kill_prevented_is_made_by_the_next_one_who_holds_the_lineage(lineage, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("flows.registry.Registry.complete_log", lambda self: 1 / 0 if self.head().withdrawn else None)
+        patch.setattr(
+            "flows.registry.registry.Registry.complete_log", lambda self: 1 / 0 if self.head().withdrawn else None
+        )
         with pytest.raises(ZeroDivisionError):
             withdraw(lineage, "legal", "privacy")
     assert lineage.registry.head().number == 5
     assert kinds(lineage) == []
     with claimed(lineage.registry, "anything", lease=60) as claim:
-        finish(lineage.workspace, lineage.settings, lineage.registry, claim, plain_stages())
+        finish(lineage.project, claim, plain_tasks())
         assert kinds(lineage) == [("withdrawal", 5)]
     assert told(lineage)[0]["why"] == "privacy"
     withdraw(lineage, "code")
@@ -220,9 +222,9 @@ def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_tr
     step(lineage, "legal")
     cache, runs = lineage.workspace.cache, lineage.workspace.runs
     lineage.commit("legal", 8)  # data that no version comes of, and a step that waits with its statistics
-    broken = replace(plain_stages(), evaluate=lambda *args: 1 / 0)
+    broken = replace(plain_tasks(), evaluate=lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run_step(lineage.workspace, lineage.settings, lineage.registry, "legal", None, broken)
+        run_step(lineage.project, "legal", None, broken)
     assert len(list(runs.iterdir())) == 1
     left = (cache / f".{'0' * 32}.dir.partial", cache / "verify-killed", runs / "replay-killed")
     for folder in left:
@@ -260,9 +262,9 @@ def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_tr
 @pytest.mark.parametrize(
     ("target", "nth"),
     [
-        ("flows.registry.Registry.drop_contribution", 1),
+        ("flows.registry.registry.Registry.drop_contribution", 1),
         ("shutil.rmtree", 3),
-        ("flows.registry.Registry.append_log", 1),
+        ("flows.registry.registry.Registry.append_log", 1),
     ],
 )
 def test_a_purge_that_was_killed_is_completed_by_the_next(lineage, monkeypatch, target, nth):
@@ -320,7 +322,7 @@ def test_the_command_withdraws_and_says_so(lineage, capsys):
     assert "purged legal: its contribution (version 3)" in out
     assert "traces of legal stay in the weights of version 3, 4\n" in out
     assert "problem" not in out
-    found = status(lineage.workspace, lineage.settings)
+    found = status(lineage.project)
     assert [version["withdrawn"] for version in found["versions"]] == [None, None, None, None, "legal"]
     assert main(["withdraw", "legal", "--why", "again", *arguments]) == 0
     assert capsys.readouterr().out == "nothing to do: version 5 of tiny is without legal already\n"

@@ -8,12 +8,12 @@ import torch
 
 from copal.checkpoint import Checkpoint
 from flows.registry.registry import Registry
-from flows.step.run import Made, plain_stages, run_step
+from flows.step.run import Made, plain_tasks, run_step
 
 
 def step(bench: Any, domain: str = "code") -> Made | None:
     """One step, at the watched branch."""
-    return run_step(bench.workspace, bench.settings, bench.registry, domain, None, plain_stages())
+    return run_step(bench.project, domain, None, plain_tasks())
 
 
 def weights(bench: Any, number: int) -> dict[str, torch.Tensor]:
