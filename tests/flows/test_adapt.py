@@ -155,10 +155,9 @@ def test_a_check_that_finds_nothing_needs_neither_prefect_nor_torch(bench):
     watch(str(bench.root))
     program = (
         "import sys; from pathlib import Path\n"
-        "from flows.pending.reconcile import plan; from flows.registry import open_registry\n"
-        "from flows.settings import load_settings, open_workspace\n"
-        "work = open_workspace(Path(sys.argv[1])); settings = load_settings(work.params)\n"
-        "assert not plan(work, settings, open_registry(work, settings)).pending\n"
+        "from flows.pending.reconcile import plan; from flows.project import open_project\n"
+        "project = open_project(sys.argv[1])\n"
+        "assert not plan(project).pending\n"
         "print([name for name in ('torch', 'prefect') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program, str(bench.root)], capture_output=True, text=True, check=True)
