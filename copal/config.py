@@ -150,7 +150,7 @@ def from_mapping(kind: type[_T], section: str, values: Mapping[str, Any] | None)
     if not isinstance(values, Mapping):
         raise SettingsError(f"{section} must be a mapping of settings, not {values!r}")
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
+    unknown = [key for key in values if key not in known]
     if unknown:
         raise SettingsError(f"{section}.{unknown[0]} is not a setting; {section} has {', '.join(known)}")
     return kind(**values)

@@ -140,7 +140,7 @@ def _from_data(
             key=record["key"],
             earlier=tuple(entries[: place - 1]),
         )
-        yield replace(then, prune=settings.prune if place == len(entries) else cheap), step
+        yield then.model_copy(update={"prune": settings.prune if place == len(entries) else cheap}), step
         parent = step.out
 
 

@@ -128,7 +128,7 @@ def up(
     template = prefect_file()
     api = f"http://{_HOST}:{port}/api"
     registry = f"http://{_HOST}:{mlflow_port}" if own_registry else str(settings.registry.uri)
-    stack = _Starting(workspace, api, registry)
+    stack = _Starting(workspace, api, registry, workspace.ledger_uri(settings))
     with _stop_on_signals() as stop:
         try:
             stack.save()
@@ -165,14 +165,14 @@ def up(
 class _Starting:
     """The children of a supervisor. Its contract: after `end` none of them is left, nor the state file."""
 
-    def __init__(self, workspace: Workspace, api: str, registry: str) -> None:
+    def __init__(self, workspace: Workspace, api: str, registry: str, ledger: str) -> None:
         self.workspace, self.api, self.registry = workspace, api, registry
         self.logs = workspace.private / "logs"
         self.home = workspace.private / "prefect"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.home.mkdir(exist_ok=True)
         self.children: list[_Child] = []
-        self.environment = _environment(self.home, api, registry)
+        self.environment = _environment(self.home, api, registry, ledger)
 
     def save(self, *, ready: bool = False) -> None:
         """Write the state file."""
@@ -428,13 +428,14 @@ def _stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(name, handler)
 
 
-def _environment(home: Path, api: str, registry: str) -> dict[str, str]:
+def _environment(home: Path, api: str, registry: str, ledger: str) -> dict[str, str]:
     """Of the children: the user's, but for what would bring Prefect to another server or profile."""
     found = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     found.pop("MLFLOW_TRACKING_URI", None)
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the user's is not for what runs on this machine
         found[name] = ",".join(filter(None, (found.get(name), _HOST, "localhost")))
-    return found | _PREFECT | {"PREFECT_HOME": str(home), "PREFECT_API_URL": api, "COPAL_REGISTRY_URI": registry}
+    found |= {"COPAL_REGISTRY_URI": registry, "COPAL_LEDGER_URI": ledger}
+    return found | _PREFECT | {"PREFECT_HOME": str(home), "PREFECT_API_URL": api}
 
 
 # --- ports, the deployments' file, and the Prefect server's API
@@ -468,7 +469,7 @@ def prefect_file() -> Path:
 def render_prefect_file(
     template: Path, workspace: Workspace, settings: Settings, *, registry: str | None, devices: str | None
 ) -> str:
-    """The deployments of a workspace: infra/prefect.yaml with its folder, schedule, registry and devices filled in."""
+    """The deployments of a workspace: infra/prefect.yaml with its folder, schedule, stores and devices filled in."""
     import yaml
 
     content = yaml.safe_load(template.read_text(encoding="utf-8"))
@@ -477,6 +478,8 @@ def render_prefect_file(
         variables = deployment["work_pool"]["job_variables"]["env"]
         if registry is not None:
             variables["COPAL_REGISTRY_URI"] = registry
+            if settings.ledger.uri is None:  # one that is set may hold a password, which Prefect would show
+                variables["COPAL_LEDGER_URI"] = workspace.ledger_uri(settings)
         if deployment["name"] == "watch":
             watch = settings.watch
             deployment["schedules"] = [{"cron": watch.cron} if watch.cron else {"interval": watch.interval}]
