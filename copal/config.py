@@ -23,7 +23,6 @@ __all__ = [
     "Pattern",
     "PruneConfig",
     "canonical_json",
-    "check_whole",
     "fingerprint",
     "from_mapping",
 ]
@@ -55,11 +54,11 @@ class CalibrationConfig:
     storage: str = "full"
 
     def __post_init__(self) -> None:
-        check_whole("calibration.window_length", self.window_length, at_least=8)
-        check_whole("calibration.windows", self.windows, at_least=1)
-        check_whole("calibration.evaluation_windows", self.evaluation_windows, at_least=8)
+        _check_whole("calibration.window_length", self.window_length, at_least=8)
+        _check_whole("calibration.windows", self.windows, at_least=1)
+        _check_whole("calibration.evaluation_windows", self.evaluation_windows, at_least=8)
         _check_open_interval("calibration.evaluation_share", self.evaluation_share)
-        check_whole("calibration.seed", self.seed, at_least=0)
+        _check_whole("calibration.seed", self.seed, at_least=0)
         if self.storage not in STORAGES:
             raise SettingsError(f"calibration.storage must be one of {', '.join(STORAGES)}, not {self.storage!r}")
 
@@ -113,7 +112,7 @@ class PruneConfig:
             raise SettingsError(f"prune.rounds must be rising shares in (0, 1], not {self.rounds!r}")
         if self.rounds[-1] != 1:
             raise SettingsError(f"prune.rounds must end with 1 (the whole of prune.sparsity), not {self.rounds[-1]!r}")
-        check_whole("prune.iterations", self.iterations, at_least=1)
+        _check_whole("prune.iterations", self.iterations, at_least=1)
         for name in ("exponent", "damping"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value <= 1:
@@ -150,7 +149,7 @@ def from_mapping(kind: type[_T], section: str, values: Mapping[str, Any] | None)
     if not isinstance(values, Mapping):
         raise SettingsError(f"{section} must be a mapping of settings, not {values!r}")
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
+    unknown = [key for key in values if key not in known]
     if unknown:
         raise SettingsError(f"{section}.{unknown[0]} is not a setting; {section} has {', '.join(known)}")
     return kind(**values)
@@ -186,11 +185,11 @@ def _check_sparsity(value: object) -> None:
     if not _is_number(value) or not 0 < value < 1:  # type: ignore[operator]
         raise SettingsError(
             "prune.sparsity must be between 0 and 1 (both left out) "
-            f'or a pattern N:M in quotes such as "2:4" (YAML reads 2:4 without them as 124), not {value!r}'
+            f'or a pattern N:M in quotes such as "2:4" (YAML 1.1 reads 2:4 without them as 124), not {value!r}'
         )
 
 
-def check_whole(name: str, value: object, *, at_least: int) -> None:
+def _check_whole(name: str, value: object, *, at_least: int) -> None:
     """Check the setting `name`.
 
     Raises:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from copal.errors import CopalError
+from flows.params import load_settings
 from flows.project import Project, open_project, project_of
-from flows.settings import Settings, load_settings
+from flows.settings import Settings
 from flows.start.init import init_with_base, init_workspace
 from flows.terminal.progress import console, progress_bar
 from flows.workspace import Workspace, open_workspace

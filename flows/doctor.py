@@ -14,7 +14,8 @@ from pathlib import Path
 
 from copal.errors import CopalError
 from flows.data.git import run_git
-from flows.settings import Settings, load_settings, without_secrets
+from flows.params import load_settings
+from flows.settings import Settings, without_secrets
 from flows.workspace import Workspace, WorkspaceError, open_workspace
 
 __all__ = ["Check", "doctor", "render"]

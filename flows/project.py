@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.params import load_settings
 from flows.registry.claims import ALIASES, Claim, claimed
 from flows.registry.registry import Registry, open_registry
-from flows.settings import Settings, load_settings
+from flows.settings import Settings
 from flows.workspace import Workspace, open_workspace
 
 __all__ = [

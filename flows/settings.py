@@ -1,21 +1,32 @@
-"""The settings of a workspace: params.yaml and the environment -> typed, validated, fingerprinted values."""
+"""The settings of a workspace: typed, validated, fingerprinted values. `flows.params` reads them."""
 
 from __future__ import annotations
 
-import math
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from copal.config import CalibrationConfig, PruneConfig, check_whole, fingerprint, from_mapping
-from copal.errors import CopalError, DataError, SettingsError
+from annotated_types import Predicate
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from copal.config import CalibrationConfig, PruneConfig, fingerprint, from_mapping
+from copal.errors import DataError, SettingsError
 
 __all__ = [
+    "DomainSettings",
     "GateSettings",
+    "LedgerSettings",
     "ModelSettings",
     "RegistrySettings",
     "RunSettings",
@@ -23,56 +34,102 @@ __all__ = [
     "SigningSettings",
     "WatchSettings",
     "check_domain_name",
-    "load_settings",
-    "recorded_settings",
     "without_secrets",
 ]
-
-
-PROMOTE = ("manual", "auto")
-
-
-DTYPES = ("auto", "bfloat16", "float32")
-
-
-SECTIONS = ("model", "calibration", "prune", "domains", "gates", "watch", "run", "registry", "signing")
-
-
-IGNORED_SECTIONS = ("benchmark",)  # read by a stage of dvc.yaml, not by copal
-
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSettings:
+# --- what a value may be: the type checks it, the sentence tells the user
+
+
+def _must_be(what: str, *, shown: bool = True) -> WrapValidator:
+    """A value that its type refuses "must be `what`"; where not `shown`, because it may hold a password, only that."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            but = f", not {value!r}" if shown else ""
+            raise PydanticCustomError("setting", "{message}", {"message": f"must be {what}{but}"}) from None
+
+    return WrapValidator(check)
+
+
+def _of_copal(kind: type[_T], section: str) -> BeforeValidator:
+    """The settings of the algorithm check themselves."""
+    return BeforeValidator(lambda value: value if isinstance(value, kind) else from_mapping(kind, section, value))
+
+
+def _is_cron(value: str) -> bool:
+    from cronsim import CronSim, CronSimError
+
+    try:
+        return len(value.split()) == 5 and bool(CronSim(value, datetime(2026, 1, 1)))
+    except CronSimError:
+        return False
+
+
+def _is_ledger(uri: str) -> bool:
+    """SQLite in a file, for in memory each process has its own; or PostgreSQL."""
+    found = re.fullmatch(r"(sqlite|postgresql)(?:\+\w+)?://(.*)", uri)
+    return found is not None and (found[1] == "postgresql" or bool(re.match(r"/(?!:memory:|file:)[^?]", found[2])))
+
+
+_Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Whole = Annotated[int, Field(ge=1), _must_be("a whole number of at least 1")]
+_Switch = Annotated[bool, _must_be("true or false")]
+_Limit = Annotated[_Number | None, _must_be("a finite number above 0 or null")]
+_Text = Annotated[str, Predicate(str.strip)]
+_PemFile = Annotated[_Text | None, _must_be("the path of a PEM file or null")]
+_LEDGER = (
+    "the URL of an SQLite file such as sqlite:////srv/copal/ledger.db, or of a PostgreSQL database such as "
+    "postgresql://USER@HOST/DATABASE, or null"
+)
+
+
+class _Section(BaseModel):
+    # A value of the wrong type is not converted: "5" is no number, and true is no 1.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        return {} if values is None else values
+
+
+class ModelSettings(_Section):
     """Which lineage this workspace grows, and how it computes.
 
     Attributes:
-        name: the registered model; one name is one lineage.
+        name: the registered model; one name is one lineage. It also becomes part of folder names.
         dtype: of the forward passes: `auto` (ask the machine), `bfloat16` or `float32`.
         processes: that share a step's work on this machine; a GPU each where there are GPUs. Changes results by
             rounding only, and so does
         batch: windows that run through a block at a time; a step halves it where memory runs out.
     """
 
-    name: str = "copal"
-    dtype: str = "auto"
-    processes: int = 1
-    batch: int = 8
-
-    def __post_init__(self) -> None:
-        # MLflow forbids / and : in the name of a registered model; it also becomes part of folder names.
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
-            raise SettingsError(f"model.name must be 1 to 64 letters, digits, '.', '_' or '-', not {self.name!r}")
-        if self.dtype not in DTYPES:
-            raise SettingsError(f"model.dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        check_whole("model.processes", self.processes, at_least=1)
-        check_whole("model.batch", self.batch, at_least=1)
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"),  # MLflow forbids / and :
+        _must_be("1 to 64 letters, digits, '.', '_' or '-', the first a letter or a digit"),
+    ] = "copal"
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], _must_be("one of auto, bfloat16, float32")] = "auto"
+    processes: _Whole = 1
+    batch: _Whole = 8
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GateSettings:
+class DomainSettings(_Section):
+    """How much a domain counts.
+
+    Attributes:
+        weight: in the loss.
+    """
+
+    weight: Annotated[_Number, _must_be("a finite number above 0")] = 1.0
+
+
+class GateSettings(_Section):
     """What a version must hold before it may serve; a gate that is null or false is off.
 
     Attributes:
@@ -84,27 +141,15 @@ class GateSettings:
         promote: `manual`: what passes waits for `copal promote`; `auto`: it becomes the champion.
     """
 
-    forgetting: float | None = 0.15
-    champion: float | None = 0.12
-    dense: float | None = 2.0
-    improvement: bool = True
-    generation: bool = True
-    promote: str = "manual"
-
-    def __post_init__(self) -> None:
-        for name in ("forgetting", "champion", "dense"):
-            value = getattr(self, name)
-            if value is not None and not _is_positive(value):
-                raise SettingsError(f"gates.{name} must be a finite number above 0 or null, not {value!r}")
-        for name in ("improvement", "generation"):
-            if not isinstance(getattr(self, name), bool):
-                raise SettingsError(f"gates.{name} must be true or false, not {getattr(self, name)!r}")
-        if self.promote not in PROMOTE:
-            raise SettingsError(f"gates.promote must be one of {', '.join(PROMOTE)}, not {self.promote!r}")
+    forgetting: _Limit = 0.15
+    champion: _Limit = 0.12
+    dense: _Limit = 2.0
+    improvement: _Switch = True
+    generation: _Switch = True
+    promote: Annotated[Literal["manual", "auto"], _must_be("one of manual, auto")] = "manual"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WatchSettings:
+class WatchSettings(_Section):
     """What the watcher looks at.
 
     Attributes:
@@ -115,26 +160,16 @@ class WatchSettings:
         cron: when the watcher of `copal up` checks, five fields, UTC; None: every `interval` seconds.
     """
 
-    repository: str | None = None
-    branch: str | None = None
-    interval: float = 60.0
-    cron: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.repository is not None and (not isinstance(self.repository, str) or not self.repository.strip()):
-            raise SettingsError(f"watch.repository must be a path, a URL or null, not {self.repository!r}")
-        if self.branch is not None and (not isinstance(self.branch, str) or not self.branch.strip()):
-            raise SettingsError(f"watch.branch must be the name of a branch or null, not {self.branch!r}")
-        if not _is_positive(self.interval):
-            raise SettingsError(f"watch.interval must be a number of seconds above 0, not {self.interval!r}")
-        if self.cron is not None and not _is_cron(self.cron):
-            raise SettingsError(
-                f"watch.cron must be five fields (minute, hour, day, month, weekday) or null, not {self.cron!r}"
-            )
+    repository: Annotated[_Text | None, _must_be("a path, a URL or null")] = Field(default=None, repr=False)
+    branch: Annotated[_Text | None, _must_be("the name of a branch or null")] = None
+    interval: Annotated[_Number, _must_be("a number of seconds above 0")] = 60.0
+    cron: Annotated[
+        Annotated[str, Predicate(_is_cron)] | None,
+        _must_be("five fields (minute, hour, day, month, weekday) or null"),
+    ] = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunSettings:
+class RunSettings(_Section):
     """How long a step may take.
 
     Attributes:
@@ -142,33 +177,36 @@ class RunSettings:
         time_limit: seconds after which a step is stopped; None is never.
     """
 
-    lease: float = 60.0
-    time_limit: float | None = None
-
-    def __post_init__(self) -> None:
-        if not _is_positive(self.lease) or self.lease < 1:
-            raise SettingsError(f"run.lease must be a number of seconds of at least 1, not {self.lease!r}")
-        if self.time_limit is not None and not _is_positive(self.time_limit):
-            raise SettingsError(f"run.time_limit must be a number of seconds above 0 or null, not {self.time_limit!r}")
+    lease: Annotated[float, Field(ge=1, allow_inf_nan=False), _must_be("a number of seconds of at least 1")] = 60.0
+    time_limit: Annotated[_Number | None, _must_be("a number of seconds above 0 or null")] = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RegistrySettings:
+class RegistrySettings(_Section):
     """Where versions are registered.
 
     Attributes:
         uri: an MLflow tracking URI; None is SQLite in the workspace.
     """
 
-    uri: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.uri is not None and (not isinstance(self.uri, str) or not self.uri.strip()):
-            raise SettingsError(f"registry.uri must be an MLflow tracking URI or null, not {self.uri!r}")
+    uri: Annotated[_Text | None, _must_be("an MLflow tracking URI or null", shown=False)] = Field(
+        default=None, repr=False
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SigningSettings:
+class LedgerSettings(_Section):
+    """Where claims and the log are kept.
+
+    Attributes:
+        uri: a SQLAlchemy URL of an SQLite file (relative ones from the workspace) or of a PostgreSQL database; None
+            is SQLite in the workspace.
+    """
+
+    uri: Annotated[Annotated[str, Predicate(_is_ledger)] | None, _must_be(_LEDGER, shown=False)] = Field(
+        default=None, repr=False
+    )
+
+
+class SigningSettings(_Section):
     """Whether versions are signed. Paths are relative to the workspace.
 
     Attributes:
@@ -176,46 +214,37 @@ class SigningSettings:
         public_key: the PEM file that `copal verify` checks signatures with; None: the public half of `key`.
     """
 
-    key: str | None = None
-    public_key: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("key", self.key), ("public_key", self.public_key)):
-            if value is not None and (not isinstance(value, str) or not value.strip()):
-                raise SettingsError(f"signing.{name} must be the path of a PEM file or null, not {value!r}")
+    key: _PemFile = None
+    public_key: _PemFile = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _DomainSettings:
-    weight: float = 1.0
+def _domain_name(name: object) -> str:
+    try:
+        return check_domain_name(name)
+    except DataError as error:
+        raise SettingsError(f"domains: {error}") from error
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """All settings of a workspace.
+class Settings(_Section):
+    """All settings of a workspace, in the layout of params.yaml: what is null or left out has its defaults."""
 
-    Attributes:
-        weights: the domains that params.yaml names, and their share in the loss; `weight` knows the default.
-    """
+    model: ModelSettings = ModelSettings()
+    calibration: Annotated[CalibrationConfig, _of_copal(CalibrationConfig, "calibration")] = CalibrationConfig()
+    prune: Annotated[PruneConfig, _of_copal(PruneConfig, "prune")] = PruneConfig()
+    domains: Annotated[
+        Mapping[Annotated[str, BeforeValidator(_domain_name)], DomainSettings], BeforeValidator(lambda it: it or {})
+    ] = Field(default_factory=dict)
+    gates: GateSettings = GateSettings()
+    watch: WatchSettings = WatchSettings()
+    run: RunSettings = RunSettings()
+    registry: RegistrySettings = RegistrySettings()
+    ledger: LedgerSettings = LedgerSettings()
+    signing: SigningSettings = SigningSettings()
 
-    model: ModelSettings = field(default_factory=ModelSettings)
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    prune: PruneConfig = field(default_factory=PruneConfig)
-    gates: GateSettings = field(default_factory=GateSettings)
-    watch: WatchSettings = field(default_factory=WatchSettings)
-    run: RunSettings = field(default_factory=RunSettings)
-    registry: RegistrySettings = field(default_factory=RegistrySettings)
-    signing: SigningSettings = field(default_factory=SigningSettings)
-    weights: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for domain, weight in self.weights.items():
-            try:
-                check_domain_name(domain)
-            except DataError as error:
-                raise SettingsError(f"domains: {error}") from error
-            if not _is_positive(weight):
-                raise SettingsError(f"domains.{domain}.weight must be a finite number above 0, not {weight!r}")
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The domains that params.yaml names, and their share in the loss; `weight` knows the default."""
+        return {name: domain.weight for name, domain in self.domains.items()}
 
     def weight(self, domain: str) -> float:
         """Weight of a domain in the loss; 1.0 unless params.yaml says otherwise."""
@@ -226,31 +255,18 @@ class Settings:
 
         A weight of 1.0 that is written down is the same as none.
         """
-        weights = {domain: float(weight) for domain, weight in self.weights.items() if weight != 1.0}
         return fingerprint(
             {
                 "calibration": self.calibration.fingerprint(),
                 "prune": self.prune.fingerprint(),
-                "weights": weights,
+                "weights": {domain: weight for domain, weight in self.weights.items() if weight != 1.0},
                 "dtype": self.model.dtype,
             }
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting as plain JSON, in the layout of params.yaml."""
-        prune = asdict(self.prune)
-        prune["rounds"] = list(self.prune.rounds)
-        return {
-            "model": asdict(self.model),
-            "calibration": asdict(self.calibration),
-            "prune": prune,
-            "domains": {domain: {"weight": weight} for domain, weight in self.weights.items()},
-            "gates": asdict(self.gates),
-            "watch": asdict(self.watch),
-            "run": asdict(self.run),
-            "registry": asdict(self.registry),
-            "signing": asdict(self.signing),
-        }
+        return self.model_dump(mode="json")
 
 
 def without_secrets(text: str) -> str:
@@ -261,6 +277,8 @@ def without_secrets(text: str) -> str:
         named = "" if scheme.lower() in ("http", "https") else f"{user.split(':')[0]}@"  # https://TOKEN@... has no user
         return f"{scheme}://{named}"
 
+    # In the URL of a database a password may hold anything but @.
+    text = re.sub(r"((?:sqlite|postgres|mysql|mariadb|mssql|oracle)[a-z0-9_+]*://[^:/@\s]*):\S*@", r"\1@", text)
     text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\s]*)@", bare, text)
     return re.sub(r"([?&](?:password|token|sslpassword)=)[^&\s]*", r"\1...", text, flags=re.IGNORECASE)
 
@@ -276,88 +294,3 @@ def check_domain_name(name: object) -> str:
     raise DataError(
         f"{name!r} cannot name a domain: use 1 to 64 of a-z, 0-9, '_' and '-', the first a letter or a digit"
     )
-
-
-def load_settings(params: Path) -> Settings:
-    """Read params.yaml; what it leaves out has its default. `COPAL_REGISTRY_URI`, else `MLFLOW_TRACKING_URI`, goes
-    before `registry.uri`.
-
-    Raises:
-        SettingsError: the file cannot be read, or a setting is unknown, of the wrong type or out of range. Names both.
-    """
-    try:
-        return _settings(_read(params))
-    except CopalError as error:
-        raise SettingsError(f"{params}: {error}") from error
-
-
-def recorded_settings(values: Mapping[str, Any], where: str) -> Settings:
-    """The settings that a record holds, checked as those of params.yaml are.
-
-    Raises:
-        SettingsError: as `load_settings`; names `where`.
-    """
-    try:
-        return _settings(dict(values))
-    except CopalError as error:
-        raise SettingsError(f"{where}: {error}") from error
-
-
-def _read(params: Path) -> dict[Any, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(params.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"is not UTF-8 (byte {error.start})") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise SettingsError(f"is not YAML: {' '.join(str(error).split())}") from error
-    if content is None:  # nothing but comments
-        return {}
-    if not isinstance(content, dict):
-        raise SettingsError(f"must be a mapping of sections ({', '.join(SECTIONS)}), not {type(content).__name__}")
-    return content
-
-
-def _settings(content: dict[Any, Any]) -> Settings:
-    unknown = [str(section) for section in content if section not in SECTIONS + IGNORED_SECTIONS]
-    if unknown:
-        raise SettingsError(f"{unknown[0]} is not a section; there are {', '.join(SECTIONS)}")
-    domains = content.get("domains") or {}
-    if not isinstance(domains, dict):
-        raise SettingsError(f"domains must be a mapping of domain names, not {domains!r}")
-    registry = _section(RegistrySettings, "registry", content.get("registry"))
-    uri = os.environ.get("COPAL_REGISTRY_URI") or os.environ.get("MLFLOW_TRACKING_URI")
-    return Settings(
-        model=_section(ModelSettings, "model", content.get("model")),
-        calibration=_section(CalibrationConfig, "calibration", content.get("calibration")),
-        prune=_section(PruneConfig, "prune", content.get("prune")),
-        gates=_section(GateSettings, "gates", content.get("gates")),
-        watch=_section(WatchSettings, "watch", content.get("watch")),
-        run=_section(RunSettings, "run", content.get("run")),
-        registry=replace(registry, uri=uri) if uri else registry,
-        signing=_section(SigningSettings, "signing", content.get("signing")),
-        weights={name: _section(_DomainSettings, f"domains.{name}", domains[name]).weight for name in domains},
-    )
-
-
-def _section(kind: type[_T], name: str, values: Any) -> _T:
-    for key in values if isinstance(values, dict) else ():
-        if not isinstance(key, str):  # YAML reads `on:` and `1:` as something else
-            raise SettingsError(f"{name}.{key} is not a setting")
-    return from_mapping(kind, name, values)
-
-
-def _is_cron(value: object) -> bool:
-    from cronsim import CronSim, CronSimError
-
-    try:
-        return isinstance(value, str) and len(value.split()) == 5 and bool(CronSim(value, datetime(2026, 1, 1)))
-    except CronSimError:
-        return False
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

@@ -5,6 +5,7 @@ What copal writes there lies in `.copal/`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,16 @@ class Workspace:
     def registry_uri(self, settings: Settings) -> str:
         """The MLflow tracking URI: the one that is set, else SQLite in the workspace."""
         return settings.registry.uri or f"sqlite:///{self.private / 'mlflow.db'}"
+
+    def ledger_uri(self, settings: Settings) -> str:
+        """The SQLAlchemy URL of claims and log: the one that is set, else SQLite in the workspace.
+
+        It may hold a password: show it `without_secrets`.
+        """
+        uri = settings.ledger.uri or f"sqlite:///{self.private / 'ledger.db'}"
+        # Of where a command runs there would be many.
+        relative = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/].*)", uri)
+        return f"{relative[1]}{self.root / relative[2]}" if relative else uri
 
 
 def open_workspace(path: Path) -> Workspace:

@@ -11,7 +11,7 @@ os.environ.update(  # before any library reads it: nothing phones home, no hub i
     PREFECT_SERVER_ANALYTICS_ENABLED="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120", PREFECT_LOGGING_LEVEL="CRITICAL",
 )  # fmt: skip
-for name in ("MLFLOW_TRACKING_URI", "COPAL_REGISTRY_URI", "PREFECT_API_URL"):
+for name in ("MLFLOW_TRACKING_URI", "COPAL_REGISTRY_URI", "COPAL_LEDGER_URI", "PREFECT_API_URL"):
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402

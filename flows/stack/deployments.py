@@ -35,7 +35,7 @@ def prefect_file() -> Path:
 def render_prefect_file(
     template: Path, workspace: Workspace, settings: Settings, *, registry: str | None, devices: str | None
 ) -> str:
-    """The deployments of a workspace: infra/prefect.yaml with its folder, schedule, registry and devices filled in."""
+    """The deployments of a workspace: infra/prefect.yaml with its folder, schedule, stores and devices filled in."""
     import yaml
 
     content = yaml.safe_load(template.read_text(encoding="utf-8"))
@@ -44,6 +44,8 @@ def render_prefect_file(
         variables = deployment["work_pool"]["job_variables"]["env"]
         if registry is not None:
             variables["COPAL_REGISTRY_URI"] = registry
+            if settings.ledger.uri is None:  # one that is set may hold a password, which Prefect would show
+                variables["COPAL_LEDGER_URI"] = workspace.ledger_uri(settings)
         if deployment["name"] == "watch":
             watch = settings.watch
             deployment["schedules"] = [{"cron": watch.cron} if watch.cron else {"interval": watch.interval}]

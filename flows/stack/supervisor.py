@@ -60,14 +60,14 @@ class StopRequested(Exception):  # noqa: N818
 class Starting:
     """The children of a supervisor. Its contract: after `end` none of them is left, nor the state file."""
 
-    def __init__(self, workspace: Workspace, api: str, registry: str) -> None:
+    def __init__(self, workspace: Workspace, api: str, registry: str, ledger: str) -> None:
         self.workspace, self.api, self.registry = workspace, api, registry
         self.logs = workspace.private / "logs"
         self.home = workspace.private / "prefect"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.home.mkdir(exist_ok=True)
         self.children: list[Child] = []
-        self.environment = _environment(self.home, api, registry)
+        self.environment = _environment(self.home, api, registry, ledger)
 
     def save(self, *, ready: bool = False) -> None:
         """Write the state file."""
@@ -173,10 +173,11 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(name, handler)
 
 
-def _environment(home: Path, api: str, registry: str) -> dict[str, str]:
+def _environment(home: Path, api: str, registry: str, ledger: str) -> dict[str, str]:
     """Of the children: the user's, but for what would bring Prefect to another server or profile."""
     found = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     found.pop("MLFLOW_TRACKING_URI", None)
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the user's is not for what runs on this machine
         found[name] = ",".join(filter(None, (found.get(name), HOST, "localhost")))
-    return found | _PREFECT | {"PREFECT_HOME": str(home), "PREFECT_API_URL": api, "COPAL_REGISTRY_URI": registry}
+    found |= {"COPAL_REGISTRY_URI": registry, "COPAL_LEDGER_URI": ledger}
+    return found | _PREFECT | {"PREFECT_HOME": str(home), "PREFECT_API_URL": api}

@@ -59,7 +59,7 @@ def up(
     template = prefect_file()
     api = f"http://{HOST}:{port}/api"
     registry = f"http://{HOST}:{mlflow_port}" if own_registry else str(settings.registry.uri)
-    stack = Starting(workspace, api, registry)
+    stack = Starting(workspace, api, registry, workspace.ledger_uri(settings))
     with stop_on_signals() as stop:
         try:
             stack.save()

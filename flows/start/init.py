@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copal.files import write_atomic
 from copal.progress import Progress
 from flows.data.git import commit, git
-from flows.settings import load_settings
+from flows.params import load_settings
 from flows.workspace import Workspace, WorkspaceError, exclusive, open_workspace
 
 if TYPE_CHECKING:
@@ -96,62 +98,9 @@ def model_name_for(folder: Path) -> str:
 
 def default_params(model_name: str) -> str:
     """The text of a new params.yaml: every setting at its default, with what it means."""
-    import yaml
-
-    name = model_name if yaml.safe_load(model_name) == model_name else f'"{model_name}"'  # a folder may be called 2026
-    return f"""\
-# The settings of this workspace. Everything may be left out; what stands here are the defaults, but for model.name.
-
-model:
-  name: {name:<17} # the registered model: one name is one lineage (one base, one sparsity pattern)
-  dtype: auto             # of the forward passes: bfloat16, float32, or auto (ask the machine)
-  processes: 1            # that share a step's work: one for each GPU, say
-  batch: 8                # windows that run through a block at a time; a step halves it where memory runs out
-
-calibration:              # how the text of a domain becomes windows of tokens
-  window_length: 512      # tokens
-  windows: 24             # calibration windows of a domain, at most
-  evaluation_windows: 16  # evaluation windows of a domain, at most; at least 8
-  evaluation_share: 0.2   # share of a domain's documents kept for evaluation, never calibrated on
-  seed: 0
-  storage: full           # of a domain's statistics; or compact: an eighth of the size, somewhat worse models
-
-prune:
-  sparsity: 0.5           # share of zeros in every pruned linear, between 0 and 1; or N:M in quotes, as "2:4"
-  criterion: output       # or gradient: needs an accumulator as big as the model
-  rounds: [0.6, 0.8, 0.9, 1.0]  # sparsity after each round, as shares of the above; rising, the last one 1
-  iterations: 8           # conjugate-gradient iterations of a round, at most
-  exponent: 0.35          # of a channel's second moment in the score of a weight; 0.5 is Wanda's
-  damping: 0.1            # added to every entry of the diagonal of the second moment, as a share of it
-
-domains: {{}}               # weights in the loss, where not 1.0:  {{legal: {{weight: 2.0}}}}
-
-gates:                    # what a version must hold before it may serve; null or false: that gate is off
-  forgetting: 0.15        # no domain worse than when it was the newest by more than this share of its perplexity
-  champion: 0.12          # nor than in the champion
-  dense: 2.0              # perplexity at most so many times the dense base's; more sparsity needs more
-  improvement: true       # the new domain is better than in the parent, where that is pruned
-  generation: true        # a prompt of each domain gives finite text that is not one token over and over
-  promote: manual         # what passes waits for `copal promote`; or auto: it becomes the champion
-
-watch:
-  repository: null        # the git + DVC repository with the domains, a path or a URL; null: this one
-  branch: null            # whose pointers are wanted; null: whatever HEAD is
-  interval: 60.0          # seconds between two checks
-  cron: null              # for `copal up`, goes before interval: "0 3 * * 1-5" (minute hour day month weekday, UTC)
-
-run:
-  lease: 60.0             # seconds after which a worker that gives no sign of life may be taken over
-  time_limit: null        # seconds after which a step is stopped; null: never
-
-registry:
-  uri: null               # an MLflow tracking URI; null: SQLite in .copal/
-                          # (COPAL_REGISTRY_URI, else MLFLOW_TRACKING_URI, goes first)
-
-signing:                  # of new versions; needs `pip install model-signing pyopenssl`
-  key: null               # a private key, PEM, elliptic curve; null: versions are not signed
-  public_key: null        # what `copal verify` checks signatures with, PEM; null: the public half of key
-"""
+    template = files(__package__).joinpath("params.yaml").read_text(encoding="utf-8")
+    name = json.dumps(model_name, ensure_ascii=False)  # in quotes: a folder may be called 2026
+    return template.replace(f"{'MODEL_NAME':<17}", f"{name:<17}")
 
 
 def _lay_out(folder: Path, model_name: str | None) -> Workspace:

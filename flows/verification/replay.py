@@ -15,8 +15,9 @@ from flows.data.fetch import fetch_version
 from flows.data.recorded import dataset_of
 from flows.lineage.record import DomainRecord, domain_records, verify_files, withdrawal_of
 from flows.machine import surroundings
+from flows.params import recorded_settings
 from flows.project import Project
-from flows.settings import Settings, recorded_settings
+from flows.settings import Settings
 from flows.step.resolve import Step, step_on
 from flows.step.work import prune_domain
 from flows.workspace import exclusive
@@ -145,7 +146,7 @@ def _from_data(
             key=record["key"],
             earlier=tuple(entries[: place - 1]),
         )
-        yield replace(then, prune=settings.prune if place == len(entries) else cheap), step
+        yield then.model_copy(update={"prune": settings.prune if place == len(entries) else cheap}), step
         parent = step.out
 
 

@@ -21,9 +21,10 @@ import pytest
 from flows.data.dvc import add_and_commit, init_repository
 from flows.models.base import BaseModel
 from flows.models.check import base_fingerprint
+from flows.params import load_settings
 from flows.project import Project, open_project
 from flows.registry.registry import Registry
-from flows.settings import Settings, load_settings
+from flows.settings import Settings
 from flows.step.register import register_root
 from flows.workspace import Workspace, open_workspace
 

@@ -17,7 +17,8 @@ import pytest
 from copal.errors import CopalError, DataError
 from flows import cli
 from flows.cli import main, watch_forever
-from flows.settings import Settings, load_settings
+from flows.params import load_settings
+from flows.settings import Settings
 from flows.start.init import default_params, model_name_for
 from flows.workspace import open_workspace
 

@@ -17,7 +17,7 @@ from copal.streaming import compute_dtype
 from flows.cli import main
 from flows.data.dvc import add_and_commit
 from flows.models.base import BaseModel
-from flows.settings import load_settings
+from flows.params import load_settings
 from flows.start.domains import build_domain
 
 pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("prefect")]

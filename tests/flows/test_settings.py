@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from flows.init import default_params
 
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import DataError, SettingsError
+from flows.params import load_settings, recorded_settings
 from flows.settings import (
+    DomainSettings,
     GateSettings,
+    LedgerSettings,
     ModelSettings,
     RegistrySettings,
     RunSettings,
@@ -18,7 +22,6 @@ from flows.settings import (
     SigningSettings,
     WatchSettings,
     check_domain_name,
-    load_settings,
     without_secrets,
 )
 from flows.workspace import Workspace, WorkspaceError, open_workspace
@@ -26,8 +29,8 @@ from flows.workspace import Workspace, WorkspaceError, open_workspace
 
 @pytest.fixture(autouse=True)
 def _no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COPAL_REGISTRY_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("COPAL_REGISTRY_URI", "MLFLOW_TRACKING_URI", "COPAL_LEDGER_URI"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -40,7 +43,10 @@ def _load(params: Path, text: str) -> Settings:
     return load_settings(params)
 
 
-@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "model:\ndomains:\nbenchmark: {anything: [1, 2]}\n"])
+NULLS = "".join(f"{section}:\n" for section in Settings.model_fields)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "model:\ndomains:\n", NULLS])
 def test_what_is_left_out_has_its_default(params: Path, text: str) -> None:
     assert _load(params, text) == Settings()
 
@@ -48,6 +54,12 @@ def test_what_is_left_out_has_its_default(params: Path, text: str) -> None:
 def test_the_repository_ships_every_setting_at_its_default() -> None:
     settings = load_settings(Path(__file__).parents[2] / "params.yaml")
     assert settings == Settings(model=ModelSettings(name="copal-demo"))
+
+
+def test_every_setting_stands_in_a_new_params_file_with_its_default() -> None:
+    import yaml
+
+    assert yaml.safe_load(default_params("copal")) == Settings().as_dict()
 
 
 def test_every_setting_is_read(params: Path) -> None:
@@ -63,6 +75,7 @@ def test_every_setting_is_read(params: Path) -> None:
         watch: {repository: ../data, branch: release/1, interval: 5, cron: "*/15 7-19,22 * jan,Mar-12 mon-fri/2"}
         run: {lease: 30, time_limit: 3600}
         registry: {uri: "http://localhost:5000"}
+        ledger: {uri: "postgresql+psycopg2://copal@db/copal"}
         signing: {key: keys/private.pem, public_key: ~/public.pem}
         """,
     )
@@ -72,15 +85,21 @@ def test_every_setting_is_read(params: Path) -> None:
             window_length=64, windows=4, evaluation_windows=8, evaluation_share=0.5, seed=3, storage="compact"
         ),
         prune=PruneConfig(sparsity=0.25, criterion="gradient", rounds=(0.5, 1.0), iterations=2, damping=0.1),
-        weights={"legal": 2.0, "code": 0.5, "medical": 1.0},
+        domains={
+            "legal": DomainSettings(weight=2.0),
+            "code": DomainSettings(weight=0.5),
+            "medical": DomainSettings(weight=1.0),
+        },
         gates=GateSettings(forgetting=0.5, champion=None, dense=3, improvement=False, generation=False, promote="auto"),
         watch=WatchSettings(
             repository="../data", branch="release/1", interval=5, cron="*/15 7-19,22 * jan,Mar-12 mon-fri/2"
         ),
         run=RunSettings(lease=30, time_limit=3600),
         registry=RegistrySettings(uri="http://localhost:5000"),
+        ledger=LedgerSettings(uri="postgresql+psycopg2://copal@db/copal"),
         signing=SigningSettings(key="keys/private.pem", public_key="~/public.pem"),
     )
+    assert settings.weights == {"legal": 2.0, "code": 0.5, "medical": 1.0}
     assert settings.weight("legal") == 2.0
     assert settings.weight("never-named") == 1.0
 
@@ -96,19 +115,26 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
     [
         ("prun: {sparsity: 0.5}", "prun is not a section"),
         ("1: {sparsity: 0.5}", "1 is not a section"),
-        ("prune: {sparsty: 0.5}", "prune.sparsty"),
+        ("benchmark: {windows: 2}", "benchmark is not a section; there are model, calibration, prune, domains, gates"),
+        ('"pr\\nune": {sparsity: 0.5}', "pr une is not a section"),
+        ("prune: {sparsty: 0.5}", "prune.sparsty is not a setting; prune has sparsity, criterion, rounds"),
+        ("gates: {1: 0.5}", "gates.1 is not a setting; gates has forgetting, champion"),
+        ("gates: 0.5", "gates must be a mapping"),
         ("prune: {1: 0.5, sparsty: 0.5}", "prune.1 is not a setting"),
         ("prune: 0.5", "prune must be a mapping"),
         ("prune: {sparsity: 1.0}", "prune.sparsity"),
         ("prune: {sparsity: half}", "prune.sparsity"),
         ("calibration: {windows: 0}", "calibration.windows"),
         ("calibration: {windows: true}", "calibration.windows"),
+        ("calibration: {windows: '5'}", "calibration.windows"),
         ("calibration: {storage: tiny}", "calibration.storage"),
         ("model: {dtype: float16}", "model.dtype"),
         ("model: {processes: 0}", "model.processes"),
         ("model: {processes: two}", "model.processes"),
         ("model: {batch: 1.5}", "model.batch"),
         ("model: {batch: true}", "model.batch"),
+        ("model: {batch: '5'}", "model.batch must be a whole number of at least 1, not '5'"),
+        ("model: {batch: null}", "model.batch"),
         ("model: {name: a/b}", "model.name"),
         ("model: {name: 7}", "model.name"),
         ("model: {name: ''}", "model.name"),
@@ -124,16 +150,32 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("gates: {champion: -0.1}", "gates.champion"),
         ("gates: {dense: .nan}", "gates.dense"),
         ("gates: {dense: true}", "gates.dense"),
+        ("gates: {dense: '2'}", "gates.dense must be a finite number above 0 or null, not '2'"),
         ("gates: {improvement: 1}", "gates.improvement"),
         ("gates: {generation: null}", "gates.generation"),
         ("gates: {promote: yes}", "gates.promote"),
-        ("gates: {sparsity: 0.5}", "gates.sparsity"),
+        ("gates: {sparsity: 0.5}", "gates.sparsity is not a setting; gates has forgetting, champion"),
         ("run: {lease: 0.5}", "run.lease"),
         ("run: {lease: soon}", "run.lease"),
         ("run: {time_limit: 0}", "run.time_limit"),
         ("signing: {key: 1}", "signing.key"),
         ("signing: {public_key: ' '}", "signing.public_key"),
         ("registry: {uri: ''}", "registry.uri"),
+        *(
+            (f"ledger: {{uri: {uri}}}", "ledger.uri must be the URL of an SQLite file")
+            for uri in (
+                "7",
+                "''",
+                "ledger.db",
+                "http://db",
+                "mysql://u:secret@db/copal",
+                "postgres://u:secret@db/copal",
+                "'sqlite://'",
+                "'sqlite:///:memory:'",
+                "'sqlite:///file:ledger?mode=memory&uri=true'",
+            )
+        ),
+        ("registry: {uri: http://mlflow}", "ledger.uri must be set"),
         ("domains: [legal]", "domains must be a mapping"),
         ("domains: {legal: 2.0}", "domains.legal must be a mapping"),
         ("domains: {legal: {wieght: 2.0}}", "domains.legal.wieght"),
@@ -142,6 +184,9 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("domains: {legal: {weight: true}}", "domains.legal.weight"),
         ("domains: {Legal: {weight: 2.0}}", "domains: 'Legal' cannot name a domain"),
         ("domains: {2024: {weight: 2.0}}", "domains: 2024 cannot name a domain"),
+        ("model: {batch: 1}\nmodel: {batch: 2}", "model stands there twice, again in line 2"),
+        ("gates:\n  dense: 3\n  champion: 1\n  dense: 4", "dense stands there twice, again in line 4"),
+        ("domains:\n  legal: {weight: 1.0, weight: 2.0}", "weight stands there twice, again in line 2"),
         ("- model", "must be a mapping of sections"),
         ("model: {name: [}", "is not YAML"),
         ("since: 2024-13-45", "is not YAML"),
@@ -153,6 +198,7 @@ def test_bad_settings_name_file_and_setting_in_one_line(params: Path, text: str,
     assert str(caught.value).startswith(f"{params}: ")
     assert names in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_named(params: Path) -> None:
@@ -164,7 +210,7 @@ def test_a_file_that_cannot_be_read_is_named(params: Path) -> None:
 
 
 def test_the_environment_goes_before_the_file(params: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "registry: {uri: 'sqlite:///file.db'}"
+    text = "registry: {uri: 'sqlite:///file.db'}\nledger: {uri: 'sqlite:///ledger.db'}"
     assert _load(params, text).registry.uri == "sqlite:///file.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")
     assert _load(params, text).registry.uri == "http://mlflow"
@@ -172,6 +218,52 @@ def test_the_environment_goes_before_the_file(params: Path, monkeypatch: pytest.
     assert _load(params, text).registry.uri == "http://copal"
     monkeypatch.setenv("COPAL_REGISTRY_URI", "")  # set to nothing is not set
     assert _load(params, text).registry.uri == "http://mlflow"
+    assert _load(params, text).ledger.uri == "sqlite:///ledger.db"
+    monkeypatch.setenv("COPAL_LEDGER_URI", "postgresql://db/copal")
+    assert _load(params, text).ledger.uri == "postgresql://db/copal"
+    monkeypatch.setenv("COPAL_LEDGER_URI", "mysql://me:secret@db/copal")
+    with pytest.raises(SettingsError, match=r"params\.yaml: COPAL_LEDGER_URI must be the URL") as caught:
+        _load(params, text)
+    assert "secret" not in str(caught.value)
+    # A record holds what was, whatever the environment is now.
+    assert (
+        recorded_settings({"registry": {"uri": "sqlite:///then.db"}}, "version 2").registry.uri == "sqlite:///then.db"
+    )
+
+
+@pytest.mark.parametrize(
+    "registry", ["http://127.0.0.1:5000", "https://a:secret@mlflow", "postgresql://m:se/cret@db/mlflow", "databricks"]
+)
+def test_a_registry_that_hosts_share_needs_a_ledger_that_is_named(
+    params: Path, monkeypatch: pytest.MonkeyPatch, registry: str
+) -> None:
+    with pytest.raises(SettingsError, match=r"ledger\.uri must be set, for registry\.uri names a store") as caught:
+        _load(params, f"registry: {{uri: '{registry}'}}")
+    assert "COPAL_LEDGER_URI" in str(caught.value)
+    assert "cret" not in str(caught.value)
+    assert _load(params, f"registry: {{uri: '{registry}'}}\nledger: {{uri: 'postgresql://db/copal'}}")
+    for variable in ("MLFLOW_TRACKING_URI", "COPAL_REGISTRY_URI"):  # the message says where the server comes from
+        monkeypatch.setenv(variable, registry)
+        with pytest.raises(SettingsError, match=f"for {variable} names a store"):
+            _load(params, "")
+    monkeypatch.setenv("COPAL_LEDGER_URI", "sqlite:////srv/ledger.db")
+    assert _load(params, "").ledger.uri == "sqlite:////srv/ledger.db"
+
+
+@pytest.mark.parametrize(
+    "registry", ["sqlite:///a.db", "sqlite+pysqlite:////a.db", "file:///mlruns", "/srv/a:b/mlruns"]
+)
+def test_a_registry_in_files_of_this_machine_needs_no_other_ledger(params: Path, registry: str) -> None:
+    assert _load(params, f"registry: {{uri: '{registry}'}}").ledger.uri is None
+
+
+def test_settings_do_not_show_the_passwords_they_hold(params: Path) -> None:
+    settings = _load(
+        params,
+        "registry: {uri: 'http://me:secret@mlflow'}\nledger: {uri: 'postgresql://me:secret@db/copal'}\n"
+        "watch: {repository: 'https://me:secret@git/data'}",
+    )
+    assert "secret" not in repr(settings)
 
 
 def test_the_fingerprint_is_of_what_alters_a_version_and_of_nothing_else(params: Path) -> None:
@@ -181,9 +273,8 @@ def test_the_fingerprint_is_of_what_alters_a_version_and_of_nothing_else(params:
         "calibration: {evaluation_windows: 32}",
         "domains: {legal: {weight: 1.0}}",
         "watch: {repository: elsewhere, branch: main, interval: 1}",
-        "registry: {uri: 'http://mlflow'}",
+        "registry: {uri: 'http://mlflow'}\nledger: {uri: 'postgresql://db/copal'}",
         "gates: {forgetting: 0.01, promote: auto}",
-        "benchmark: {x: 1}",
     ):
         assert _load(params, same).fingerprint() == base, same
     different = (
@@ -223,6 +314,13 @@ def test_a_workspace_knows_its_places(tmp_path: Path) -> None:
     assert load_settings(workspace.params) == Settings()
     assert workspace.registry_uri(Settings()) == f"sqlite:///{tmp_path}/.copal/mlflow.db"
     assert workspace.registry_uri(Settings(registry=RegistrySettings(uri="http://mlflow"))) == "http://mlflow"
+    assert workspace.ledger_uri(Settings()) == f"sqlite:///{tmp_path}/.copal/ledger.db"
+    for uri, of_this in (
+        ("sqlite:///.copal/other.db", f"sqlite:///{tmp_path}/.copal/other.db"),
+        ("sqlite:////srv/ledger.db", "sqlite:////srv/ledger.db"),
+        ("postgresql://db/copal", "postgresql://db/copal"),
+    ):
+        assert workspace.ledger_uri(Settings(ledger=LedgerSettings(uri=uri))) == of_this
     for place in (workspace.artifacts, workspace.runs, workspace.cache, workspace.lock):
         assert place.parent == workspace.private == tmp_path / ".copal"
     assert not workspace.private.exists()  # opening writes nothing
@@ -257,6 +355,8 @@ def test_settings_import_nothing_heavy() -> None:
         ("fatal: 'https://se@cret@a.org/x' and http://secret@b.org", "fatal: 'https://a.org/x' and http://b.org"),
         ("ssh://git:secret@example.org/data.git", "ssh://git@example.org/data.git"),
         ("postgresql+psycopg2://mlflow:secret@db/mlflow", "postgresql+psycopg2://mlflow@db/mlflow"),
+        ("postgresql://copal:a/b?c#d@db:5432/copal", "postgresql://copal@db:5432/copal"),
+        ("postgresql://db:5432/mlflow", "postgresql://db:5432/mlflow"),
         ("postgresql://db/mlflow?user=a&password=secret&x=1", "postgresql://db/mlflow?user=a&password=...&x=1"),
         ("git@example.org:data.git", "git@example.org:data.git"),
         ("s3://bucket/a@b", "s3://bucket/a@b"),

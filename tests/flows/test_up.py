@@ -26,8 +26,9 @@ import yaml
 from flows import launch
 from flows.cli import main
 from flows.data.dataset import MissingDataError
+from flows.params import load_settings
 from flows.registry.claims import claimed
-from flows.settings import WatchSettings, load_settings
+from flows.settings import WatchSettings
 from flows.stack.deployments import prefect_file, render_prefect_file
 from flows.stack.prefect_server import UpError
 from flows.stack.state import Process, is_up, read_stack
@@ -199,6 +200,7 @@ def test_up_deploys_the_flows_with_pools_limits_schedules_and_a_trigger(stack: R
         assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
         assert found["job_variables"]["env"]["CUDA_VISIBLE_DEVICES"] == devices
         assert found["job_variables"]["env"]["COPAL_REGISTRY_URI"].startswith("http://127.0.0.1:")
+        assert found["job_variables"]["env"]["COPAL_LEDGER_URI"] == f"sqlite:///{stack.bench.root}/.copal/ledger.db"
         assert stack.call(f"/work_pools/{pool}", method="GET")["type"] == "process"
     for name in ("promote", "rollback", "audit"):
         found = stack.deployment(name)
@@ -206,6 +208,7 @@ def test_up_deploys_the_flows_with_pools_limits_schedules_and_a_trigger(stack: R
         assert found["parameters"] == {"workspace": str(stack.bench.root)}
         assert found["job_variables"]["env"]["CUDA_VISIBLE_DEVICES"] == ""
         assert found["job_variables"]["env"]["COPAL_REGISTRY_URI"].startswith("http://127.0.0.1:")
+        assert found["job_variables"]["env"]["COPAL_LEDGER_URI"] == f"sqlite:///{stack.bench.root}/.copal/ledger.db"
     (schedule,) = stack.deployment("watch")["schedules"]
     assert schedule["schedule"]["interval"] == INTERVAL
     (daily,) = stack.deployment("audit")["schedules"]
@@ -533,6 +536,21 @@ def test_a_cron_expression_goes_before_the_interval(bench) -> None:
     watch, adapt, *others = yaml.safe_load(text)["deployments"]
     assert watch["schedules"] == [{"cron": "0 3 * * 1-5"}]
     assert [other["name"] for other in others] == ["promote", "rollback", "audit"]
-    assert "COPAL_REGISTRY_URI" not in adapt["work_pool"]["job_variables"]["env"]
+    assert {"COPAL_REGISTRY_URI", "COPAL_LEDGER_URI"}.isdisjoint(adapt["work_pool"]["job_variables"]["env"])
     assert "CUDA_VISIBLE_DEVICES" not in adapt["work_pool"]["job_variables"]["env"]
     assert WatchSettings().cron is None
+
+
+@pytest.mark.parametrize("ledger", [None, "postgresql://copal:secret@db/copal"])
+def test_deployments_name_the_ledger_of_the_workspace_and_no_password(bench, ledger: str | None) -> None:
+    with bench.workspace.params.open("a") as params:
+        params.write(f"ledger: {{uri: {ledger or 'null'}}}\n")
+    settings = load_settings(bench.workspace.params)
+    server = "http://127.0.0.1:5000"
+    text = render_prefect_file(prefect_file(), bench.workspace, settings, registry=server, devices=None)
+    assert "secret" not in text
+    for deployment in yaml.safe_load(text)["deployments"]:
+        found = deployment["work_pool"]["job_variables"]["env"]
+        assert found["COPAL_REGISTRY_URI"] == server
+        of_workspace = f"sqlite:///{bench.root}/.copal/ledger.db"
+        assert found.get("COPAL_LEDGER_URI") == (of_workspace if ledger is None else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -83,7 +82,7 @@ def test_a_process_that_the_system_killed_is_no_bug_and_another_death_is_one():
 def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    three = replace(TWO, model=replace(TWO.model, processes=3))
+    three = Settings(model=ModelSettings(processes=3, dtype="float32"))
     with pytest.raises(SettingsError, match=r"model\.processes is 3.* 2 GPUs"):
         worker.evaluate_in_processes(tmp_path / "run", three, [], {}, silent)
     assert not list(tmp_path.iterdir())

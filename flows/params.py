@@ -1,0 +1,128 @@
+"""params.yaml and the environment -> `flows.settings.Settings`; what is wrong with them, in one line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from copal.errors import SettingsError
+from flows.settings import DomainSettings, LedgerSettings, RegistrySettings, Settings, without_secrets
+
+__all__ = ["load_settings", "recorded_settings"]
+
+_T = TypeVar("_T")
+
+
+def load_settings(params: Path) -> Settings:
+    """Read params.yaml; what it leaves out has its default. `COPAL_REGISTRY_URI`, else `MLFLOW_TRACKING_URI`, goes
+    before `registry.uri`, and `COPAL_LEDGER_URI` before `ledger.uri`.
+
+    Raises:
+        SettingsError: the file cannot be read, or a setting is unknown, of the wrong type or out of range. Names both.
+            Or the registry is on a server and no ledger is named.
+    """
+    return _named(params, lambda: _with_environment(_settings(_read(params))))
+
+
+def recorded_settings(values: Mapping[str, Any], where: str) -> Settings:
+    """The settings that a record holds, checked as those of params.yaml are. The environment does not alter them.
+
+    Raises:
+        SettingsError: as `load_settings`; names `where`.
+    """
+    return _named(where, lambda: _settings(values))
+
+
+def _named(where: Path | str, read: Callable[[], Settings]) -> Settings:
+    try:
+        return read()
+    except SettingsError as error:
+        raise SettingsError(" ".join(f"{where}: {error}".splitlines())) from error  # a key may have two lines
+
+
+def _read(params: Path) -> dict[Any, Any] | None:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        content = YAML(typ="safe", pure=True).load(params.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"is not UTF-8 (byte {error.start})") from error
+    except DuplicateKeyError as error:  # its own words hold both values, one of which may hold a password
+        key = re.sub(r'found duplicate key "(.*?)" with value .*', r"\1", " ".join(error.problem.split()))
+        line = error.problem_mark.line + 1
+        raise SettingsError(f"{key} stands there twice, again in line {line}: keep one") from None
+    except (YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise SettingsError(f"is not YAML: {without_secrets(' '.join(str(error).split()))}") from None
+    if content is not None and not isinstance(content, dict):  # None: nothing but comments
+        sections = ", ".join(Settings.model_fields)
+        raise SettingsError(f"must be a mapping of sections ({sections}), not {type(content).__name__}")
+    return content
+
+
+def _settings(content: Mapping[Any, Any] | None) -> Settings:
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise SettingsError(_line(error)) from error
+
+
+def _line(error: ValidationError) -> str:
+    """What is wrong with the first of the settings that are, and what would be right."""
+    first = error.errors(include_url=False)[0]
+    *section, name = path = [str(part) for part in first["loc"]]
+    setting = ".".join(path)
+    if first["type"] in ("extra_forbidden", "invalid_key"):  # YAML reads `1:` as a number
+        if not section:
+            return f"{name} is not a section; there are {', '.join(Settings.model_fields)}"
+        known = DomainSettings if section[0] == "domains" else type(getattr(Settings(), section[0]))
+        return f"{setting} is not a setting; {'.'.join(section)} has {', '.join(known.model_fields)}"
+    if first["type"] == "model_type":
+        return f"{setting} must be a mapping of settings, not {first['input']!r}"
+    if first["type"] == "dict_type":
+        return f"{setting} must be a mapping of domain names, not {first['input']!r}"
+    return f"{setting} {first['msg']}"
+
+
+def _with_environment(settings: Settings) -> Settings:
+    """The settings with what the environment says, which may name a registry that needs a ledger of its own.
+
+    Raises:
+        SettingsError: two hosts would have one registry, and a ledger each; or a variable is no such URL.
+    """
+    variable = next((name for name in ("COPAL_REGISTRY_URI", "MLFLOW_TRACKING_URI") if os.environ.get(name)), None)
+    if variable:
+        settings = settings.model_copy(update={"registry": _of_variable(RegistrySettings, variable)})
+    if os.environ.get("COPAL_LEDGER_URI"):
+        settings = settings.model_copy(update={"ledger": _of_variable(LedgerSettings, "COPAL_LEDGER_URI")})
+    if settings.ledger.uri is None and _is_remote(settings.registry.uri):
+        shown = without_secrets(str(settings.registry.uri))
+        raise SettingsError(
+            f"ledger.uri must be set, for {variable or 'registry.uri'} names a store that other hosts share ({shown}), "
+            "and without it each host would have a ledger of its own: set ledger.uri or COPAL_LEDGER_URI to "
+            "postgresql://USER@HOST/DATABASE, or for one host alone to sqlite:///.copal/ledger.db"
+        )
+    return settings
+
+
+def _of_variable(kind: type[_T], variable: str) -> _T:
+    try:
+        return kind(uri=os.environ[variable])  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise SettingsError(f"{variable} {error.errors()[0]['msg']}") from error
+
+
+def _is_remote(uri: str | None) -> bool:
+    """Whether MLflow finds the store `uri` elsewhere than in a file or folder of this machine."""
+    if uri is None:
+        return False
+    scheme = re.match(r"[A-Za-z0-9.-]+(?=[+:])", uri)
+    return uri == "databricks" or (scheme is not None and scheme[0] not in ("sqlite", "file"))
