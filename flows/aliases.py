@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from copal.errors import CopalError
 from flows import log
 from flows.claims import ALIASES, claimed
-from flows.log import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias
+from flows.log import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias, who_text
 from flows.registry import AliasMovedError, LogMovedError
 
 if TYPE_CHECKING:
@@ -258,8 +258,8 @@ def _check_first(registry: Registry, entries: Sequence[Entry], seen: int) -> Non
     moves = alias_moves(entries, CHAMPION)
     if len(moves) != seen:
         raise AliasMovedError(
-            f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1]['to'])} by {moves[-1]['who']} "
-            "in the meantime; look at it, then try again"
+            f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1]['to'])} in the meantime by "
+            f"{who_text(moves[-1]['who'])}; look at it, then try again"
         )
 
 

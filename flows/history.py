@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError
 from flows.lineage import record_digest
-from flows.log import CHAMPION, gates_entry
+from flows.log import CHAMPION, gates_entry, who_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -275,4 +275,4 @@ def log_text(entry: Mapping[str, Any]) -> str:
     }.get(entry["kind"], entry["kind"])
     before = f" from version {entry['from']}" if entry["from"] is not None else ""
     why = f": {entry['why']}" if entry["why"] else ""
-    return f"{what}{before}, {entry['when']}, by {entry['who']}{why}"
+    return f"{what}{before}, {entry['when']}, by {who_text(entry['who'])}{why}"

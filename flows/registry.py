@@ -43,7 +43,7 @@ from flows.lineage import (
     withdrawal_of,
     write_record,
 )
-from flows.log import anchor_of, chain_problems, next_entry
+from flows.log import anchor_of, log_problems, next_entry, writer
 from flows.settings import without_secrets
 from flows.signing import check_key, sign
 
@@ -547,7 +547,7 @@ class Registry:
             RegistryError: it cannot be read.
         """
         entries, anchor = self.log_as_stored()
-        problems = chain_problems(entries, anchor, self._valid)
+        problems = log_problems(entries, anchor, self._valid)
         if problems:
             raise LineageError(f"the log of {self.model_name}: {problems[0]}")
         return entries
@@ -601,6 +601,7 @@ class Registry:
                 entry = next_entry(
                     entries,
                     kind=kind,
+                    who=writer(None),
                     version=version,
                     from_version=from_version,
                     to_version=to_version,

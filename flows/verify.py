@@ -16,7 +16,7 @@ from copal.errors import CopalError
 from copal.files import json_text, sha256_file
 from flows.aliases import named, unsettled
 from flows.lineage import RECORD_FILE, SIGNATURE_FILE, LineageError, domain_records, read_record, verify_files
-from flows.log import CHALLENGER, CHAMPION, chain_problems, logged_alias
+from flows.log import CHALLENGER, CHAMPION, log_problems, logged_alias
 from flows.registry import ModelVersion, Registry, RegistryError, tags_of
 from flows.settings import exclusive
 from flows.signing import signature_problem
@@ -88,8 +88,8 @@ def verify(
     checked.append(f"{ancestors} ancestors")
     try:
         entries, anchor = registry.log_as_stored()
-        found = chain_problems(entries, anchor)
-        findings += found or _log_problems(registry, entries)
+        found = log_problems(entries, anchor)
+        findings += found or _shown_otherwise(registry, entries)
         checked.append(f"{len(entries)} log entries")
     except RegistryError as error:
         findings.append(f"log: {error}")
@@ -171,7 +171,7 @@ def _ancestry_problems(
     return count, findings
 
 
-def _log_problems(registry: Registry, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _shown_otherwise(registry: Registry, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Where the registry shows what a whole log does not tell: entries were cut off, or somebody moved an alias."""
     versions = registry.versions()
     purged = {number for entry in entries if entry["kind"] == "purge" for number in entry["details"]["deleted"]}

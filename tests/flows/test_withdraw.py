@@ -17,7 +17,7 @@ from flows.cli import main
 from flows.datasets import fetch
 from flows.gc import collect
 from flows.lineage import verify_files, withdrawal_of
-from flows.log import chain_problems
+from flows.log import log_problems
 from flows.reconcile import plan
 from flows.run import finish, plain_stages, run_step, run_withdrawal
 from flows.stages import NoBaseError, WithdrawError
@@ -40,7 +40,7 @@ def pending(bench) -> list[str]:
 
 def told(bench) -> list[dict]:
     """The log without the gates."""
-    assert chain_problems(*bench.registry.log_as_stored()) == []
+    assert log_problems(*bench.registry.log_as_stored()) == []
     return [entry for entry in bench.registry.log() if entry["kind"] != "gates"]
 
 
