@@ -258,8 +258,8 @@ def _check_first(registry: Registry, entries: Sequence[Entry], seen: int) -> Non
     moves = alias_moves(entries, CHAMPION)
     if len(moves) != seen:
         raise AliasMovedError(
-            f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1]['to'])} in the meantime by "
-            f"{who_text(moves[-1]['who'])}; look at it, then try again"
+            f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1]['to'])} by "
+            f"{who_text(moves[-1]['who'])} in the meantime; look at it, then try again"
         )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "KINDS",
     "SCHEMA",
     "alias_moves",
+    "anchor_at",
     "anchor_of",
     "anchor_problems",
     "chain_problems",
@@ -99,9 +100,14 @@ def who_text(who: Mapping[str, str | None]) -> str:
     return person if who["role"] is None else f"role {who['role']} ({person})"
 
 
-def anchor_of(entries: Sequence[Mapping[str, Any]]) -> str:
+def anchor_of(entries: Sequence[Entry]) -> str:
     """What the registry keeps of the log: the number and the digest of its newest entry; "" of an empty one."""
-    return f"{len(entries)} {fingerprint(entries[-1])}" if entries else ""
+    return anchor_at(entries[-1]) if entries else ""
+
+
+def anchor_at(entry: Entry) -> str:
+    """The anchor of a log whose newest entry is `entry`."""
+    return f"{entry['number']} {fingerprint(entry)}"
 
 
 def anchor_problems(entries: Sequence[Any], anchor: str) -> list[str]:
