@@ -30,7 +30,7 @@ __all__ = ["ALIASES", "LINEAGE", "Claim", "holding"]
 
 LINEAGE, ALIASES = "lineage", "aliases"  # what a claim is on; who holds both took the lineage first
 
-_POLL = 0.5  # seconds between two looks at a claim that somebody else holds
+_POLL = 0.02, 0.5  # seconds between the first two looks at a claim that somebody else holds, and at most
 _WAITS_QUIETLY = 2.0  # seconds after which a wait is worth a word
 _END_WAIT = 5.0  # seconds that freeing a claim may take before the process goes on without
 
@@ -159,7 +159,7 @@ def holding(place: Place, what: str, lease: float, tell: Callable[[str], None] |
 
 def _take(place: Place, what: str, lease: float, tell: Callable[[str], None] | None) -> Claim:
     began, told = time.monotonic(), tell is None
-    pause = threading.Event()
+    pause, wait = threading.Event(), _POLL[0]
     while True:
         before = look(place)
         dead = before is not None and not before.over and before.is_dead()
@@ -173,4 +173,5 @@ def _take(place: Place, what: str, lease: float, tell: Callable[[str], None] | N
             assert tell is not None
             tell(f"waiting for {before}, which works on {place.lineage}")
             told = True
-        pause.wait(_POLL)
+        pause.wait(wait)
+        wait = min(2 * wait, _POLL[1])
