@@ -13,10 +13,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench soak constraints clean distclean
+.PHONY: help demo test test-stack check bench soak constraints clean distclean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## the main job on a real language model and three domains, in .demo/
 	$(BIN)/copal demo
@@ -32,6 +32,9 @@ check: $(STAMP) ## lint, format, types and the direction of imports
 
 bench: $(STAMP) ## what a step costs, as ratios; fails where one is past its limit
 	$(BIN)/python tests/bench/cost.py
+
+test-stack: $(STAMP) ## the tests that need PostgreSQL (on Debian and Ubuntu: apt-get install postgresql)
+	$(BIN)/python -m pytest -m team
 
 soak: $(STAMP) ## the long tests
 	$(BIN)/python -m pytest -m soak

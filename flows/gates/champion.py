@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from copal.errors import CopalError
 from flows.lineage import entries as log
-from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias
+from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias, who_text
 from flows.project import Project, append_log, hold_aliases, read_log
 from flows.registry.registry import AliasMovedError, LogMovedError
 
@@ -270,8 +270,8 @@ def _check_first(registry: Registry, entries: Sequence[Entry], seen: int) -> Non
     moves = alias_moves(entries, CHAMPION)
     if len(moves) != seen:
         raise AliasMovedError(
-            f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1]['to'])} by {moves[-1]['who']} "
-            "in the meantime; look at it, then try again"
+            f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1]['to'])} by "
+            f"{who_text(moves[-1]['who'])} in the meantime; look at it, then try again"
         )
 
 

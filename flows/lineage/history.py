@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError
-from flows.lineage.entries import CHAMPION, gates_entry
+from flows.lineage.entries import CHAMPION, gates_entry, who_text
 
 if TYPE_CHECKING:
     pass
@@ -209,4 +209,4 @@ def log_text(entry: Mapping[str, Any]) -> str:
     }.get(entry["kind"], entry["kind"])
     before = f" from version {entry['from']}" if entry["from"] is not None else ""
     why = f": {entry['why']}" if entry["why"] else ""
-    return f"{what}{before}, {entry['when']}, by {entry['who']}{why}"
+    return f"{what}{before}, {entry['when']}, by {who_text(entry['who'])}{why}"

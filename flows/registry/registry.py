@@ -29,7 +29,7 @@ from urllib.parse import unquote, urlsplit
 
 from copal.errors import CopalError
 from copal.files import flush, json_text, sha256_file, write_json
-from flows.lineage.entries import anchor_of, chain_problems, next_entry
+from flows.lineage.entries import anchor_of, log_problems, next_entry, writer
 from flows.lineage.record import (
     CONTRIBUTION_FOLDER,
     RECORD_FILE,
@@ -548,7 +548,7 @@ class Registry:
             RegistryError: it cannot be read.
         """
         entries, anchor = self.log_as_stored()
-        problems = chain_problems(entries, anchor, self._valid)
+        problems = log_problems(entries, anchor, self._valid)
         if problems:
             raise LineageError(f"the log of {self.model_name}: {problems[0]}")
         return entries
@@ -602,6 +602,7 @@ class Registry:
                 entry = next_entry(
                     entries,
                     kind=kind,
+                    who=writer(None),
                     version=version,
                     from_version=from_version,
                     to_version=to_version,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from copal.errors import CopalError
 from copal.files import json_text, sha256_file
 from flows.gates.champion import named, unsettled
-from flows.lineage.entries import CHALLENGER, CHAMPION, chain_problems, logged_alias
+from flows.lineage.entries import CHALLENGER, CHAMPION, log_problems, logged_alias
 from flows.lineage.record import RECORD_FILE, SIGNATURE_FILE, LineageError, domain_records, read_record, verify_files
 from flows.lineage.signing import signature_problem
 from flows.project import Project
@@ -88,8 +88,8 @@ def verify(project: Project, version: ModelVersion, *, data: bool = True) -> Ver
     checked.append(f"{ancestors} ancestors")
     try:
         entries, anchor = registry.log_as_stored()
-        found = chain_problems(entries, anchor)
-        findings += found or _log_problems(project, entries)
+        found = log_problems(entries, anchor)
+        findings += found or _shown_otherwise(project, entries)
         checked.append(f"{len(entries)} log entries")
     except RegistryError as error:
         findings.append(f"log: {error}")
@@ -171,7 +171,7 @@ def _ancestry_problems(
     return count, findings
 
 
-def _log_problems(project: Project, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _shown_otherwise(project: Project, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Where the registry shows what a whole log does not tell: entries were cut off, or somebody moved an alias."""
     registry = project.registry
     versions = registry.versions()

@@ -9,6 +9,7 @@ from typing import Any
 from flows.lineage.entries import next_entry
 from flows.lineage.record import DomainRecord, build_record, record_digest
 
+ADA = {"role": None, "user": "ada", "host": "host"}
 SETTINGS = {"prune": {"sparsity": 0.5, "rounds": [0.6, 1.0]}, "calibration": {"windows": 24}}
 
 
@@ -98,8 +99,8 @@ def a_history(steps: Sequence[Mapping[str, Any]], model: str = "tiny") -> dict[s
 
 def log(history: dict[str, Any], kind: str, when: str, **more: Any) -> None:
     """Append an entry of that time to the history's log."""
-    entry = next_entry(history["log"], kind=kind, details=more.pop("details", {"alias": "champion"}), **more)
-    history["log"].append(entry | {"when": when, "who": "ada@host"})
+    entry = next_entry(history["log"], kind=kind, who=ADA, details=more.pop("details", {"alias": "champion"}), **more)
+    history["log"].append(entry | {"when": when})
 
 
 def gates(history: dict[str, Any], version: int, **passed: bool) -> None:

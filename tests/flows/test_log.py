@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
+import getpass
 import json
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flows.lineage.entries import KINDS, anchor_of, chain_problems, next_entry
+from flows.lineage.entries import (
+    KINDS,
+    anchor_of,
+    anchor_problems,
+    log_problems,
+    next_entry,
+    not_anchored,
+    who_text,
+    writer,
+)
 from flows.lineage.record import LineageError
 from flows.lineage.schema import schema_of
 from flows.registry.registry import Registry
@@ -19,16 +30,20 @@ def three() -> list[dict]:
     entries: list[dict] = []
     for number in (2, 3, 4):
         details = {"gates": [{"name": "sparsity", "passed": True, "value": 0.5}]}
-        entries.append(next_entry(entries, kind="gates", version=number, why="because", details=details))
+        entries.append(
+            next_entry(
+                entries, kind="gates", who=writer("copal_worker"), version=number, why="because", details=details
+            )
+        )
     return entries
 
 
 def test_a_whole_log_has_no_problems():
     entries = three()
-    assert chain_problems(entries, anchor_of(entries)) == []
-    assert chain_problems([], "") == []
+    assert log_problems(entries, anchor_of(entries)) == []
+    assert log_problems([], "") == []
     assert [entry["number"] for entry in entries] == [1, 2, 3]
-    assert "@" in entries[0]["who"]
+    assert entries[0]["who"] == {"role": "copal_worker", "user": getpass.getuser(), "host": socket.gethostname()}
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -38,15 +53,53 @@ def test_a_change_of_any_field_of_any_entry_is_seen(place, field):
     anchor = anchor_of(entries)
     altered = copy.deepcopy(entries)
     values = {"number": 7, "version": 9, "from": 1, "to": 1, "details": {"gates": []}, "kind": "purge", "why": None}
+    values["who"] = entries[place]["who"] | {"role": None}
     altered[place][field] = values.get(field, "another")
     assert altered != entries
-    assert chain_problems(altered, anchor)
+    assert log_problems(altered, anchor)
 
 
 @pytest.mark.parametrize("kept", [[], [0], [0, 1], [1, 2], [0, 2], [1, 0, 2], [0, 1, 2, 2]])
 def test_entries_that_are_missing_moved_or_doubled_are_seen(kept):
     entries = three()
-    assert chain_problems([entries[place] for place in kept], anchor_of(entries))
+    assert log_problems([entries[place] for place in kept], anchor_of(entries))
+
+
+def test_who_wrote_an_entry_in_words():
+    who = {"role": None, "user": "ada", "host": "host"}
+    assert who_text(who) == "ada@host"
+    assert who_text(who | {"role": "copal_promoter"}) == "role copal_promoter (ada@host)"
+
+
+@pytest.mark.parametrize("who", ["ada@host", {"user": "ada", "host": "host"}, {"role": "", "user": "a", "host": "h"}])
+def test_who_wrote_an_entry_has_a_fixed_form(who):
+    entry = three()[0] | {"who": who}
+    (problem,) = log_problems([entry], "")
+    assert problem.startswith("log entry 1: who")
+
+
+def test_entries_after_the_anchored_one_are_only_not_anchored_yet():
+    entries = three()
+    for place in range(4):
+        anchor = anchor_of(entries[:place])
+        assert anchor_problems(entries, anchor) == []
+        assert not_anchored(entries, anchor) == 3 - place
+
+
+def test_an_anchor_that_the_log_does_not_fit_is_seen():
+    entries = three()
+    anchor = anchor_of(entries)
+    (cut,) = anchor_problems(entries[:2], anchor)
+    assert cut == "the log has 2 entries, its anchor in the registry names entry 3: it was cut off"
+    (cut,) = anchor_problems([], anchor)
+    assert "has 0 entries" in cut
+    (rewritten,) = anchor_problems([*entries[:2], entries[2] | {"why": "another"}], anchor)
+    assert rewritten.startswith("log entry 3: is not the one that the anchor in the registry names")
+    assert anchor_problems([*entries[:2], None], anchor)
+    for broken in ("3", "many", f"0 {'0' * 64}", f"{anchor} ", f"-1 {'0' * 64}"):
+        (problem,) = anchor_problems(entries, broken)
+        assert "somebody altered it" in problem
+        assert not_anchored(entries, broken) == 3
 
 
 def test_the_registry_keeps_the_log_and_notices_what_was_altered(bench):
@@ -138,5 +191,5 @@ def test_the_published_schema_knows_every_kind_of_entry():
     assert schema_of("copal.log/1")["properties"]["kind"]["enum"] == list(KINDS)
     broken = three()
     broken[1]["kind"] = "party"
-    (problem, *_) = chain_problems(broken, anchor_of(broken))
+    (problem, *_) = log_problems(broken, anchor_of(broken))
     assert problem == ("log entry 2: kind must be one of gates, promotion, rollback, withdrawal and purge, not 'party'")

@@ -13,7 +13,7 @@ from toys import other_masks, weights
 from copal.errors import DataError, StateError
 from flows.cli import main
 from flows.data.fetch import fetch
-from flows.lineage.entries import chain_problems
+from flows.lineage.entries import log_problems
 from flows.lineage.record import verify_files, withdrawal_of
 from flows.pending.reconcile import plan
 from flows.pending.status import status
@@ -40,7 +40,7 @@ def pending(bench) -> list[str]:
 
 def told(bench) -> list[dict]:
     """The log without the gates."""
-    assert chain_problems(*bench.registry.log_as_stored()) == []
+    assert log_problems(*bench.registry.log_as_stored()) == []
     return [entry for entry in bench.registry.log() if entry["kind"] != "gates"]
 
 

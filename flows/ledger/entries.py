@@ -1,0 +1,68 @@
+"""The rows of the log: one an entry, numbered from 1 without gaps, only ever added."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, func, select
+
+from copal.config import canonical_json, fingerprint
+from flows.ledger.store import Store, inserting
+from flows.ledger.tables import entries
+
+__all__ = ["add", "read"]
+
+_GAP = 1000  # so many missing entries in a row are shown at most
+
+
+def read(connection: Connection, lineage: str) -> list[Any]:
+    """The log as it is stored; see `flows.ledger.Ledger.log_as_stored`."""
+    columns = entries.c.number, entries.c.digest, entries.c.document
+    query = select(*columns).where(entries.c.lineage == lineage).order_by(entries.c.number)
+    found: list[Any] = []
+    wanted = 1
+    for row in connection.execute(query):
+        found += [None] * min(row.number - wanted, _GAP)
+        found.append(_value(row))
+        wanted = row.number + 1
+    return found
+
+
+def add(store: Store, lineage: str, follow: Callable[[Sequence[Any], str | None], Mapping[str, Any]]) -> dict[str, Any]:
+    """Append the entry that `follow` makes of the log and of the role that the database knows this process by.
+
+    It is called again where another process got the number.
+    """
+    while True:
+        with store.writing() as connection:
+            entry = dict(follow(read(connection, lineage), _role(connection)))
+            row = {
+                "lineage": lineage,
+                "number": entry["number"],
+                "digest": fingerprint(entry),
+                "document": canonical_json(entry).decode(),
+            }
+            added = connection.execute(inserting(connection, entries).values(row).on_conflict_do_nothing())
+            if added.rowcount == 1:
+                break
+    return entry
+
+
+def _role(connection: Connection) -> str | None:
+    """Of whoever logged in to the server, whatever role was set since; SQLite knows none."""
+    if connection.dialect.name == "sqlite":
+        return None
+    return str(connection.scalar(select(func.session_user())))
+
+
+def _value(row: Row[Any]) -> Any:
+    """The entry; what is not as it was written comes as text, for whoever checks it."""
+    try:
+        value = json.loads(row.document)
+        if canonical_json(value).decode() == row.document and fingerprint(value) == row.digest:
+            return value
+    except ValueError:
+        pass
+    return row.document

@@ -1,0 +1,148 @@
+"""The claims and the log of one lineage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sqlalchemy import select
+
+from flows.ledger.claims import Claim, holding
+from flows.ledger.entries import add, read
+from flows.ledger.errors import LogMovedError
+from flows.ledger.rows import Place
+from flows.ledger.store import Store, inserting
+from flows.ledger.tables import settled
+from flows.lineage.entries import chain_problems, next_entry, writer
+from flows.lineage.record import LineageError
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """The claims and the log of one lineage. Nothing is opened before it is asked for something.
+
+    Each call is one short transaction (of `hold`, a few). Reading never makes a database.
+
+    Attributes:
+        uri: `sqlite:////PATH` or `postgresql://...`; may hold a password.
+        lineage: the name of the registered model.
+    """
+
+    def __init__(self, uri: str, lineage: str) -> None:
+        self.uri, self.lineage = uri, lineage
+        self._store = Store(uri)
+        self._valid: set[str] = set()  # digests of entries whose structure was found to be right
+
+    def hold(
+        self, on: str, what: str, *, lease: float, tell: Callable[[str], None] | None = None
+    ) -> AbstractContextManager[Claim]:
+        """Hold the lineage or its aliases; waits as long as somebody else does.
+
+        Within, an error of a claim that was lost is replaced by `ClaimLostError`: it is what the loss led to.
+
+        Args:
+            on: `LINEAGE` or `ALIASES`.
+            what: the work, for people who look who holds the lineage.
+            lease: seconds after which a holder that gives no sign of life may be taken over.
+            tell: called with a line where it has to wait.
+
+        Raises:
+            LedgerError: the ledger cannot be written.
+        """
+        return holding(Place(store=self._store, lineage=self.lineage, kind=on), what, lease, tell)
+
+    def log(self) -> list[dict[str, Any]]:
+        """What happened to the versions after they were made, oldest first; structure and chain are checked.
+
+        Raises:
+            LineageError: it was altered.
+            LedgerError: it cannot be read.
+        """
+        entries = self.log_as_stored()
+        self._check(entries)
+        return entries
+
+    def log_as_stored(self) -> list[Any]:
+        """The log as it is stored; nothing is checked.
+
+        None stands for an entry that is missing. One that is not canonical JSON, or has not the digest that is stored
+        beside it, comes as text.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        with self._store.reading() as connection:
+            return [] if connection is None else read(connection, self.lineage)
+
+    def append(
+        self,
+        kind: str,
+        *,
+        version: int | None = None,
+        from_version: int | None = None,
+        to_version: int | None = None,
+        why: str | None = None,
+        details: Mapping[str, Any],
+        after: int | None = None,
+    ) -> dict[str, Any]:
+        """Append an entry to the log, see `flows.lineage.entries.next_entry`; anybody who may write may, at any time.
+
+        Args:
+            after: how many entries there were when it was decided what this one says; None: it says it whatever is in
+                the log.
+
+        Returns:
+            The entry.
+
+        Raises:
+            LogMovedError: there are more than `after`; nothing was appended.
+            LineageError: the log was altered.
+            LedgerError: it cannot be written.
+        """
+
+        def follow(entries: Sequence[Any], role: str | None) -> dict[str, Any]:
+            self._check(entries)
+            if after not in (None, len(entries)):
+                raise LogMovedError(f"the log of {self.lineage} has {len(entries)} entries, and not {after}")
+            return next_entry(
+                entries,
+                kind=kind,
+                who=writer(role),
+                version=version,
+                from_version=from_version,
+                to_version=to_version,
+                why=why,
+                details=details,
+            )
+
+        return add(self._store, self.lineage, follow)
+
+    def settled(self, alias: str) -> int:
+        """The number of the newest log entry whose move of the alias was made in the registry; 0 for none.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        query = select(settled.c.entry).where(settled.c.lineage == self.lineage, settled.c.alias == alias)
+        with self._store.reading() as connection:
+            return 0 if connection is None else connection.scalar(query) or 0
+
+    def settle(self, alias: str, entry: int) -> None:
+        """Note that the move of an alias that log entry `entry` tells of was made; an older one changes nothing.
+
+        Raises:
+            LedgerError: it cannot be written.
+        """
+        row = {"lineage": self.lineage, "alias": alias, "entry": entry}
+        with self._store.writing() as connection:
+            insert = inserting(connection, settled).values(row)
+            newer = insert.excluded.entry > settled.c.entry
+            key = [settled.c.lineage, settled.c.alias]
+            connection.execute(insert.on_conflict_do_update(index_elements=key, set_={"entry": entry}, where=newer))
+
+    def _check(self, entries: Sequence[Any]) -> None:
+        problems = chain_problems(entries, self._valid)
+        if problems:
+            raise LineageError(f"the log of {self.lineage}: {problems[0]}")
