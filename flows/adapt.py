@@ -22,10 +22,10 @@ from copal.errors import CopalError
 from copal.step import StepReport
 from flows.gates.judge import GateResult, as_table, failed
 from flows.gates.run import run_gates
+from flows.ledger import Claim
 from flows.machine import has_gpu
 from flows.project import Project, open_project
-from flows.registry.claims import Claim
-from flows.registry.registry import ModelVersion
+from flows.registry.versions import ModelVersion
 from flows.step.register import register_step
 from flows.step.resolve import Step
 from flows.step.run import Made, Tasks, Withdrawal, run_step, run_withdrawal

@@ -12,7 +12,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from copal.errors import CopalError
 from flows.project import open_project
-from flows.registry.registry import ModelVersion
+from flows.registry.versions import ModelVersion
 from flows.verification.verify import Verification, verify
 
 __all__ = ["AuditError", "audit"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from copal.errors import CopalError
 from flows.params import load_settings
-from flows.project import Project, open_project, project_of
+from flows.project import Project, open_project, project_of, read_log
 from flows.settings import Settings
 from flows.start.init import init_with_base, init_workspace
 from flows.terminal.progress import console, progress_bar
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from copal.progress import Progress
     from flows.pending.reconcile import Plan
     from flows.pending.waiting import Waiting
-    from flows.registry.registry import ModelVersion, Registry
+    from flows.registry.registry import Registry
+    from flows.registry.versions import ModelVersion
     from flows.step.purge import Purged
 
 __all__ = ["CommandError", "export", "main", "watch_forever"]
@@ -266,7 +267,7 @@ def _gates(arguments: argparse.Namespace) -> int:
         from flows.gates.run import run_gates
 
         run_gates(_project(arguments), version, None, _say, again=True)
-    entry = gates_entry(version, registry.log())
+    entry = gates_entry(version, read_log(_project(arguments)))
     if entry is None:
         raise CommandError(
             f"version {version.number} of {registry.model_name} has not gone through its gates: "
@@ -381,10 +382,10 @@ def _whose(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _history(arguments: argparse.Namespace) -> dict[str, Any]:
-    from flows.registry.history import read_history
+    from flows.project import read_history
 
-    _, _, registry = _open(arguments)
-    return read_history(registry)
+    _, _, _registry = _open(arguments)
+    return read_history(_project(arguments))
 
 
 def _show(found: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], RenderableType]) -> None:
@@ -551,7 +552,7 @@ def _check(root: Path, tell: Callable[[str], None]) -> None:
     workspace = open_workspace(root)
     settings = load_settings(workspace.params)
     registry = open_registry(workspace, settings)
-    found = plan(Project(workspace, settings, registry))
+    found = plan(project_of(workspace, settings))
     if not found.pending and (found.head is None or found.head.concluded):
         waits = _waits({version.domain: wait for version, wait in found.waiting})
         lines = waits or _nothing_new(settings, registry, found)
@@ -618,7 +619,7 @@ def _show_versions(
     for version in versions:
         did = f"withdrew {version.withdrawn}" if version.withdrawn else f"adapted to {version.tags['copal.domain']}"
         tell(f"version {version.number} of {settings.model.name}: {did}")
-    console().print(render_status(status(Project(workspace, settings, registry))))
+    console().print(render_status(status(project_of(workspace, settings))))
 
 
 # --- export

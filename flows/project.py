@@ -1,20 +1,24 @@
-"""A project: a workspace, its settings and its registry, opened once at the edge and handed on.
+"""A project: a workspace, its settings, its registry and its ledger, opened once at the edge and handed on.
 
-Everything that copal does is done to a project. What takes two of its stores at once stands here: to hold the lineage
-means to finish what a dead holder had begun to publish.
+Everything that copal does is done to a project. What takes two of its stores at once stands here: who takes the lineage
+publishes what a dead holder had sealed, and the log, which the ledger holds, is anchored in the registry, so that
+neither of the two can be rewritten alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.ledger import ALIASES, LINEAGE, Claim, Ledger
+from flows.lineage.entries import anchor_at, anchor_problems, not_anchored
+from flows.lineage.record import LineageError, record_digest, withdrawal_of
 from flows.params import load_settings
-from flows.registry.claims import ALIASES, Claim, claimed
 from flows.registry.registry import Registry, open_registry
+from flows.registry.versions import WHY
 from flows.settings import Settings
 from flows.workspace import Workspace, open_workspace
 
@@ -26,6 +30,7 @@ __all__ = [
     "hold_lineage",
     "open_project",
     "project_of",
+    "read_history",
     "read_log",
 ]
 
@@ -34,11 +39,14 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """A workspace with its settings, and the lineage that it grows."""
+    """A workspace with its settings, and the lineage that it grows: versions in the registry, claims and log in the
+    ledger.
+    """
 
     workspace: Workspace
     settings: Settings
     registry: Registry
+    ledger: Ledger
 
     @property
     def name(self) -> str:
@@ -59,37 +67,131 @@ def open_project(folder: Path | str) -> Project:
 
 def project_of(workspace: Workspace, settings: Settings) -> Project:
     """The project of a workspace with these settings."""
-    return Project(workspace, settings, open_registry(workspace, settings))
+    ledger = Ledger(workspace.ledger_uri(settings), settings.model.name)
+    return Project(workspace, settings, open_registry(workspace, settings), ledger)
 
 
 @contextmanager
 def hold_lineage(project: Project, what: str, tell: Tell | None = None) -> Iterator[Claim]:
-    """Be the only one who works on the lineage; waits as long as somebody else does."""
-    with claimed(project.registry, what, lease=project.settings.run.lease, tell=tell) as claim:
+    """Be the only one who works on the lineage; waits as long as somebody else does.
+
+    What a dead holder was about to publish is published first.
+
+    Args:
+        what: the work, for people who look who holds the lineage.
+        tell: called with a line where it has to wait.
+
+    Raises:
+        LedgerError, RegistryError: a store does not answer.
+    """
+    with project.ledger.hold(LINEAGE, what, lease=project.settings.run.lease, tell=tell) as claim:
+        project.registry.refresh()
+        if claim.inherited:
+            project.registry.adopt(claim.inherited)
+            claim.unseal()
         yield claim
 
 
 @contextmanager
 def hold_aliases(project: Project, what: str, tell: Tell | None = None) -> Iterator[Claim]:
     """Be the only one who moves aliases of the lineage. Held for moments, so that a rollback waits for no step."""
-    with claimed(project.registry, what, lease=project.settings.run.lease, on=ALIASES, tell=tell) as claim:
+    with project.ledger.hold(ALIASES, what, lease=project.settings.run.lease, tell=tell) as claim:
+        project.registry.refresh_aliases()
         yield claim
 
 
 def read_log(project: Project) -> list[dict[str, Any]]:
-    """What happened to the versions after they were made, oldest first; checked.
+    """What happened to the versions after they were made, oldest first; checked against its anchor in the registry.
 
     Raises:
         LineageError: it was altered.
+        LedgerError, RegistryError: a store cannot be read.
     """
-    return project.registry.log()
+    entries = project.ledger.log()
+    problems = anchor_problems(entries, project.registry.log_anchor())
+    if problems:
+        raise LineageError(f"the log of {project.name}: {problems[0]}")
+    return entries
 
 
-def append_log(project: Project, kind: str, **entry: Any) -> dict[str, Any]:
-    """Append an entry to the log."""
-    return project.registry.append_log(kind, **entry)
+def append_log(
+    project: Project,
+    kind: str,
+    *,
+    version: int | None = None,
+    from_version: int | None = None,
+    to_version: int | None = None,
+    why: str | None = None,
+    details: Mapping[str, Any],
+    after: int | None = None,
+) -> dict[str, Any]:
+    """Append an entry to the log and anchor it; see `flows.ledger.Ledger.append`.
+
+    Raises:
+        LogMovedError: there are more entries than `after`; nothing was appended.
+        LineageError: the log was altered.
+        LedgerError, RegistryError: a store fails. An entry that was appended and not anchored counts; the next one
+            anchors it.
+    """
+    read_log(project)  # one that was cut off must not be anchored anew
+    entry = project.ledger.append(
+        kind,
+        version=version,
+        from_version=from_version,
+        to_version=to_version,
+        why=why,
+        details=details,
+        after=after,
+    )
+    project.registry.anchor_log(anchor_at(entry))
+    return entry
 
 
-def complete_log(project: Project) -> None:
-    """Append the entry of the head's withdrawal where it is missing. Only for who holds the lineage."""
-    project.registry.complete_log()
+def complete_log(project: Project) -> list[dict[str, Any]]:
+    """Write into the log what a killed process did not: the head's withdrawal, and the anchor of the newest entry.
+
+    That is how a withdrawal comes into the log, be it by who withdrew, or by the next one where that was killed. Only
+    for who holds the lineage.
+
+    Returns:
+        The log.
+
+    Raises:
+        LineageError: it was altered.
+        LedgerError, RegistryError: a store fails.
+    """
+    registry, entries = project.registry, read_log(project)
+    if not_anchored(entries, registry.log_anchor()):
+        registry.anchor_log(anchor_at(entries[-1]))
+    head = registry.head()
+    gone = withdrawal_of(registry.record(head)) if head is not None and head.withdrawn is not None else None
+    if head is None or gone is None:
+        return entries
+    if any(entry["kind"] == "withdrawal" and entry["version"] == head.number for entry in entries):
+        return entries
+    details = {"domain": gone["name"], "dvc_md5": gone["dvc_md5"]}
+    return [*entries, append_log(project, "withdrawal", version=head.number, why=head.tags.get(WHY), details=details)]
+
+
+def read_history(project: Project) -> dict[str, Any]:
+    """The history of the lineage, as plain JSON values; see `flows.lineage.history`.
+
+    Raises:
+        LineageError: a record or the log is damaged or was altered.
+        LedgerError, RegistryError: a store cannot be read.
+    """
+    versions = []
+    for version in project.registry.versions():
+        record = project.registry.record(version)
+        versions.append(
+            {
+                "version": version.number,
+                "parent": version.parent,
+                "aliases": list(version.aliases),
+                "tags": dict(version.tags),
+                "digest": record_digest(record),
+                "record": record,
+                "signature": version.tags.get("copal.signature"),
+            }
+        )
+    return {"model": project.name, "versions": versions, "log": read_log(project)}

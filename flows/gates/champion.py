@@ -1,11 +1,11 @@
 """Which version serves: `challenger` is the newest that passed its gates, `champion` the one that somebody promoted.
 
 An alias moves under a claim on the aliases of its lineage, in three writes: the log entry that says so, the alias, and
-a tag with the number of that entry. The log comes first, for only so can a move that a process was killed in be told
-from one that somebody made by hand in MLflow's UI:
+a note in the ledger that the move of that entry is settled. The log comes first, for only so can a move that a process
+was killed in be told from one that somebody made by hand in MLflow's UI:
 
-    tag older than the entry, alias as the entry found it     killed: `settle` makes the move
-    tag older than the entry, alias as the entry wants it     killed: `settle` sets the tag
+    not settled, alias as the entry found it                  killed: `settle` makes the move
+    not settled, alias as the entry wants it                  killed: `settle` settles it
     anything else that is not as the last entry wants it      by hand: refused, unless it is forced with a reason
 """
 
@@ -16,14 +16,16 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from copal.errors import CopalError
+from flows.ledger import LogMovedError
 from flows.lineage import entries as log
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias, who_text
 from flows.project import Project, append_log, hold_aliases, read_log
-from flows.registry.registry import AliasMovedError, LogMovedError
+from flows.registry.errors import AliasMovedError
 
 if TYPE_CHECKING:
-    from flows.registry.claims import Claim
-    from flows.registry.registry import ModelVersion, Registry
+    from flows.ledger import Claim
+    from flows.registry.registry import Registry
+    from flows.registry.versions import ModelVersion
 
 __all__ = [
     "PromotionError",
@@ -121,7 +123,7 @@ def restore_champion(
             if not earlier:
                 raise PromotionError(f"{registry.model_name} had no champion before this one: nothing to go back to")
             _check_first(registry, entries, seen)
-            made = move_champion(project, claim, entries, "restore_champion", earlier[-1], why=why, force=force)
+            made = move_champion(project, claim, entries, "rollback", earlier[-1], why=why, force=force)
             if made is None:
                 raise PromotionError(
                     f"somebody set {CHAMPION} of {registry.model_name} to version {earlier[-1]} already"
@@ -146,6 +148,7 @@ def decided(project: Project, claim: Claim, move: Callable[[Sequence[Entry]], _T
         settle(project, entries)
         with suppress(LogMovedError):
             return move(entries)
+        project.registry.refresh_aliases()
 
 
 def settle(project: Project, entries: Sequence[Entry]) -> None:
@@ -161,9 +164,10 @@ def settle(project: Project, entries: Sequence[Entry]) -> None:
     registry = project.registry
     for alias, entry, actual in unsettled(project, entries):
         if actual in (entry["from"], entry["to"]):
-            registry.move_alias(alias, entry["to"], expected=actual, entry=entry["number"])
+            registry.move_alias(alias, entry["to"], expected=actual)
+            project.ledger.settle(alias, entry["number"])
     for version, entry in unshown(project, entries):
-        registry.show_gates(version, entry)
+        registry.show_gates(version, entry, None)
 
 
 def unsettled(project: Project, entries: Sequence[Entry]) -> list[tuple[str, Entry, int | None]]:
@@ -171,7 +175,7 @@ def unsettled(project: Project, entries: Sequence[Entry]) -> list[tuple[str, Ent
     return [
         (alias, moves[-1], project.registry.alias(alias))
         for alias in (CHALLENGER, CHAMPION)
-        if (moves := alias_moves(entries, alias)) and project.registry.moved_by(alias) < moves[-1]["number"]
+        if (moves := alias_moves(entries, alias)) and project.ledger.settled(alias) < moves[-1]["number"]
     ]
 
 
@@ -251,13 +255,14 @@ def move_champion(
         after=len(entries),
     )
     claim.check()
-    registry.move_alias(CHAMPION, number, expected=actual, entry=entry["number"])
+    registry.move_alias(CHAMPION, number, expected=actual)
+    project.ledger.settle(CHAMPION, entry["number"])
     return entry
 
 
 def gates_entry(version: ModelVersion, entries: Sequence[Entry]) -> Entry | None:
     """The log entry with the results of the version's gates, of this record of it; None where there is none."""
-    return log.gates_entry(entries, version.number, version.tags["copal.lineage_digest"])
+    return log.gates_entry(entries, version.number, version.digest)
 
 
 def _has_passed(version: ModelVersion, entries: Sequence[Entry]) -> bool:

@@ -20,13 +20,13 @@ from flows.gates.judge import GateResult, judge
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves
 from flows.lineage.page.page import render_page
 from flows.lineage.record import LineageError, domain_records, record_digest, verify_files
-from flows.project import Project, hold_aliases, read_log
-from flows.registry.history import read_history
-from flows.registry.registry import AliasMovedError
+from flows.project import Project, hold_aliases, read_history, read_log
+from flows.registry.errors import AliasMovedError
 
 if TYPE_CHECKING:
-    from flows.registry.claims import Claim
-    from flows.registry.registry import ModelVersion, Registry
+    from flows.ledger import Claim
+    from flows.registry.registry import Registry
+    from flows.registry.versions import ModelVersion
 
 __all__ = ["run_gates"]
 
@@ -80,10 +80,11 @@ def run_gates(
         assert entry is not None
         if entry["details"]["passed"] and entry["details"]["promote"] == "auto":
             decided(project, aliases, partial(_promote, project, version, aliases, tell))
+        page = None
         with suppress(LineageError):  # of an altered record; a gate has said so
-            registry.log_page(version, render_page(read_history(project.registry)))
+            page = render_page(read_history(project))
         _check(claim)
-        registry.show_gates(version, entry)
+        registry.show_gates(version, entry, page)
     return tuple(GateResult(**gate) for gate in entry["details"]["gates"])
 
 
@@ -131,7 +132,7 @@ def _judge(
         problems=evidence.problems,
     )
     details = {
-        "record": version.tags["copal.lineage_digest"],
+        "record": version.digest,
         "passed": all(result.passed for result in results),
         "promote": project.settings.gates.promote,
         "gates": [result.as_dict() for result in results],

@@ -21,7 +21,7 @@ from flows.settings import check_domain_name
 
 if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
-    from flows.registry.registry import ModelVersion
+    from flows.registry.versions import ModelVersion
 
 __all__ = ["Plan", "plan"]
 

@@ -9,7 +9,7 @@ from flows.project import Project, read_log
 
 if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
-    from flows.registry.registry import ModelVersion
+    from flows.registry.versions import ModelVersion
 
 __all__ = [
     "lineages",

@@ -19,7 +19,7 @@ from flows.params import load_settings
 from flows.workspace import Workspace, WorkspaceError, exclusive, open_workspace
 
 if TYPE_CHECKING:
-    from flows.registry.registry import ModelVersion
+    from flows.registry.versions import ModelVersion
 
 __all__ = ["default_params", "init_with_base", "init_workspace", "model_name_for"]
 
@@ -68,8 +68,7 @@ def init_with_base(
         CopalError: as `init_workspace`, `fetch_base`, `load_settings` and `register_root`.
     """
     from flows.lineage.page.page import render_page
-    from flows.project import project_of
-    from flows.registry.history import read_history
+    from flows.project import project_of, read_history
     from flows.step.register import register_root
 
     folder = folder.expanduser().resolve()
@@ -83,7 +82,7 @@ def init_with_base(
             settings = load_settings(workspace.params)
             project = project_of(workspace, settings)
             root = register_root(project, base, progress)
-            project.registry.log_page(root, render_page(read_history(project.registry)))
+            project.registry.log_page(root, render_page(read_history(project)))
         finally:
             shutil.rmtree(fetched, ignore_errors=True)
         _commit(folder)

@@ -19,7 +19,8 @@ from flows.step.staging import Evaluation
 if TYPE_CHECKING:
     from copal.step import StepReport
     from flows.models.base import BaseModel
-    from flows.registry.registry import ModelVersion, Registry
+    from flows.registry.registry import Registry
+    from flows.registry.versions import ModelVersion
 
 __all__ = [
     "register_root",
@@ -46,7 +47,7 @@ def register_step(
         RegistryError: the registry cannot be written.
     """
     from copal.evaluate import backward_transfer
-    from flows.registry.registry import DomainMetrics
+    from flows.registry.runs import DomainMetrics
 
     settings, registry = project.settings, project.registry
     progress("register", 0, 1)

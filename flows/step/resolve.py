@@ -15,7 +15,8 @@ from flows.settings import check_domain_name
 
 if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
-    from flows.registry.registry import ModelVersion, Registry
+    from flows.registry.registry import Registry
+    from flows.registry.versions import ModelVersion
 
 __all__ = [
     "NoBaseError",

@@ -12,7 +12,7 @@ from copal.progress import Progress, silent
 from flows.gates.champion import settle, unsettled, unshown
 from flows.gates.run import run_gates
 from flows.project import Project, complete_log, hold_aliases, hold_lineage, read_log
-from flows.registry.registry import HeadMovedError
+from flows.registry.errors import HeadMovedError
 from flows.step.purge import Purged, purge_domain
 from flows.step.register import register_step
 from flows.step.resolve import Step, resolve, resolve_withdrawal
@@ -23,8 +23,8 @@ from flows.workspace import exclusive
 if TYPE_CHECKING:
     from copal.step import StepReport
     from flows.gates.judge import GateResult
-    from flows.registry.claims import Claim
-    from flows.registry.registry import ModelVersion
+    from flows.ledger import Claim
+    from flows.registry.versions import ModelVersion
 
 __all__ = ["Made", "Tasks", "Withdrawal", "finish", "plain_tasks", "run_step", "run_withdrawal", "sweep"]
 
@@ -165,8 +165,7 @@ def finish(project: Project, claim: Claim, tasks: Tasks) -> None:
     Raises:
         CopalError: see `flows.gates.run.run_gates`.
     """
-    complete_log(project)
-    entries = read_log(project)
+    entries = complete_log(project)
     if unsettled(project, entries) or unshown(project, entries):
         with hold_aliases(project, "finish a move"):
             settle(project, read_log(project))

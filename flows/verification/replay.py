@@ -23,7 +23,8 @@ from flows.step.work import prune_domain
 from flows.workspace import exclusive
 
 if TYPE_CHECKING:
-    from flows.registry.registry import ModelVersion, Registry
+    from flows.registry.registry import Registry
+    from flows.registry.versions import ModelVersion
 
 __all__ = ["Replay", "ReplayError", "replay"]
 

@@ -22,7 +22,7 @@ from flows.data.dvc import add_and_commit, init_repository
 from flows.models.base import BaseModel
 from flows.models.check import base_fingerprint
 from flows.params import load_settings
-from flows.project import Project, open_project
+from flows.project import Project, open_project, read_log
 from flows.registry.registry import Registry
 from flows.settings import Settings
 from flows.step.register import register_root
@@ -61,6 +61,11 @@ class Bench:
         return open_project(self.root)
 
     @property
+    def log(self) -> list[dict]:
+        """The log as it is now, checked."""
+        return read_log(self.project)
+
+    @property
     def registry(self) -> Registry:
         return self.project.registry
 
@@ -97,7 +102,15 @@ class Bench:
 
     def snapshot(self) -> dict[str, str]:
         """What must not change when input is refused: every file but caches and the lock, by its hash."""
-        ignored = (".copal/cache", ".copal/lock", ".dvc/tmp", ".dvc/cache", ".git", ".copal/mlflow.db")
+        ignored = (
+            ".copal/cache",
+            ".copal/lock",
+            ".dvc/tmp",
+            ".dvc/cache",
+            ".git",
+            ".copal/mlflow.db",
+            ".copal/ledger.db",
+        )
         files = (path for path in sorted(self.root.rglob("*")) if path.is_file())
         named = ((path, path.relative_to(self.root).as_posix()) for path in files)
         return {

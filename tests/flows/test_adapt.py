@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from toys import expire_claim, other_masks, weights
+from toys import expire_claims, other_masks, weights
 
 from copal.errors import CopalError, DataError
 from flows.adapt import adapt
 from flows.data.dataset import DatasetError, MissingDataError
 from flows.pending.reconcile import plan
-from flows.registry.registry import LineageConflictError
+from flows.registry.errors import LineageConflictError
 from flows.step.work import prune_domain
 from flows.watch import RefusedError, watch
 
@@ -251,7 +251,7 @@ def test_a_step_that_was_taken_over_publishes_nothing(bench, monkeypatch):
 
     def meanwhile(settings, step, data, progress):
         monkeypatch.setattr("flows.adapt.prune_domain", real)
-        expire_claim(bench.registry)  # as if it had been paused
+        expire_claims(bench.project)  # as if it had been paused
         assert adapt(str(bench.root), "legal") == 2
         return real(settings, step, data, progress)
 
@@ -283,4 +283,4 @@ def test_gates_that_a_run_did_not_come_to_are_run_by_the_next(bench, monkeypatch
     assert not bench.registry.head().concluded
     assert adapt(str(bench.root), "code") is None
     assert bench.registry.head().concluded
-    assert [entry["kind"] for entry in bench.registry.log()] == ["gates"]
+    assert [entry["kind"] for entry in bench.log] == ["gates"]

@@ -6,153 +6,169 @@ import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from test_registry import a_record, a_registry, staged
-from toys import step
+from toys import expire_claims, step
 
 from copal.errors import CopalError
 from flows.cli import main
 from flows.gates import champion as module
-from flows.gates.champion import PromotionError, judged, promote, rollback, settle
+from flows.gates.champion import PromotionError, judged, make_champion, restore_champion, settle
+from flows.ledger import ClaimLostError, Ledger
 from flows.lineage.entries import champions
-from flows.registry.claims import ClaimLostError, claimed
-from flows.registry.registry import AliasMovedError, Registry
-from flows.settings import Settings
+from flows.project import Project, append_log, hold_lineage, read_log
+from flows.registry.errors import AliasMovedError
+from flows.registry.registry import Registry
+from flows.settings import ModelSettings, Settings
 from flows.step.run import plain_tasks, run_step
+from flows.workspace import Workspace
 
-SETTINGS = Settings()
+SETTINGS = Settings(model=ModelSettings(name="tiny"))
 
 
 @pytest.fixture
-def registry(tmp_path: Path, mlflow_template: Path) -> Registry:
+def project(tmp_path: Path, mlflow_template: Path) -> Project:
     """The dense base, versions 2 to 4 whose gates passed, and 5 whose gates failed; 6 has not gone through them."""
     shutil.copy(mlflow_template, tmp_path / "mlflow.db")
-    made = a_registry(tmp_path)
+    registry = a_registry(tmp_path)
+    made = Project(Workspace(tmp_path), SETTINGS, registry, Ledger(f"sqlite:///{tmp_path}/ledger.db", "tiny"))
     for number in range(1, 7):
-        folder, parent = staged(tmp_path / str(number), str(number)), made.head()
+        folder, parent = staged(tmp_path / str(number), str(number)), registry.head()
         record = a_record(folder, parent, [f"{letter}omain" for letter in "abcdef"[: number - 1]])
         head = parent.number if parent else None
-        version = made.register(folder, record, metrics=[], parent=parent, expected_head=head)
+        version = registry.register(folder, record, metrics=[], parent=parent, expected_head=head)
         if 1 < number < 6:
             gates = [{"name": "dense", "passed": number < 5}]
-            details = {"record": version.tags["copal.lineage_digest"], "passed": number < 5, "gates": gates}
-            made.append_log("gates", version=number, details=details)
+            details = {"record": version.digest, "passed": number < 5, "gates": gates}
+            append_log(made, "gates", version=number, details=details)
     return made
 
 
-def by_hand(registry: Registry, alias: str, number: int) -> None:
-    client = MlflowClient(tracking_uri=registry.tracking_uri, registry_uri=registry.tracking_uri)
-    client.set_registered_model_alias(registry.model_name, alias, str(number))
+def opened_anew(project: Project) -> Project:
+    """As another process sees it."""
+    registry = project.registry
+    store = Registry(registry.tracking_uri, project.workspace.root, registry.model_name, project.workspace.cache)
+    return replace(project, registry=store, ledger=Ledger(project.ledger.uri, project.ledger.lineage))
 
 
-def moves(registry: Registry) -> list[tuple]:
+def named_by(project: Project, alias: str) -> int | None:
+    """The version that an alias names now."""
+    return opened_anew(project).registry.alias(alias)
+
+
+def by_hand(project: Project, alias: str, number: int) -> None:
+    uri = project.registry.tracking_uri
+    MlflowClient(tracking_uri=uri, registry_uri=uri).set_registered_model_alias("tiny", alias, str(number))
+
+
+def moves(project: Project) -> list[tuple]:
     kinds = ("promotion", "rollback")
-    return [(e["kind"], e["from"], e["to"]) for e in registry.log() if e["kind"] in kinds]
+    return [(e["kind"], e["from"], e["to"]) for e in read_log(opened_anew(project)) if e["kind"] in kinds]
 
 
-def test_rollback_goes_back_again_and_again(registry):
+def test_rollback_goes_back_again_and_again(project):
     with pytest.raises(PromotionError, match="nothing to go back to"):
-        rollback(registry, SETTINGS)
+        restore_champion(project)
     for number in (1, 2, 4):
-        promote(registry, SETTINGS, number, why=f"try {number}")
-    assert promote(registry, SETTINGS, 4) is None
-    rollback(registry, SETTINGS, why="4 is slow")
-    assert registry.alias("champion") == 2
-    rollback(registry, SETTINGS)
-    assert registry.alias("champion") == 1
+        make_champion(project, number, why=f"try {number}")
+    assert make_champion(project, 4) is None
+    restore_champion(project, why="4 is slow")
+    assert named_by(project, "champion") == 2
+    restore_champion(project)
+    assert named_by(project, "champion") == 1
     with pytest.raises(PromotionError, match="nothing to go back to"):
-        rollback(registry, SETTINGS)
-    promote(registry, SETTINGS, 3)
-    rollback(registry, SETTINGS)
-    assert registry.alias("champion") == 1
-    assert moves(registry) == [
+        restore_champion(project)
+    make_champion(project, 3)
+    restore_champion(project)
+    assert named_by(project, "champion") == 1
+    assert moves(project) == [
         ("promotion", None, 1), ("promotion", 1, 2), ("promotion", 2, 4), ("rollback", 4, 2), ("rollback", 2, 1),
         ("promotion", 1, 3), ("rollback", 3, 1),
     ]  # fmt: skip
-    assert next(e["why"] for e in registry.log() if e["kind"] == "rollback") == "4 is slow"
+    assert next(e["why"] for e in read_log(opened_anew(project)) if e["kind"] == "rollback") == "4 is slow"
 
 
 @pytest.mark.parametrize(
     ("number", "says"), [(5, r"failed its gates \(dense\)"), (6, "has not gone through its gates")]
 )
-def test_a_version_without_passed_gates_needs_force_and_a_reason(registry, number, says):
+def test_a_version_without_passed_gates_needs_force_and_a_reason(project, number, says):
     with pytest.raises(PromotionError, match=says):
-        promote(registry, SETTINGS, number, why="please")
+        make_champion(project, number, why="please")
     with pytest.raises(PromotionError, match="add --why"):
-        promote(registry, SETTINGS, number, force=True)
+        make_champion(project, number, force=True)
     with pytest.raises(PromotionError, match="add --why"):
-        promote(registry, SETTINGS, number, force=True, why="  ")
-    assert (registry.alias("champion"), moves(registry)) == (None, [])
-    entry = promote(registry, SETTINGS, number, force=True, why="the customer waits")
-    assert (entry["details"]["forced"], entry["why"], registry.alias("champion")) == (
+        make_champion(project, number, force=True, why="  ")
+    assert (named_by(project, "champion"), moves(project)) == (None, [])
+    entry = make_champion(project, number, force=True, why="the customer waits")
+    assert (entry["details"]["forced"], entry["why"], named_by(project, "champion")) == (
         True,
         "the customer waits",
         number,
     )
 
 
-def test_an_alias_moved_by_hand_is_noticed(registry):
-    promote(registry, SETTINGS, 2)
-    promote(registry, SETTINGS, 3)
-    by_hand(registry, "champion", 2)  # where it was before: no sign of a killed promotion either
-    for move in (lambda: promote(registry, SETTINGS, 4), lambda: rollback(registry, SETTINGS)):
+def test_an_alias_moved_by_hand_is_noticed(project):
+    make_champion(project, 2)
+    make_champion(project, 3)
+    by_hand(project, "champion", 2)  # where it was before: no sign of a killed promotion either
+    for move in (lambda: make_champion(project, 4), lambda: restore_champion(project)):
         with pytest.raises(AliasMovedError, match="names version 2, the log says version 3"):
             move()
-    assert registry.alias("champion") == 2
-    promote(registry, SETTINGS, 4, force=True, why="it was me")
-    assert moves(registry)[-1] == ("promotion", 2, 4)
-    rollback(registry, SETTINGS)
-    assert registry.alias("champion") == 2
-    by_hand(registry, "champion", 6)
-    rollback(registry, SETTINGS, force=True, why="who did that?")
-    assert moves(registry)[-1] == ("rollback", 6, 2)
+    assert named_by(project, "champion") == 2
+    make_champion(project, 4, force=True, why="it was me")
+    assert moves(project)[-1] == ("promotion", 2, 4)
+    restore_champion(project)
+    assert named_by(project, "champion") == 2
+    by_hand(project, "champion", 6)
+    restore_champion(project, force=True, why="who did that?")
+    assert moves(project)[-1] == ("rollback", 6, 2)
 
 
 class KilledError(Exception):
     """In place of kill -9; `test_crash.py` has the real one."""
 
 
-@pytest.mark.parametrize("place", ["alias", "tag"])
+@pytest.mark.parametrize("place", ["alias", "ledger"])
 @pytest.mark.parametrize("step", ["promote", "rollback"])
-def test_a_move_that_was_killed_is_made_by_the_next(registry, monkeypatch, place, step):
-    promote(registry, SETTINGS, 2)
-    promote(registry, SETTINGS, 3)
+def test_a_move_that_was_killed_is_made_by_the_next(project, monkeypatch, place, step):
+    make_champion(project, 2)
+    make_champion(project, 3)
 
     def killed(*_):
         raise KilledError
 
-    name = {"alias": "set_registered_model_alias", "tag": "set_registered_model_tag"}[place]
-    real = getattr(MlflowClient, name)
-    only = {"alias": "champion", "tag": "copal.moved.champion"}[place]
+    owner, name = {"alias": (MlflowClient, "set_registered_model_alias"), "ledger": (Ledger, "settle")}[place]
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, name, lambda self, *a: killed() if only in a else real(self, *a))
+        patch.setattr(owner, name, killed)
         with pytest.raises(KilledError):
-            promote(registry, SETTINGS, 4) if step == "promote" else rollback(registry, SETTINGS)
+            make_champion(project, 4) if step == "promote" else restore_champion(project)
     wanted = 4 if step == "promote" else 2
-    assert registry.alias("champion") == (3 if place == "alias" else wanted)
-    settle(registry, registry.log())
-    assert registry.alias("champion") == wanted
-    by_hand(registry, "champion", 3)  # now that it is settled, this is a hand's
-    settle(registry, registry.log())
-    assert registry.alias("champion") == 3
+    assert named_by(project, "champion") == (3 if place == "alias" else wanted)
+    project = opened_anew(project)
+    settle(project, read_log(project))
+    assert named_by(project, "champion") == wanted
+    by_hand(project, "champion", 3)  # now that it is settled, this is a hand's
+    project = opened_anew(project)
+    settle(project, read_log(project))
+    assert named_by(project, "champion") == 3
 
 
-def test_of_promotions_at_the_same_time_one_wins_and_the_other_is_told(registry, monkeypatch):
-    both, real = threading.Barrier(2), module.claimed
+def test_of_promotions_at_the_same_time_one_wins_and_the_other_is_told(project, monkeypatch):
+    both, real = threading.Barrier(2), module.hold_aliases
 
-    def together(*args, **kwargs):
+    def together(*args):
         both.wait(60)  # both have looked, none has moved
-        return real(*args, **kwargs)
+        return real(*args)
 
-    monkeypatch.setattr(module, "claimed", together)
+    monkeypatch.setattr(module, "hold_aliases", together)
 
     def work(number: int) -> object:
-        mine = Registry(registry.tracking_uri, registry.artifact_root, registry.model_name, registry.cache)
         try:
-            return promote(mine, SETTINGS, number)
+            return make_champion(opened_anew(project), number)
         except CopalError as error:
             return error
 
@@ -161,50 +177,50 @@ def test_of_promotions_at_the_same_time_one_wins_and_the_other_is_told(registry,
     (error,) = [one for one in found if isinstance(one, AliasMovedError)]
     (entry,) = [one for one in found if isinstance(one, dict)]
     assert f"was moved to version {entry['to']} by" in str(error)
-    assert moves(registry) == [("promotion", None, entry["to"])]
-    assert registry.alias("champion") == entry["to"]
+    assert moves(project) == [("promotion", None, entry["to"])]
+    assert named_by(project, "champion") == entry["to"]
 
 
-def test_a_move_looks_at_the_alias_once_more(registry):
-    by_hand(registry, "champion", 3)
+def test_an_alias_is_not_moved_from_where_it_is_not(project):
+    by_hand(project, "champion", 3)
     with pytest.raises(AliasMovedError, match="names version 3, not 2"):
-        registry.move_alias("champion", 4, expected=2, entry=9)
-    assert (registry.alias("champion"), registry.moved_by("champion")) == (3, 0)
+        opened_anew(project).registry.move_alias("champion", 4, expected=2)
+    assert named_by(project, "champion") == 3
 
 
-def test_a_rollback_does_not_wait_for_a_step_that_runs(registry):
-    promote(registry, SETTINGS, 2)
-    promote(registry, SETTINGS, 3)
-    with claimed(registry, "a step of six hours", lease=60) as claim:
-        rollback(registry, SETTINGS, why="3 talks nonsense")
-        assert registry.alias("champion") == 2
+def test_a_rollback_does_not_wait_for_a_step_that_runs(project):
+    make_champion(project, 2)
+    make_champion(project, 3)
+    with hold_lineage(project, "a step of six hours") as claim:
+        restore_champion(opened_anew(project), why="3 talks nonsense")
+        assert named_by(project, "champion") == 2
         claim.check()
 
 
-def test_a_promoter_that_was_paused_logs_no_move_when_others_have_moved(registry, monkeypatch):
-    promote(registry, SETTINGS, 1)
-    real = Registry.append_log
+def test_a_promoter_that_was_paused_logs_no_move_when_others_have_moved(project, monkeypatch):
+    make_champion(project, 1)
+    real = Ledger.append
 
     def late(self, *args, **details):
         """Paused before its entry: its claim passes, and another promotion goes through."""
-        monkeypatch.setattr(Registry, "append_log", real)
-        registry.change_entry("alias-claim", max(registry.entries("alias-claim")), {"expires": "0"})
-        promote(registry, SETTINGS, 3)
+        monkeypatch.setattr(Ledger, "append", real)
+        expire_claims(project)
+        make_champion(opened_anew(project), 3)
         return real(self, *args, **details)
 
-    monkeypatch.setattr(Registry, "append_log", late)
+    monkeypatch.setattr(Ledger, "append", late)
     with pytest.raises((AliasMovedError, ClaimLostError)):
-        promote(registry, SETTINGS, 2)
-    assert moves(registry) == [("promotion", None, 1), ("promotion", 1, 3)]
-    assert registry.alias("champion") == 3
+        make_champion(project, 2)
+    assert moves(project) == [("promotion", None, 1), ("promotion", 1, 3)]
+    assert named_by(project, "champion") == 3
 
 
-def judge_again(registry: Registry, number: int, passed: bool) -> dict:
-    version = registry.version(number)
+def judge_again(project: Project, number: int, passed: bool) -> dict:
+    version = project.registry.version(number)
     gates = [{"name": "dense", "passed": passed}]
-    details = {"record": version.tags["copal.lineage_digest"], "passed": passed, "gates": gates}
-    entry = judged(registry, version, details, registry.log())
-    settle(registry, registry.log())
+    details = {"record": version.digest, "passed": passed, "gates": gates}
+    entry = judged(project, version, details, read_log(project))
+    settle(project, read_log(project))
     return entry
 
 
@@ -213,7 +229,7 @@ def test_gates_that_ran_again_and_were_killed_are_shown_by_the_next(make_learnt_
     step(bench)
     bench.set("model: {name: tiny", "gates: {dense: 1.0001}\nmodel: {name: tiny")
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "conclude", lambda *args: 1 / 0)
+        patch.setattr(Registry, "show_gates", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(["gates", "2", "--again", "--workspace", str(bench.root)])
     assert bench.registry.version(2).gates == "passed"
@@ -222,7 +238,7 @@ def test_gates_that_ran_again_and_were_killed_are_shown_by_the_next(make_learnt_
     assert bench.registry.version(2).log_entry == 2
 
 
-def test_the_newest_version_that_passes_is_the_challenger_also_when_judged_again(registry):
+def test_the_newest_version_that_passes_is_the_challenger_also_when_judged_again(project):
     for number, passed, challenger in (
         (3, True, 3),
         (2, True, 3),  # an older one
@@ -234,13 +250,13 @@ def test_the_newest_version_that_passes_is_the_challenger_also_when_judged_again
         (2, False, None),
         (5, True, 5),
     ):
-        before = registry.alias("challenger")
-        entry = judge_again(registry, number, passed)
-        assert registry.alias("challenger") == challenger, (number, passed)
+        before = named_by(project, "challenger")
+        entry = judge_again(project, number, passed)
+        assert named_by(project, "challenger") == challenger, (number, passed)
         moved = (before, challenger) if before != challenger else (None, None)
         assert (entry["from"], entry["to"]) == moved
     with pytest.raises(PromotionError, match=r"version 2 of .* failed its gates"):
-        promote(registry, SETTINGS, 2)
+        make_champion(project, 2)
 
 
 def test_champions_by_the_log():
@@ -277,7 +293,7 @@ def test_auto_promotes_what_passed_and_leaves_a_hand_alone(make_learnt_bench, tm
     bench.set("model: {name: tiny", "gates: {promote: auto}\nmodel: {name: tiny")
     run_step(bench.project, "code", None, plain_tasks())
     assert bench.registry.alias("champion") == 2
-    by_hand(bench.registry, "champion", 1)
+    by_hand(bench.project, "champion", 1)
     made = run_step(bench.project, "legal", None, plain_tasks())
     assert made.version.number == bench.registry.alias("challenger") == 3
     assert bench.registry.alias("champion") == 1
@@ -299,7 +315,7 @@ def test_gates_that_run_again_do_not_undo_a_rollback(make_learnt_bench, tmp_path
     for domain in ("code", "legal"):
         step(bench, domain)
     assert bench.registry.alias("champion") == 3
-    rollback(bench.registry, bench.settings, why="3 talks nonsense")
+    restore_champion(bench.project, why="3 talks nonsense")
     assert main(["gates", "3", "--again", "--workspace", str(bench.root)]) == 0
     assert bench.registry.alias("champion") == 2
     assert bench.registry.alias("challenger") == 3

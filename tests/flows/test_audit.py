@@ -7,8 +7,8 @@ from prefect.client.orchestration import get_client
 from toys import step
 
 from flows.audit import AuditError, audit
-from flows.gates.champion import promote
-from flows.registry.registry import RegistryError
+from flows.gates.champion import make_champion
+from flows.registry.errors import RegistryError
 
 
 def artifact() -> str:
@@ -24,7 +24,7 @@ def test_an_audit_fails_where_a_version_with_an_alias_is_not_what_was_registered
     bench = make_learnt_bench(tmp_path / "workspace")
     for domain in ("code", "legal"):
         step(bench, domain)
-    promote(bench.registry, bench.settings, 1)
+    make_champion(bench.project, 1)
     here = str(bench.root)
     assert audit(here) == [1, 3]  # version 2 has no alias any more
     assert "| 3 | challenger, latest | nothing |" in artifact()

@@ -19,6 +19,7 @@ from crashes import POINTS, Point, start
 from mlflow import MlflowClient
 
 from copal.checkpoint import Checkpoint
+from flows.lineage.entries import anchor_of
 from flows.lineage.record import verify_files
 from flows.pending.reconcile import plan
 from flows.step.gc import collect
@@ -105,12 +106,14 @@ class Trials:
         """Every version went through its gates once, was promoted once, and the aliases are where the log says."""
         registry = self.bench.registry
         made = [version.number for version in registry.versions()[1:]]
-        entries = registry.log()
+        entries = self.bench.log
         for kind in ("gates", "promotion"):
             assert [entry["version"] for entry in entries if entry["kind"] == kind] == made
         assert [version.gates for version in registry.versions()[1:]] == ["passed"] * len(made)
         assert registry.alias("challenger") == registry.alias("champion") == made[-1]
-        assert registry.moved_by("champion") == entries[-1]["number"] == registry.moved_by("challenger") + 1
+        ledger = self.bench.project.ledger
+        assert ledger.settled("champion") == entries[-1]["number"] == ledger.settled("challenger") + 1
+        assert registry.log_anchor() == anchor_of(entries)
 
     def leftovers(self) -> list[str]:
         """What lies in the registry and belongs to no version."""

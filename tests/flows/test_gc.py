@@ -13,7 +13,7 @@ from toys import other_masks, step, weights
 
 from flows.cli import main
 from flows.lineage.record import verify_files
-from flows.registry.registry import RegistryError
+from flows.registry.errors import RegistryError
 from flows.step.gc import collect
 
 
@@ -97,7 +97,7 @@ def test_what_a_killed_step_left_goes_and_a_dry_run_says_the_same_and_deletes_no
 def test_sums_in_a_remote_store_go_with_their_copies(lineage, monkeypatch):
     size = sum(path.stat().st_size for path in sums(lineage, 2))
     stored = folder(lineage, 2)
-    monkeypatch.setattr("flows.registry.registry._local_path", lambda uri: None)  # as if it were on another machine
+    monkeypatch.setattr("flows.registry.artifacts.local_path", lambda uri: None)  # as if it were on another machine
     copy = folder(lineage, 2)
     with monkeypatch.context() as patch:
         patch.setattr(LocalArtifactRepository, "delete_artifacts", lambda *args: None)  # as some stores do

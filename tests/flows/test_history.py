@@ -15,7 +15,7 @@ from flows.cli import main
 from flows.lineage.history import HistoryError, find_version, measures, step_texts, summary, up_to
 from flows.lineage.openlineage import events
 from flows.lineage.record import record_digest
-from flows.registry.history import read_history
+from flows.project import append_log, read_history
 from flows.terminal.chain import render_history
 from tests.flows.histories import a_history, md5, three_domains
 
@@ -27,9 +27,9 @@ def shown(history: dict) -> str:
 
 
 def test_the_history_of_a_real_registry_is_plain_json(bench):
-    registry = bench.registry
-    entry = registry.append_log("promotion", to_version=1, why="first", details={"alias": "champion"})
-    history = read_history(registry)
+    project = bench.project
+    entry = append_log(project, "promotion", to_version=1, why="first", details={"alias": "champion"})
+    history = read_history(project)
     assert json.loads(json.dumps(history)) == history
     (version,) = history["versions"]
     assert (history["model"], version["version"], version["parent"], version["aliases"]) == (
@@ -166,7 +166,7 @@ def test_the_command_on_a_real_registry(bench, capsys, tmp_path):
         return capsys.readouterr().out
 
     assert "version 1" in lineage()
-    assert json.loads(lineage("latest", "--json")) == read_history(bench.registry)
+    assert json.loads(lineage("latest", "--json")) == read_history(bench.project)
     page, run_events = tmp_path / "page.html", tmp_path / "events.jsonl"
     lineage("1", "--html", str(page))
     assert "<title>Lineage of tiny</title>" in page.read_text()

@@ -6,11 +6,10 @@ import json
 
 import pytest
 from mlflow import MlflowClient
-from toys import last_claim, step
+from toys import holder, step
 
 from flows.cli import main
-from flows.registry.claims import claimed
-from flows.registry.registry import open_registry
+from flows.project import append_log, hold_lineage, read_log
 from flows.step.gc import collect
 from flows.verification.verify import verify
 
@@ -34,9 +33,9 @@ def two(bench):
 @pytest.fixture
 def other(two):
     two.set("name: tiny", "name: tiny.claim-b")
-    settings = two.settings
+    found = two.project
     two.set("name: tiny.claim-b", "name: tiny")
-    return open_registry(two.workspace, settings)
+    return found
 
 
 def test_versions_logs_and_sums_of_two_names_are_apart(two, other):
@@ -45,28 +44,32 @@ def test_versions_logs_and_sums_of_two_names_are_apart(two, other):
         (2, "code"),
         (3, "legal"),
     ]
-    assert [(v.number, v.tags.get("copal.domain")) for v in other.versions()] == [(1, None), (2, "legal")]
-    two.registry.append_log("promotion", to_version=3, details={"alias": "champion"})
-    assert [entry["kind"] for entry in other.log()] == ["gates"]
-    other.append_log("promotion", to_version=2, why="of the other", details={"alias": "champion"})
-    promotions = [[e["to"] for e in one.log() if e["kind"] == "promotion"] for one in (two.registry, other)]
+    assert [(v.number, v.tags.get("copal.domain")) for v in other.registry.versions()] == [(1, None), (2, "legal")]
+    append_log(two.project, "promotion", to_version=3, details={"alias": "champion"})
+    assert [entry["kind"] for entry in read_log(other)] == ["gates"]
+    append_log(other, "promotion", to_version=2, why="of the other", details={"alias": "champion"})
+    promotions = [[e["to"] for e in read_log(one) if e["kind"] == "promotion"] for one in (two.project, other)]
     assert promotions == [[3], [2]]
 
-    before = {path: path.stat().st_size for path in other.folder(other.version(2)).rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_size
+        for path in other.registry.folder(other.registry.version(2)).rglob("*")
+        if path.is_file()
+    }
     assert collect(two.project)  # the sum of version 2 of tiny, not of tiny.claim-b
     assert {path: path.stat().st_size for path in before if path.exists()} == before
     assert two.registry.version(2).sum_dropped
-    assert not other.version(2).sum_dropped
-    for registry in (two.registry, other):
-        for version in registry.versions():
-            assert verify(two.project, version, data=False).findings == ()
+    assert not other.registry.version(2).sum_dropped
+    for project in (two.project, other):
+        for version in project.registry.versions():
+            assert verify(project, version, data=False).findings == ()
 
 
 def test_who_holds_one_lineage_does_not_keep_others_waiting(two, other):
-    with claimed(two.registry, "a long step", lease=60) as held, claimed(other, "another", lease=60) as claim:
+    with hold_lineage(two.project, "a long step") as held, hold_lineage(other, "another") as claim:
         held.check()
         claim.check()
-        assert [last_claim(one)["what"] for one in (two.registry, other)] == ["a long step", "another"]
+        assert [holder(one)["what"] for one in (two.project, other)] == ["a long step", "another"]
 
 
 def test_status_all_shows_every_lineage_and_nothing_else(two, capsys):
@@ -74,7 +77,8 @@ def test_status_all_shows_every_lineage_and_nothing_else(two, capsys):
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     client.create_registered_model("somebody-elses")
     client.set_registered_model_alias("tiny", "champion", "2")
-    assert len(list(client.search_registered_models())) > 3  # claims too
+    names = {model.name for model in client.search_registered_models()}
+    assert names == {"tiny", "tiny.claim-b", "somebody-elses"}  # and nothing that is no model
     here = ["--workspace", str(two.root)]
     assert main(["status", "--all", "--json", *here]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import getpass
-import json
 import socket
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from toys import altered_entry, documents
 
 from flows.lineage.entries import (
     KINDS,
@@ -23,7 +21,7 @@ from flows.lineage.entries import (
 )
 from flows.lineage.record import LineageError
 from flows.lineage.schema import schema_of
-from flows.registry.registry import Registry
+from flows.project import append_log, complete_log, hold_lineage
 
 
 def three() -> list[dict]:
@@ -102,89 +100,33 @@ def test_an_anchor_that_the_log_does_not_fit_is_seen():
         assert not_anchored(entries, broken) == 3
 
 
-def test_the_registry_keeps_the_log_and_notices_what_was_altered(bench):
-    registry = bench.registry
-    assert registry.log() == []
-    first = registry.append_log("promotion", to_version=1, why="first", details={"alias": "champion"})
-    second = registry.append_log("rollback", from_version=1, to_version=1, details={})
-    assert bench.registry.log() == [first, second]
-    (file,) = bench.workspace.artifacts.rglob("000001-*.json")
-    content = file.read_text()
-    file.write_text(content.replace('"first"', '"later"'))
-    with pytest.raises(LineageError, match=r"log of tiny: log entry 2: does not follow"):
-        registry.log()
-    file.write_text(content[:20])
-    with pytest.raises(LineageError, match="log entry 1"):
-        registry.log()
-    with pytest.raises(LineageError, match="log entry 1"):
-        registry.append_log("rollback", details={})
-    file.write_text(content)
-    assert len(registry.log()) == 2
+def test_what_was_altered_in_the_ledger_is_noticed_and_nothing_is_appended_to_it(bench):
+    first = append_log(bench.project, "promotion", to_version=1, why="first", details={"alias": "champion"})
+    second = append_log(bench.project, "rollback", from_version=1, to_version=1, details={})
+    assert bench.log == [first, second]
+    content = documents(bench.project)[0]
+    for text, said in (
+        (content.replace('"first"', '"later"'), "log entry 1: "),
+        (content[:20], "log entry 1: "),
+        (None, "log entry 1: is missing"),
+    ):
+        with altered_entry(bench.project, 1, text), pytest.raises(LineageError, match=said):
+            append_log(bench.project, "rollback", details={})
+    with altered_entry(bench.project, 2, None), pytest.raises(LineageError, match="it was cut off"):
+        append_log(bench.project, "rollback", details={})  # else the anchor would name the new entry
+    assert bench.log == [first, second]
 
 
-def test_an_entry_counts_once_its_anchor_is_there(bench, monkeypatch):
-    registry = bench.registry
-    registry.append_log("promotion", to_version=1, details={})
-    with monkeypatch.context() as patch:
-        patch.setattr(registry, "add_entry", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            registry.append_log("rollback", why="killed", details={})
-    assert [entry["kind"] for entry in registry.log()] == ["promotion"]
-    registry.append_log("rollback", why="again", details={})
-    assert [entry["why"] for entry in registry.log()] == [None, "again"]
-
-
-def test_nothing_is_lost_where_eight_append_at_once_through_the_server(mlflow_server, tmp_path):
-    barrier = threading.Barrier(8)
-
-    def work(number: int) -> list[dict]:
-        registry = Registry(mlflow_server.uri, tmp_path / "artifacts", "logged", tmp_path / "cache")
-        barrier.wait()
-        return [registry.append_log("purge", why=f"{number}/{turn}", details={}) for turn in range(3)]
-
-    with ThreadPoolExecutor(8) as pool:
-        appended = [entry for of_one in pool.map(work, range(8)) for entry in of_one]
-    registry = Registry(mlflow_server.uri, tmp_path / "artifacts", "logged", tmp_path / "cache")
-    assert registry.log() == sorted(appended, key=lambda entry: entry["number"])
-    assert len({entry["why"] for entry in appended}) == 24
-    assert len(registry.entries("log")) <= 2  # passed ones go
-
-
-@pytest.mark.parametrize("others", [1, 2])
-def test_one_that_was_held_up_before_it_got_its_number_takes_the_next(bench, monkeypatch, others):
-    late, real = bench.registry, Registry.add_entry
-
-    def held_up(self, kind, number, values):
-        monkeypatch.setattr(Registry, "add_entry", real)
-        for turn in range(others):  # in the meantime; of two, the second deletes the name of the first
-            bench.registry.append_log("purge", why=f"in time {turn}", details={})
-        return real(self, kind, number, values)
-
-    monkeypatch.setattr(Registry, "add_entry", held_up)
-    entry = late.append_log("purge", why="late", details={})
-    assert entry["number"] == others + 1
-    assert [each["why"] for each in bench.registry.log()] == [f"in time {turn}" for turn in range(others)] + ["late"]
-
-
-def test_one_that_was_followed_at_once_knows_that_it_was_appended(bench, monkeypatch):
-    first, real = bench.registry, Registry.entries
-
-    def looks_late(self, kind):
-        if self is first and kind == "log" and real(self, kind):
-            monkeypatch.setattr(Registry, "entries", real)
-            bench.registry.append_log("purge", why="second", details={})
-        return real(self, kind)
-
-    monkeypatch.setattr(Registry, "entries", looks_late)
-    assert first.append_log("purge", why="first", details={})["number"] == 1
-    assert [entry["why"] for entry in bench.registry.log()] == ["first", "second"]
-
-
-def test_the_log_of_a_remote_store_is_fetched(bench, monkeypatch):
-    written = bench.registry.append_log("promotion", to_version=1, details={"alias": "champion"})
-    monkeypatch.setattr("flows.registry.registry._local_path", lambda uri: None)
-    assert bench.registry.log() == [written]
-    assert json.dumps(bench.registry.log_as_stored()[0]) == json.dumps([written])
+def test_an_entry_that_a_kill_left_without_its_anchor_counts_and_is_anchored_by_the_next_holder(bench):
+    append_log(bench.project, "promotion", to_version=1, details={})
+    anchor = bench.registry.log_anchor()
+    bench.project.ledger.append("rollback", why="killed", details={})
+    assert [entry["kind"] for entry in bench.log] == ["promotion", "rollback"]
+    assert (bench.registry.log_anchor(), not_anchored(bench.log, anchor)) == (anchor, 1)
+    with hold_lineage(bench.project, "next"):
+        project = bench.project
+        assert complete_log(project) == bench.log
+    assert bench.registry.log_anchor() == anchor_of(bench.log)
 
 
 def test_the_published_schema_knows_every_kind_of_entry():

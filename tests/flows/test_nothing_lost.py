@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from toys import expire_claim, last_claim, step
 
-from flows.registry.registry import RegistryError
+from flows.registry.errors import RegistryError
 from flows.step import run
 from flows.step.gc import collect
 

@@ -13,6 +13,7 @@ from flows.cli import main
 from flows.lineage.answers import data, diff, used, whose, worse
 from flows.lineage.history import HistoryError, find_version
 from flows.lineage.record import file_digests
+from flows.project import append_log
 from flows.terminal.answers import render_answer
 from tests.flows.histories import a_history, log, md5, three_domains
 
@@ -261,8 +262,7 @@ def test_the_commands_on_a_real_registry(bench, capsys, tmp_path):
         assert main(["audit", *arguments, "--workspace", str(bench.root), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    registry = bench.registry
-    registry.append_log("promotion", to_version=1, details={"alias": "champion"})
+    append_log(bench.project, "promotion", to_version=1, details={"alias": "champion"})
     assert asked("used", "code")["versions"] == []
     assert asked("data", "--alias", "latest")["version"] == 1
     assert asked("data")["version"] is None  # the alias itself was not set
@@ -275,7 +275,7 @@ def test_the_commands_on_a_real_registry(bench, capsys, tmp_path):
     capsys.readouterr()
     (exported / "README.md").write_text("a card")
     assert asked("whose", str(exported))["versions"] == [1]
-    assert asked("whose", str(registry.folder(registry.version(1))))["versions"] == [1]
+    assert asked("whose", str(bench.registry.folder(bench.registry.version(1))))["versions"] == [1]
     config = exported / "config.json"
     config.write_text(config.read_text() + " ")
     answer = asked("whose", str(exported))

@@ -26,14 +26,10 @@ from flows.lineage.record import (
     step_key,
     verify_files,
 )
-from flows.registry.registry import (
-    DomainMetrics,
-    HeadMovedError,
-    LineageConflictError,
-    ModelVersion,
-    Registry,
-    RegistryError,
-)
+from flows.registry.errors import HeadMovedError, LineageConflictError, RegistryError
+from flows.registry.registry import Registry
+from flows.registry.runs import DomainMetrics
+from flows.registry.versions import ModelVersion
 
 BASE = "b" * 64
 
@@ -331,7 +327,7 @@ def test_what_a_killed_registration_left_is_discarded_later(
 ) -> None:
     root = publish(registry, tmp_path / "0", None, [])
     with monkeypatch.context() as patch:  # as if the process had ended there
-        patch.setattr(Registry, "_undo", lambda *args: None)
+        patch.setattr("flows.registry.publish._undo", lambda *args: None)
         patch.setattr(MlflowClient, "finalize_logged_model", broken(MlflowClient.finalize_logged_model))
         with pytest.raises(RegistryError):
             publish(registry, tmp_path / "1", root, ["code"])
@@ -347,8 +343,8 @@ def test_a_version_whose_process_was_killed_after_publishing_it_stays(
 ) -> None:
     root = publish(registry, tmp_path / "0", None, [])
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "_link", lambda *args: None)
-        patch.setattr(Registry, "_sweep", lambda *args: None)
+        patch.setattr("flows.registry.publish._link", lambda *args: None)
+        patch.setattr("flows.registry.publish._sweep", lambda *args: None)
         code = publish(registry, tmp_path / "1", root, ["code"])
     legal = publish(registry, tmp_path / "2", code, ["code", "legal"])
     publish(registry, tmp_path / "3", legal, ["code", "legal", "medical"])
@@ -480,7 +476,7 @@ def test_a_remote_version_is_fetched_once_and_verified(
     registry: Registry, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = publish(registry, tmp_path / "0", None, [])
-    monkeypatch.setattr("flows.registry.registry._local_path", lambda uri: None)  # as if it were on another machine
+    monkeypatch.setattr("flows.registry.artifacts.local_path", lambda uri: None)  # as if it were on another machine
     downloads: list[str] = []
     download = mlflow.artifacts.download_artifacts
 
@@ -516,8 +512,8 @@ def test_reading_where_there_is_no_store_makes_none(tmp_path: Path) -> None:
     assert registry.head() is None
     assert registry.versions() == []
     assert registry.find("0" * 64) is None
-    assert registry.log() == []
-    assert registry.moved_by("champion") == 0
+    assert registry.log_anchor() == ""
+    assert registry.alias("champion") is None
     assert not (tmp_path / "nothing").exists()
 
 
@@ -564,7 +560,7 @@ workspace = Path({str(workspace)!r})
 uri = f"sqlite:///{{workspace}}/mlflow.db"
 print(flows.registry.registry.Registry(uri, workspace, "tiny", workspace).head().number)
 new = flows.registry.registry.Registry(f"sqlite:///{{workspace}}/new.db", workspace, "tiny", workspace)
-with new._store():  # migrates
+with new._store.client():  # migrates
     pass
 print(sorted({{"torch", "transformers", "prefect", "dvc"}} & set(sys.modules)))
 """

@@ -27,7 +27,7 @@ from flows import launch
 from flows.cli import main
 from flows.data.dataset import MissingDataError
 from flows.params import load_settings
-from flows.registry.claims import claimed
+from flows.project import hold_lineage
 from flows.settings import WatchSettings
 from flows.stack.deployments import prefect_file, render_prefect_file
 from flows.stack.prefect_server import UpError
@@ -344,7 +344,7 @@ def test_cancelling_a_step_stops_its_process_within_15_seconds(quiet: Running) -
     assert [type(error) for error in heard] == [launch.AdaptFailedError]
     assert str(heard[0]) == "slow: the step was cancelled"
     began = time.monotonic()
-    with claimed(quiet.bench.registry, "whoever comes next", lease=60):
+    with hold_lineage(quiet.bench.project, "whoever comes next"):
         assert time.monotonic() - began < 15, "the lineage is free"
 
 

@@ -17,7 +17,7 @@ from flows.lineage.entries import log_problems
 from flows.lineage.record import verify_files, withdrawal_of
 from flows.pending.reconcile import plan
 from flows.pending.status import status
-from flows.registry.claims import claimed
+from flows.project import hold_lineage
 from flows.step import run
 from flows.step.gc import collect
 from flows.step.resolve import NoBaseError, WithdrawError
@@ -40,8 +40,8 @@ def pending(bench) -> list[str]:
 
 def told(bench) -> list[dict]:
     """The log without the gates."""
-    assert log_problems(*bench.registry.log_as_stored()) == []
-    return [entry for entry in bench.registry.log() if entry["kind"] != "gates"]
+    assert log_problems(bench.project.ledger.log_as_stored(), bench.registry.log_anchor()) == []
+    return [entry for entry in bench.log if entry["kind"] != "gates"]
 
 
 def kinds(bench) -> list[tuple[str, int | None]]:
@@ -189,7 +189,7 @@ def test_what_cannot_be_withdrawn_is_refused_and_nothing_changes(lineage):
 
 def test_a_run_that_ended_half_way_is_gone_on_with(lineage, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("flows.registry.registry._log_results", lambda *args: 1 / 0)
+        patch.setattr("flows.registry.publish.log_results", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             withdraw(lineage, "legal")
     assert lineage.registry.head().number == 4
@@ -202,14 +202,13 @@ def test_a_run_that_ended_half_way_is_gone_on_with(lineage, monkeypatch):
 
 def test_a_log_entry_that_a_kill_prevented_is_made_by_the_next_one_who_holds_the_lineage(lineage, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "flows.registry.registry.Registry.complete_log", lambda self: 1 / 0 if self.head().withdrawn else None
-        )
+        real = run.complete_log
+        patch.setattr(run, "complete_log", lambda it: 1 / 0 if it.registry.head().withdrawn else real(it))
         with pytest.raises(ZeroDivisionError):
             withdraw(lineage, "legal", "privacy")
     assert lineage.registry.head().number == 5
     assert kinds(lineage) == []
-    with claimed(lineage.registry, "anything", lease=60) as claim:
+    with hold_lineage(lineage.project, "anything") as claim:
         finish(lineage.project, claim, plain_tasks())
         assert kinds(lineage) == [("withdrawal", 5)]
     assert told(lineage)[0]["why"] == "privacy"
@@ -264,7 +263,7 @@ def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_tr
     [
         ("flows.registry.registry.Registry.drop_contribution", 1),
         ("shutil.rmtree", 3),
-        ("flows.registry.registry.Registry.append_log", 1),
+        ("flows.ledger.Ledger.append", 1),
     ],
 )
 def test_a_purge_that_was_killed_is_completed_by_the_next(lineage, monkeypatch, target, nth):

@@ -1,0 +1,157 @@
+"""What MLflow shows of a version: the run that made it, with settings, data, figures, gates and the lineage page."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from flows.lineage.record import flatten, withdrawal_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Dataset, Metric
+
+    from flows.registry.versions import ModelVersion
+
+__all__ = ["DomainMetrics", "log_gates", "log_results", "run_name", "run_tags"]
+
+_METRICS_PER_BATCH = 1000  # MLflow's limit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainMetrics:
+    """Perplexity of a version on one domain's evaluation windows, at the data version that the lineage names."""
+
+    domain: str
+    dvc_md5: str
+    git_rev: str
+    path: str
+    repository: str
+    perplexity: float
+    dense_perplexity: float
+    tokens: int
+
+
+def run_name(record: Mapping[str, Any]) -> str:
+    """What the step of a record did, in two words."""
+    gone = withdrawal_of(record)
+    if gone is not None:
+        return f"withdraw {gone['name']}"
+    return "base" if record["step"] is None else f"adapt {record['step']['name']}"
+
+
+def run_tags(record: Mapping[str, Any]) -> dict[str, str]:
+    """The tags of a run by which MLflow's UI shows where it comes from."""
+    commit = record["code"]["git_commit"]
+    return {"mlflow.source.name": "copal", **({"mlflow.source.git.commit": commit} if commit else {})}
+
+
+def log_results(
+    client: MlflowClient,
+    run_id: str,
+    model_id: str,
+    parent: ModelVersion | None,
+    record: Mapping[str, Any],
+    metrics: Sequence[DomainMetrics],
+) -> None:
+    """Log a step's settings and figures, and link its run to the data, the parent and the model: three calls."""
+    from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput, Param
+
+    inputs = [DatasetInput(_dataset(domain), [InputTag("mlflow.data.context", "evaluation")]) for domain in metrics]
+    parents = [] if parent is None else [LoggedModelInput(parent.tags["copal.logged_model"])]
+    if inputs or parents:
+        client.log_inputs(run_id, datasets=inputs, models=parents)
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    logged = _figures(run_id, model_id, record, metrics)
+    params = [Param(name, _param(value)) for name, value in flatten(record["settings"])]
+    client.log_batch(run_id, metrics=logged[:_METRICS_PER_BATCH], params=params, synchronous=True)
+    for start in range(_METRICS_PER_BATCH, len(logged), _METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=logged[start : start + _METRICS_PER_BATCH], synchronous=True)
+
+
+def _dataset(domain: DomainMetrics) -> Dataset:
+    from mlflow.entities import Dataset
+
+    source = {"repository": domain.repository, "rev": domain.git_rev, "path": domain.path, "md5": domain.dvc_md5}
+    return Dataset(domain.domain, domain.dvc_md5, source_type="dvc", source=json.dumps(source))
+
+
+def _figures(run_id: str, model_id: str, record: Mapping[str, Any], metrics: Sequence[DomainMetrics]) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    logged = []
+    for place, domain in enumerate(metrics):
+        values = {
+            "perplexity": domain.perplexity,
+            "dense_perplexity": domain.dense_perplexity,
+            "evaluation_tokens": domain.tokens,
+        }
+        logged += [
+            # A millisecond apart: MLflow keeps one value per model, name, time and step, whatever the dataset.
+            Metric(
+                name,
+                value,
+                now + place,
+                0,
+                model_id=model_id,
+                dataset_name=domain.domain,
+                dataset_digest=domain.dvc_md5,
+                run_id=run_id,
+            )
+            for name, value in values.items()
+        ]
+        logged.append(Metric(f"perplexity.{domain.domain}", domain.perplexity, now, 0, run_id=run_id))
+    flat = {
+        "sparsity": record["sparsity"]["counted"],
+        "weights_back": record["weights_back"],
+        "perplexity_before": record["perplexity_before"],
+        "backward_transfer": record["backward_transfer"],
+        "seconds": sum(record["seconds"].values()),
+        **{f"seconds.{name}": value for name, value in record["seconds"].items()},
+    }
+    logged += [
+        Metric(name, value, now, 0, model_id=model_id, run_id=run_id)
+        for name, value in flat.items()
+        if value is not None
+    ]
+    return logged
+
+
+def log_gates(client: MlflowClient, run_id: str, gates: Sequence[Mapping[str, Any]], page: str | None) -> None:
+    """Show gate results on the run that made a version, as metrics and as the table `gates.json`, and the page of the
+    lineage as `lineage.html`: two calls.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    now = int(time.time() * 1000)
+    figures = {f"gate.{gate['name']}.passed": float(gate["passed"]) for gate in gates}
+    figures |= {f"gate.{gate['name']}": gate["value"] for gate in gates if gate["value"] is not None}
+    columns = ["name", "passed", "value", "limit", "detail"]
+    # As MLflow's log_table has it, which would add to the rows of an earlier judgement.
+    table = {"columns": columns, "data": [[gate[column] for column in columns] for gate in gates]}
+    files = {"gates.json": json.dumps(table), **({} if page is None else {"lineage.html": page})}
+    log_files(client, run_id, files)
+    client.log_batch(
+        run_id,
+        metrics=[Metric(name, value, now, 0) for name, value in figures.items()],
+        tags=[RunTag("mlflow.loggedArtifacts", json.dumps([{"path": "gates.json", "type": "table"}]))],
+        synchronous=True,
+    )
+
+
+def log_files(client: MlflowClient, run_id: str, files: Mapping[str, str]) -> None:
+    """Keep texts as artifacts of a run, by name: one call."""
+    with TemporaryDirectory(prefix="copal-") as scratch:
+        for name, text in files.items():
+            (Path(scratch) / name).write_text(text, encoding="utf-8")
+        client.log_artifacts(run_id, scratch)
+
+
+def _param(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,202 @@
+"""MLflow's store of one registered model: its client, its errors as one line, and where artifacts go."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from copal.files import flush
+from flows.registry.errors import RegistryError
+from flows.settings import without_secrets
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["Store", "end_run", "flush_all", "local_path", "never_fails", "pages"]
+
+_log = logging.getLogger(__name__)
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Store:
+    """Access to MLflow for one registered model; nothing is opened before the first call, and reading makes no store.
+
+    Attributes:
+        tracking_uri: of MLflow: `sqlite:////absolute/path.db`, or a server.
+        artifact_root: folder or URI under which the artifacts of new versions go.
+        model_name: the registered model; the experiment has the same name.
+    """
+
+    def __init__(self, tracking_uri: str, artifact_root: Path | str, model_name: str) -> None:
+        if not _MODEL_NAME.fullmatch(model_name):
+            raise RegistryError(
+                f"model.name must be 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit, "
+                f"not {model_name!r}"
+            )
+        self.tracking_uri, self.artifact_root, self.model_name = tracking_uri, artifact_root, model_name
+        self._client: MlflowClient | None = None
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[MlflowClient]:
+        """MLflow's client; its log is kept off the terminal.
+
+        Raises:
+            RegistryError: in place of every error of MLflow or its database that leaves the `with`.
+        """
+        path = self._sqlite_path()
+        if path is not None and path.exists():
+            _check_sqlite(path)  # MLflow tries a broken file for 100 s, with a traceback each time
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        with _quiet():
+            try:
+                if self._client is None:
+                    self._client = MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
+                yield self._client
+            except (MlflowException, SQLAlchemyError, OSError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                message = f"MLflow store {self.tracking_uri}: {reason}"
+                raise RegistryError(without_secrets(message)) from error
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a store to read: to look into one that is not there would make it."""
+        path = self._sqlite_path()
+        return path is None or path.exists()
+
+    def _sqlite_path(self) -> Path | None:
+        scheme, _, path = self.tracking_uri.partition(":///")
+        return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" else None
+
+    def model(self, client: MlflowClient) -> Any:
+        """MLflow's registered model; None where there is none yet."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return client.get_registered_model(self.model_name)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def experiment(self, client: MlflowClient) -> str:
+        """Id of the model's experiment, which is made where it is missing."""
+        from mlflow.exceptions import MlflowException
+
+        found = client.get_experiment_by_name(self.model_name)
+        if found is None:
+            try:
+                return str(client.create_experiment(self.model_name, artifact_location=self._artifact_location()))
+            except MlflowException:
+                found = client.get_experiment_by_name(self.model_name)  # another process was faster
+                if found is None:
+                    raise
+        if found.lifecycle_stage != "active":
+            raise RegistryError(f"MLflow's experiment {self.model_name} was deleted; restore it")
+        return str(found.experiment_id)
+
+    def _artifact_location(self) -> str:
+        if ":/" in str(self.artifact_root):  # a URI
+            return f"{str(self.artifact_root).rstrip('/')}/{self.model_name}"
+        return (Path(self.artifact_root).resolve() / self.model_name).as_uri()
+
+    def artifacts(self, location: str) -> Any:
+        """MLflow's access to the artifacts at a URI."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(location, tracking_uri=self.tracking_uri)
+
+    def download(self, uri: str, folder: Path, *, quiet: bool) -> Path:
+        """Where the artifact at `uri` lies in `folder` after it was fetched there.
+
+        Args:
+            quiet: without MLflow's progress bar, which is noise for one small file.
+        """
+        hidden = contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext()
+        with self.client(), hidden:
+            from mlflow.artifacts import download_artifacts
+
+            return Path(download_artifacts(uri, dst_path=str(folder), tracking_uri=self.tracking_uri))
+
+    def model_names(self) -> list[str]:
+        """The registered models of the store that could be lineages, by name."""
+        with self.client() as client:
+            found = [entry.name for entry in pages(lambda token: client.search_registered_models(page_token=token))]
+        return [name for name in sorted(found) if _MODEL_NAME.fullmatch(name)]
+
+
+def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """The results of a search of MLflow, page by page."""
+    token: str | None = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def local_path(uri: str) -> Path | None:
+    """The folder that `uri` names on this machine; None if it is remote."""
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and not parts.netloc:
+        return Path(unquote(parts.path))
+    return None if parts.scheme else Path(uri)
+
+
+def end_run(client: MlflowClient, run_id: str, status: str) -> None:
+    """Set the state of a run to FINISHED, FAILED or KILLED."""
+    with contextlib.redirect_stdout(io.StringIO()):  # of a server, MLflow prints the run's address
+        client.set_terminated(run_id, status)
+
+
+def flush_all(folder: Path | None) -> None:
+    """Bring a folder's files to the disk before a version names them; a power cut must not leave one half there."""
+    if folder is None:
+        return
+    for path in (folder, *folder.rglob("*")):
+        flush(path)
+
+
+def _check_sqlite(path: Path) -> None:
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as connection:
+            connection.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.Error as error:
+        raise RegistryError(f"MLflow store {path}: {error}; bring back a copy, or name another store") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow logs each step of its migrations, and a traceback for errors that are raised as well."""
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def never_fails(doing: str) -> Iterator[None]:
+    """Cleaning up must not hide the error that made it needed, nor undo what was published."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        _log.warning("%s: %s", doing, str(error).splitlines()[0])
