@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import threading
 import time
@@ -29,6 +28,7 @@ from typing import Any
 from copal.errors import CopalError
 from copal.files import write_atomic
 from flows.alive import find_process
+from flows.isolated import isolated_environment, isolated_python
 from flows.settings import Settings, Workspace
 
 __all__ = ["Stack", "UpError", "down", "prefect_file", "read_stack", "render_prefect_file", "up", "up_detached"]
@@ -191,7 +191,7 @@ class _Starting:
         log = self.logs / f"{name.replace(' ', '-')}.log"
         with log.open("ab") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", *module],
+                isolated_python(*module),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -275,11 +275,11 @@ def up_detached(workspace: Workspace, arguments: Sequence[str], tell: Callable[[
     log = logs / "up.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "up", "--workspace", str(workspace.root), *arguments],
+            isolated_python("flows.cli", "up", "--workspace", str(workspace.root), *arguments),
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            cwd=Path(__file__).parents[1],  # `-m` looks where it runs first: not among what lies in the user's folder
+            env=isolated_environment(),
             start_new_session=True,
         )
     try:
@@ -430,7 +430,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 def _environment(home: Path, api: str, registry: str) -> dict[str, str]:
     """Of the children: the user's, but for what would bring Prefect to another server or profile."""
-    found = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    found = {name: value for name, value in isolated_environment().items() if not name.startswith("PREFECT_")}
     found.pop("MLFLOW_TRACKING_URI", None)
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the user's is not for what runs on this machine
         found[name] = ",".join(filter(None, (found.get(name), _HOST, "localhost")))

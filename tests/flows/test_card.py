@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from test_lineage import arguments
 
 from flows.card import license_of, model_card
-from flows.cli import export
+from flows.export import export
 from flows.lineage import build_record, record_digest
 from flows.run import plain_stages, run_step
 
