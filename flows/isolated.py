@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import sysconfig
 from pathlib import Path
 
 __all__ = ["isolated_environment", "isolated_python"]
+
+_INSTALLED = ("site-packages", "dist-packages")  # every Python of the same environment looks there by itself
 
 
 def isolated_python(module: str, *arguments: str) -> list[str]:
@@ -21,8 +22,8 @@ def isolated_environment() -> dict[str, str]:
     PYTHONPATH stays; where copal is run from a checkout that is not installed, the checkout comes first in it.
     """
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
-    home = str(Path(__file__).parents[1])
-    before = environment.get("PYTHONPATH")
-    if home not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        environment["PYTHONPATH"] = os.pathsep.join((home, before) if before else (home,))
+    home = Path(__file__).parents[1]
+    places = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
+    if home.name not in _INSTALLED and str(home) not in places:
+        environment["PYTHONPATH"] = os.pathsep.join((str(home), *places))
     return environment

@@ -1,4 +1,4 @@
-"""`python -m flows.cli`; with `python -P`, a package `flows` in the folder where it runs does no harm."""
+"""`python -P -m flows.cli`: without `-P`, Python would take a package `flows` of the folder where it runs."""
 
 import sys
 

@@ -77,10 +77,22 @@ def test_the_children_of_an_isolated_process_are_isolated_and_run_the_same_copal
     assert done.stdout.split() == [str(home / "copal" / "__init__.py"), flows.__file__]
 
 
-def test_pythonpath_stays_and_comes_second(monkeypatch):
-    home = str(Path(flows.__file__).parents[1])
-    monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    assert isolated_environment()["PYTHONPATH"].split(os.pathsep) in ([home, "/somewhere"], ["/somewhere"])
+@pytest.mark.parametrize(
+    ("place", "before", "after"),
+    [
+        ("/checkout", "/somewhere", "/checkout:/somewhere"),
+        ("/checkout", None, "/checkout"),
+        ("/checkout", "/somewhere:/checkout", "/somewhere:/checkout"),
+        ("/venv/lib/python3.11/site-packages", "/somewhere", "/somewhere"),
+        ("/venv/lib/python3.11/site-packages", None, None),
+    ],
+)
+def test_pythonpath_stays_and_a_checkout_is_added(monkeypatch, place, before, after):
+    monkeypatch.setattr("flows.isolated.__file__", f"{place}/flows/isolated.py")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if before is not None:
+        monkeypatch.setenv("PYTHONPATH", before)
+    assert isolated_environment().get("PYTHONPATH") == after
     assert isolated_environment()["PYTHONSAFEPATH"] == "1"
 
 
