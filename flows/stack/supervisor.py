@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from copal.files import write_atomic
+from flows.isolated import isolated_environment, isolated_python
 from flows.stack.prefect_server import UpError
 from flows.stack.state import Stack, end_processes, identify, state_file
 from flows.workspace import Workspace
@@ -86,7 +86,7 @@ class Starting:
         log = self.logs / f"{name.replace(' ', '-')}.log"
         with log.open("ab") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", *module],
+                isolated_python(*module),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -175,7 +175,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 def _environment(home: Path, api: str, registry: str, ledger: str) -> dict[str, str]:
     """Of the children: the user's, but for what would bring Prefect to another server or profile."""
-    found = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    found = {name: value for name, value in isolated_environment().items() if not name.startswith("PREFECT_")}
     found.pop("MLFLOW_TRACKING_URI", None)
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the user's is not for what runs on this machine
         found[name] = ",".join(filter(None, (found.get(name), HOST, "localhost")))

@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from copal.files import write_atomic
+from flows.isolated import isolated_environment, isolated_python
 from flows.settings import Settings
 from flows.stack.deployments import is_server, prefect_file, render_prefect_file
 from flows.stack.prefect_server import POOLS, UpError, answers, create_pools, has_worker, settle_old_runs
@@ -105,11 +104,11 @@ def up_detached(workspace: Workspace, arguments: Sequence[str], tell: Callable[[
     log = logs / "up.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "up", "--workspace", str(workspace.root), *arguments],
+            isolated_python("flows.cli", "up", "--workspace", str(workspace.root), *arguments),
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            cwd=Path(__file__).parents[2],  # `-m` looks where it runs first: not among what lies in the user's folder
+            env=isolated_environment(),
             start_new_session=True,
         )
     try:

@@ -31,6 +31,7 @@ from copal.processes import device, is_main
 from copal.progress import Progress, silent
 from copal.step import Base, NewDomain, Parent, StepReport, WithdrawnDomain, prune_step, read_report
 from copal.streaming import compute_dtype
+from flows.isolated import isolated_environment, isolated_python
 from flows.settings import Settings
 
 __all__ = ["evaluate_in_processes", "evaluate_jobs", "prune_in_processes"]
@@ -119,15 +120,16 @@ def _in_processes(
     write_atomic(folder / "accelerate.json", json.dumps(_ACCELERATE))
     threads = max(1, torch.get_num_threads() // processes)
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.json")),
+        *isolated_python("accelerate.commands.launch", "--config_file", str(folder / "accelerate.json")),
         *("--num_machines", "1", "--num_processes", str(processes), "--main_process_port", "0"),
         *("--num_cpu_threads_per_process", str(threads), "-m", "flows.step.distributed", str(folder)),
     ]
-    here = Path(__file__).parents[2]  # `-m` looks where it runs first: not among what lies in the user's folder
     log = folder / "log"
     with (
         log.open("w") as stderr,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=here) as launcher,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=isolated_environment()
+        ) as launcher,
     ):
         try:
             assert launcher.stdout is not None

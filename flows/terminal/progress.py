@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from copal.progress import Progress
+from copal.progress import Progress, silent
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "progress_bar"]
+__all__ = ["QUIET", "console", "is_quiet", "progress_bar", "working"]
 
+QUIET = "COPAL_QUIET"  # an environment variable: a flow may run in another thread or process than the command
 _LONG = 2.0  # seconds after which a stage is worth a line in a log
 _PIPE_WIDTH = 160  # columns where there is no terminal to ask: tables are cut nowhere
 
@@ -26,9 +28,30 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
+def is_quiet() -> bool:
+    """Whether the user wants results only."""
+    return bool(os.environ.get(QUIET))
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show on a terminal that something goes on whose length nobody knows."""
+    if is_quiet() or not sys.stdout.isatty():
+        yield
+    else:
+        with console().status(what):
+            yield
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A callback that shows a bar for each stage on standard error; where that is no terminal, a line or two."""
+    """A callback that shows a bar for each stage on standard error; where that is no terminal, a line or two.
+
+    Shows nothing where the user wants results only.
+    """
+    if is_quiet():
+        yield silent
+        return
     if not sys.stderr.isatty():
         yield _plain(sys.stderr)
         return

@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub import ModelCard
 from test_lineage import arguments
 
-from flows.cli import export
 from flows.lineage.record import build_record, record_digest
 from flows.models.card import license_of, model_card
+from flows.models.export import export
 from flows.step.run import plain_tasks, run_step
 
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from flows.init import default_params
 
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import DataError, SettingsError
@@ -24,6 +23,7 @@ from flows.settings import (
     check_domain_name,
     without_secrets,
 )
+from flows.start.init import default_params
 from flows.workspace import Workspace, WorkspaceError, open_workspace
 
 

@@ -26,6 +26,7 @@ import yaml
 from flows import launch
 from flows.cli import main
 from flows.data.dataset import MissingDataError
+from flows.data.git import commit, git
 from flows.params import load_settings
 from flows.project import hold_lineage
 from flows.settings import WatchSettings
@@ -35,7 +36,7 @@ from flows.stack.state import Process, is_up, read_stack
 from flows.stack.up import down, up_detached
 
 INTERVAL = 10  # seconds of the schedule
-COPAL = (sys.executable, "-m", "flows.cli")
+COPAL = (sys.executable, "-P", "-m", "flows.cli")  # as the installed script: where it runs is not on its path
 LONG = (
     "{window_length: 32, windows: 8, evaluation_windows: 8, evaluation_share: 0.4}",
     "{window_length: 32, windows: 20000, evaluation_windows: 8, evaluation_share: 0.4}",
@@ -153,8 +154,16 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def stack(make_bench, environment, tmp_path_factory) -> Iterator[Running]:
-    """`copal up --detach` in a workspace whose schedule is short, behind a proxy that writes down what is asked."""
+    """`copal up --detach` in a workspace whose schedule is short, behind a proxy that writes down what is asked.
+
+    It is run in the workspace, whose repository has packages `flows` and `copal` of its own that nobody can import.
+    """
     bench = make_bench(tmp_path_factory.mktemp("team") / "workspace")
+    for name in ("flows", "copal"):
+        (bench.root / name).mkdir()
+        (bench.root / name / "__init__.py").write_text("raise SystemExit('imported what lies in the repository')\n")
+    git(bench.root, "add", "flows", "copal")
+    commit(bench.root, "Packages of our own")
     with bench.workspace.params.open("a") as params:
         params.write(f"watch: {{interval: {INTERVAL}}}\n")
     with Recorder() as recorder:
@@ -163,7 +172,9 @@ def stack(make_bench, environment, tmp_path_factory) -> Iterator[Running]:
         port, mlflow_port = free_port(), free_port()
         ports = ("--port", port, "--mlflow-port", mlflow_port)
         settings = environment | proxies | {"NO_PROXY": "127.0.0.1,localhost"}
-        done = command("up", "--workspace", bench.root, *ports, "--devices", "7", "--detach", env=settings)
+        done = command(
+            "up", "--workspace", bench.root, *ports, "--devices", "7", "--detach", env=settings, cwd=bench.root
+        )
         assert done.returncode == 0, done.stderr
         assert f"Prefect: http://127.0.0.1:{port}\n" in done.stdout
         assert f"MLflow: http://127.0.0.1:{mlflow_port}\n" in done.stdout
@@ -189,6 +200,16 @@ def quiet(stack: Running) -> Running:
 
 
 # --- what is deployed, and what wakes the watcher
+
+
+def test_nothing_that_up_starts_imports_from_the_folder_where_it_runs(stack: Running) -> None:
+    """That steps run at all shows it for the flows; this is for every process, what it starts included."""
+    known = read_stack(stack.bench.workspace)
+    assert known is not None
+    supervisor = psutil.Process(known.supervisor.pid)
+    family = [supervisor, *supervisor.children(recursive=True)]
+    assert len(family) >= 5  # itself, two servers, two workers
+    assert [process.cmdline() for process in family if process.environ().get("PYTHONSAFEPATH") != "1"] == []
 
 
 def test_up_deploys_the_flows_with_pools_limits_schedules_and_a_trigger(stack: Running) -> None:
@@ -379,7 +400,7 @@ def test_down_ends_everything_and_a_step_that_runs_is_told(quiet: Running) -> No
     supervisor = psutil.Process(known.supervisor.pid)
     family = [supervisor, *supervisor.children(recursive=True)]
     assert len(family) >= 7  # itself, two servers and uvicorn, two workers, the step
-    done = command("down", "--workspace", quiet.bench.root, env=quiet.environment)
+    done = command("down", env=quiet.environment, cwd=quiet.bench.root)
     assert done.stdout == f"ended what ran in {quiet.bench.root}\n", done.stderr
     assert [process for process in family if alive(process)] == []
     assert not (quiet.bench.root / ".copal" / "up.json").exists()

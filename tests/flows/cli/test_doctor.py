@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows import doctor as module
-from flows.doctor import Check, doctor, render
+from flows.cli import doctor as module
+from flows.cli.doctor import Check, doctor, render
 
 NAMES = [
     "python", "torch", "transformers", "git", "dvc", "mlflow", "prefect", "fastapi", "disk", "workspace",

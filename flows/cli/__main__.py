@@ -1,0 +1,8 @@
+"""`python -P -m flows.cli`: without `-P`, Python would take a package `flows` of the folder where it runs."""
+
+import sys
+
+from flows.cli.entry import main
+
+if __name__ == "__main__":
+    sys.exit(main())

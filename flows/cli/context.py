@@ -1,0 +1,35 @@
+"""What commands share: the workspace that they open, and the parameters that several of them take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from copal.errors import CopalError
+
+if TYPE_CHECKING:
+    from flows.project import Project
+
+__all__ = ["CommandError", "Folder", "Json", "Version", "open_project"]
+
+Folder = Annotated[Path, Parameter(name="--workspace", env_var="COPAL_WORKSPACE", help="The workspace.")]
+Version = Annotated[str, Parameter(help="A number, or an alias such as latest.")]
+Json = Annotated[bool, Parameter(name="--json", help="For programs.")]
+
+
+class CommandError(CopalError):
+    """The command line asks for what cannot be done as things are."""
+
+
+def open_project(folder: Path) -> Project:
+    """The project in the workspace `folder`: what a command is done to. No store is opened yet.
+
+    Raises:
+        WorkspaceError: `folder` is none.
+        SettingsError: its params.yaml is wrong.
+    """
+    from flows import project  # brings a database toolkit, which help can do without
+
+    return project.open_project(folder)

@@ -1,0 +1,60 @@
+"""What commands print: results on standard output, one line for an error on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flows.terminal.progress import console, is_quiet
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from flows.project import Project
+    from flows.registry.versions import ModelVersion
+
+__all__ = ["hint", "print_json", "refuse", "say", "show", "show_versions"]
+
+
+def say(line: str) -> None:
+    """Print a line of the result."""
+    print(line, flush=True)
+
+
+def hint(line: str) -> None:
+    """Print a line that `--quiet` leaves out: what goes on, or what to do next."""
+    if not is_quiet():
+        print(line, flush=True)
+
+
+def refuse(reason: str, code: int = 2) -> int:
+    """Print why the command ends, as one line on standard error; gives its exit code."""
+    print(f"copal: {' '.join(reason.split())}", file=sys.stderr)
+    return code
+
+
+def print_json(found: Mapping[str, Any]) -> None:
+    """Print a result for programs."""
+    import json
+
+    print(json.dumps(found, indent=2))
+
+
+def show(found: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], RenderableType]) -> None:
+    """Print a result for programs, or as `render` draws it."""
+    if as_json:
+        print_json(found)
+    else:
+        console().print(render(found))
+
+
+def show_versions(project: Project, versions: Sequence[ModelVersion], tell: Callable[[str], None]) -> None:
+    """Say what made each of the new versions, and show the table of all versions."""
+    from flows.pending.status import status
+    from flows.terminal.status import render_status
+
+    for version in versions:
+        did = f"withdrew {version.withdrawn}" if version.withdrawn else f"adapted to {version.tags['copal.domain']}"
+        tell(f"version {version.number} of {project.name}: {did}")
+    console().print(render_status(status(project)))

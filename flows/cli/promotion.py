@@ -1,0 +1,94 @@
+"""Which version serves: `copal gates`, `promote`, `rollback` and `export`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from flows.cli.context import CommandError, Folder, Json, Version, open_project
+from flows.cli.output import say, show
+from flows.terminal.progress import progress_bar
+
+if TYPE_CHECKING:
+    from flows.registry.registry import Registry
+
+__all__ = ["export", "gates", "promote", "rollback"]
+
+_Why = Annotated[str | None, Parameter(help="For the log.")]
+_Force = Annotated[bool, Parameter(help="Against the gates, or after a move by hand; wants --why.")]
+
+
+def gates(version: Version, /, *, again: bool = False, as_json: Json = False, workspace: Folder = Path()) -> int:
+    """Show what each gate said of a version.
+
+    Args:
+        again: Run them again, with the limits of today.
+    """
+    from flows.gates.champion import gates_entry
+    from flows.project import read_log
+    from flows.terminal.gates import render_gates
+
+    project = open_project(workspace)
+    registry = project.registry
+    found = registry.resolve(version)
+    if found.parent is None:
+        raise CommandError(f"version {found.number} of {registry.model_name} is the dense base: it has no gates")
+    if again:
+        from flows.gates.run import run_gates
+
+        run_gates(project, found, None, say, again=True)
+    entry = gates_entry(found, read_log(project))
+    if entry is None:
+        raise CommandError(
+            f"version {found.number} of {registry.model_name} has not gone through its gates: "
+            f"copal gates {found.number} --again"
+        )
+    show(entry, as_json, render_gates)
+    return 0 if entry["details"]["passed"] else 1
+
+
+def promote(version: Version, /, *, why: _Why = None, force: _Force = False, workspace: Folder = Path()) -> int:
+    """Make a version the champion: it passed its gates, and you want it to serve."""
+    from flows.gates.champion import make_champion
+
+    project = open_project(workspace)
+    found = project.registry.resolve(version)
+    entry = make_champion(project, found.number, why=why, force=force, tell=say)
+    if entry is None:
+        say(f"nothing to do: version {found.number} of {project.registry.model_name} is the champion")
+    else:
+        _say_moved(project.registry, entry)
+    return 0
+
+
+def rollback(*, why: _Why = None, force: _Force = False, workspace: Folder = Path()) -> int:
+    """Make the champion before this one the champion again."""
+    from flows.gates.champion import restore_champion
+
+    project = open_project(workspace)
+    _say_moved(project.registry, restore_champion(project, why=why, force=force, tell=say))
+    return 0
+
+
+def export(version: Version, folder: Path, /, *, workspace: Folder = Path()) -> int:
+    """Copy a version's model to a new folder, plain Hugging Face format.
+
+    Args:
+        folder: The new folder.
+    """
+    from flows.models.export import export as copy
+
+    registry = open_project(workspace).registry
+    found = registry.resolve(version)
+    with progress_bar() as progress:
+        copy(registry, found, folder, progress)
+    say(f"{folder}: version {found.number} of {registry.model_name}")
+    return 0
+
+
+def _say_moved(registry: Registry, entry: Mapping[str, Any]) -> None:
+    before = "" if entry["from"] is None else f", before it version {entry['from']}"
+    say(f"champion of {registry.model_name}: version {entry['to']}{before} (log entry {entry['number']})")

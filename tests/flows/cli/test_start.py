@@ -1,0 +1,171 @@
+"""`copal init`, `base`, `doctor` and `demo`: real git, DVC and MLflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from copal.errors import CopalError
+from flows.params import load_settings
+from flows.settings import Settings
+from flows.start.init import default_params, model_name_for
+from flows.workspace import open_workspace
+
+
+def git(root, *arguments: str) -> str:
+    command = ["git", "-C", str(root), "-c", "user.name=test", "-c", "user.email=test@localhost", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def tree(root) -> dict[str, bytes]:
+    """Every file under `root` but what git and DVC keep for themselves."""
+    files = [path for path in root.rglob("*") if path.is_file()]
+    named = {path.relative_to(root).as_posix(): path for path in files}
+    return {name: path.read_bytes() for name, path in named.items() if not name.startswith((".git/", ".dvc/tmp/"))}
+
+
+# --- init and base
+
+
+def test_init_makes_a_workspace_with_its_base(run, tiny_base, tmp_path):
+    root = tmp_path / "new" / "Our Tickets"
+    code, out, _ = run("init", root, "--base", tiny_base)
+    assert code == 0
+    assert str(root) in out
+    assert git(root, "status", "--porcelain") == ""
+    committed = git(root, "ls-files").splitlines()
+    assert {".gitignore", ".dvc/config", "params.yaml", "data/README.md"} <= set(committed)
+    assert not any(name.startswith(".copal") for name in committed)
+    assert git(root, "log", "-1", "--format=%an <%ae>") == "copal <copal@localhost>"  # git knows no identity here
+    code, out, _ = run("status", "--json", "--workspace", root)
+    found = json.loads(out)
+    assert found["model"] == "Our-Tickets"
+    assert [version["version"] for version in found["versions"]] == [1]
+    assert not any(open_workspace(root).runs.iterdir())
+
+    before = tree(root)
+    assert run("init", root, "--base", tiny_base)[0] == 0  # again: nothing to do
+    assert run("init", root)[0] == 0
+    assert {name: content for name, content in tree(root).items() if not name.endswith("mlflow.db")} == {
+        name: content for name, content in before.items() if not name.endswith("mlflow.db")
+    }
+    assert git(root, "rev-list", "--count", "HEAD") == "1"
+
+
+def test_init_completes_a_repository_and_commits_only_its_own_files(run, tmp_path):
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "params.yaml").write_text("model: {name: mine}\n")
+    (tmp_path / ".gitignore").write_text("*.log\n")
+    (tmp_path / "staged.txt").write_text("not yet to be committed")
+    git(tmp_path, "add", "staged.txt")
+    assert run("init", tmp_path)[0] == 0
+    assert (tmp_path / "params.yaml").read_text() == "model: {name: mine}\n"
+    assert (tmp_path / ".gitignore").read_text() == "*.log\n.copal/\n"
+    assert git(tmp_path, "status", "--porcelain") == "A  staged.txt"
+
+
+@pytest.fixture
+def bad_bases(tmp_path_factory, tiny_base):
+    """Folders that are no base model: (folder, what the line says of it)."""
+    empty, encoder, untokenised = (tmp_path_factory.mktemp(name) for name in ("empty", "encoder", "untokenised"))
+    shutil.copytree(tiny_base, encoder, dirs_exist_ok=True)
+    config = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps(config | {"model_type": "t5", "is_encoder_decoder": True}))
+    shutil.copytree(tiny_base, untokenised, dirs_exist_ok=True)
+    (untokenised / "tokenizer.json").unlink()
+    return [(empty, "config.json"), (encoder, "encoder-decoder"), (untokenised, "no tokenizer")]
+
+
+def test_a_bad_base_leaves_no_half_workspace(refused, bad_bases, tmp_path):
+    for source, says in [*bad_bases, ("pypi:none of this", "not a package"), ("no such thing", "no such thing")]:
+        assert says in refused("init", tmp_path / "new" / "deep", "--base", source)
+        assert says in refused("base", source, tmp_path / "target")
+        assert not any(tmp_path.iterdir())
+
+
+def test_a_bad_base_leaves_an_existing_folder_as_it_was(refused, bad_bases, tmp_path):
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / ".gitignore").write_text("*.log\n")
+    git(tmp_path, "add", ".gitignore")
+    before = tree(tmp_path)
+    refused("init", tmp_path, "--base", bad_bases[0][0])
+    assert tree(tmp_path) == before
+    assert git(tmp_path, "status", "--porcelain") == "A  .gitignore"
+
+
+def test_what_fails_late_leaves_an_existing_folder_as_it_was_too(refused, monkeypatch, tiny_base, tmp_path):
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / ".gitignore").write_text("*.log\n")
+    (tmp_path / "mine.txt").write_text("mine")
+    git(tmp_path, "add", "mine.txt")
+    before = tree(tmp_path)
+
+    def conflict(*_):
+        raise CopalError("another base under the same model name")
+
+    monkeypatch.setattr("flows.stages.register_root", conflict)
+    assert "another base" in refused("init", tmp_path, "--base", tiny_base)
+    assert tree(tmp_path) == before
+    assert git(tmp_path, "status", "--porcelain").splitlines() == ["A  mine.txt", "?? .gitignore"]
+
+
+def test_another_base_under_the_same_name(bench, refused, make_model, tiny_base, tmp_path):
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    before, versions = bench.snapshot(), bench.registry.versions()
+    head = git(bench.root, "status", "--porcelain")
+    assert "another base" in refused("init", bench.root, "--base", other)
+    assert bench.snapshot() == before
+    assert bench.registry.versions() == versions
+    assert git(bench.root, "status", "--porcelain") == head
+
+
+def test_init_refuses_a_file_and_bad_settings(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused("init", tmp_path / "file")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "params.yaml").write_text("prune: {sparsity: 2}\n")
+    assert "prune.sparsity" in refused("init", tmp_path / "bad")
+    assert [path.name for path in (tmp_path / "bad").iterdir()] == ["params.yaml"]
+
+
+def test_new_settings_are_the_defaults(tmp_path):
+    params = tmp_path / "params.yaml"
+    for name in ("copal", "2026", "true", "1e3"):  # a folder may be called what YAML reads as something else
+        params.write_text(default_params(name))
+        assert load_settings(params).model.name == name
+    params.write_text(default_params("copal"))
+    assert load_settings(params) == Settings()
+    own = Path(__file__).parents[3] / "params.yaml"  # of this repository: the same text, so that neither falls behind
+    assert own.read_text(encoding="utf-8").startswith(default_params("copal-demo"))
+    assert model_name_for(tmp_path / "_Our (tickets)") == "Our-tickets-"
+    assert model_name_for(tmp_path / "日本") == "copal"
+
+
+def test_base_fetches_a_folder(run, refused, tiny_base, tmp_path):
+    code, out, _ = run("base", tiny_base, tmp_path / "base")
+    assert code == 0
+    assert "fingerprint" in out
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+    assert "is not an empty folder" in refused("base", tiny_base, tmp_path / "base")
+
+
+# --- doctor and demo
+
+
+def test_doctor_says_what_is_wrong(bench, run, monkeypatch):
+    from flows.cli import doctor
+
+    assert run("doctor", "--workspace", bench.root)[0] == 0
+    monkeypatch.setattr(doctor, "doctor", lambda path: [doctor.Check(name="git", ok=False, found="no", advice="do")])
+    assert run("doctor", "--workspace", bench.root)[:2] == (2, "wrong git          no\n                   -> do\n")
+
+
+def test_demo_refuses_a_folder_of_somebody_else(refused, tmp_path):
+    (tmp_path / "mine.txt").write_text("")
+    assert "was not made by" in refused("demo", "--workspace", tmp_path)
