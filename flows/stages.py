@@ -468,7 +468,7 @@ def register_step(
         ClaimLostError: the lineage was taken over.
         RegistryError: the registry cannot be written.
     """
-    from copal.evaluate import backward_transfer
+    from copal.evaluation import backward_transfer
     from flows.registry import DomainMetrics
 
     progress("register", 0, 1)
