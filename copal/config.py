@@ -42,7 +42,7 @@ class CalibrationConfig:
         evaluation_windows: evaluation windows of a domain, at most. Alters no statistic.
         evaluation_share: share of the documents that is kept for evaluation, in (0, 1).
         seed: orders the documents and picks the part of each that is read.
-        storage: what a state keeps of a domain: `full`, or `compact` (what they hold and lose: `copal.state`).
+        storage: what a state keeps of a domain: `full`, or `compact` (what each keeps and loses: `copal.packing`).
     """
 
     window_length: int = 512

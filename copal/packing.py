@@ -34,15 +34,15 @@ __all__ = [
 ]
 
 _SHARE = 0.049  # of the 16-bit model, for a contribution in compact storage; with its files' headers at most 0.05
-_ITERATIONS = 4  # of the subspace; more change the error of the solve by less than 1%
+_ITERATIONS = 4  # of the subspace iteration; more of them change the error of the solve by less than 1%
 _LEVELS = 7  # codes are -7..7, stored as 1..15
 
 
 def fold(matrix: Tensor) -> Tensor:
-    """The part off the diagonal of a symmetric (I, I) matrix as (2, J, J): each number once, without an index.
+    """The part off the diagonal of a symmetric (I, I) matrix as (2, J, J): each number once.
 
-    In blocks [[A, B], [B^T, C]], the first is B, the second the strict upper triangle of A together with the strict
-    lower triangle of C.
+    With the matrix in four blocks [[A, B], [B^T, C]], the first (J, J) is B; the second is what lies above the diagonal
+    of A together with what lies below the diagonal of C.
     """
     size, half = len(matrix), (len(matrix) + 1) // 2
     even = torch.zeros(2 * half, 2 * half, device=matrix.device, dtype=matrix.dtype)
@@ -130,7 +130,8 @@ def pack_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def unpack_low_rank(diagonal: Tensor, codes: Tensor, step: Tensor) -> Tensor:
     """The (I, I) float32 matrix that `pack_low_rank` took, as far as it was kept; symmetric to the last bit."""
     factor = (torch.cat((codes & 15, codes >> 4), dim=1).float() - (_LEVELS + 1)) * step
-    factor = factor / factor.norm(dim=1, keepdim=True).clamp_min(1)  # rounding must not bring a row above its diagonal
+    length = factor.norm(dim=1, keepdim=True)
+    factor = factor / length.clamp_min(1)  # rounding may bring the diagonal of U U^T above 1
     root = diagonal.sqrt()
     upper = torch.triu(factor @ factor.T * torch.outer(root, root), 1)
     matrix = upper + upper.T

@@ -5,7 +5,7 @@ tr(dW G_i dW^T) with the second moment (uncentred; Gram matrix over tokens) G_i 
 step needs to know of domain i, and over domains G = sum_i w_i G_i / sum_i w_i. After COPAL (Malla, Choi, Choi 2024,
 arXiv 2405.02347); these formulas are ours.
 
-Shapes: T tokens, I in features, O out features, J = I / 2 rounded up.
+Shapes: I in features, O out features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Moment", "merge", "output_energy", "scores"]
 class Moment:
     """Second moments over one or more domains, of one group of linears that read the same input.
 
-    Kept as sums: plain additions round once each, so that the order of the domains hardly shows.
+    Kept as sums and not as means: each addition rounds once, so that the order of the domains hardly shows.
 
     Attributes:
         total: (I, I) float32, sum_i w_i E_i[x x^T].

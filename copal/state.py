@@ -1,14 +1,14 @@
 """The sensitivity state of a model version on disk.
 
     state/
-        manifest.json                       what follows is whole and belongs together
-        contribution/block-00000.safetensors ...   the version's own domain: full (float16) or compact, see below
-        sum/block-00000.safetensors ...            the sum over every domain, float32: all that the next step loads
+        manifest.json                              written last: all files are whole and belong together
+        contribution/block-00000.safetensors ...   the statistics of the version's own domain, full or compact
+        sum/block-00000.safetensors ...            their sum over every domain, float32: all that the next step loads
 
-A contribution is never changed; the sum is what contributions give when they are merged in the order in which they
-came. So every version keeps its contribution, and it is what grows with the domains; a sum can be made again, and only
-the newest version's is needed. The manifest says for every domain which version's state holds its contribution; a
-version that took a domain out has none of its own. Nothing is pickled.
+A contribution is never changed. Every version keeps its own, so contributions are what grows with the domains; a
+version that took a domain out has none. The manifest says for every domain which version's state holds its
+contribution. A sum is what the contributions give when they are added in the order in which they came: it can be made
+again, and only the newest version's is needed. Nothing is pickled.
 
 What full and compact storage keep of a second moment is in `copal.packing`. The sums of the criterion `gradient` come
 on top of both, in bfloat16, and take as much as the linears themselves. A step uses its own domain's statistics as they
@@ -203,7 +203,7 @@ def merge_blocks(parts: Iterable[Moments]) -> dict[str, Moment]:
 
 
 def contribution_tensors(moments: Moments, shapes: Shapes, compact: int | None) -> dict[str, Tensor]:
-    """What a contribution stores of a block; `compact`: in so many bytes, None for full storage."""
+    """What a contribution stores of a block. `compact`: the bytes it may take; None: full storage."""
     rank = None if compact is None else ranks(shapes, compact)
     tensors = {}
     for group, moment in moments.items():

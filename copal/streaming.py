@@ -90,7 +90,7 @@ class StreamedModel:
         return len(self._blocks)
 
     def stored_name(self, name: str) -> str:
-        """The checkpoint's name of parameter `name`: `name` itself where it holds none."""
+        """The checkpoint's name of parameter `name`; `name` itself where the checkpoint does not hold it."""
         return self._stored.get(name, name)
 
     def stored_block(self, index: int) -> list[str]:
@@ -262,7 +262,7 @@ class Stream:
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            return None  # and not from here on: the error holds what filled the memory
+            return None  # tried again outside of this handler: the error keeps alive what filled the memory
         return outputs
 
     def _halve(self) -> None:
