@@ -2,7 +2,7 @@
 
 A decoder block is an element of the outermost `nn.ModuleList` whose elements are all of one kind and hold linears; what
 lies outside (embeddings, last norm, head) is never pruned. Linears that read the same input (query/key/value, gate/up)
-are found while the block runs: see `copal.sensitivity.MomentRecorder`.
+are found while the block runs: see `copal.recorder.MomentRecorder`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Document", "DomainWindows", "domain_windows", "read_documents", "split_documents"]
 
 _FEWEST_WINDOWS = 8
-_SLICE_CHARACTERS = 8  # of a window's tokens: about twice what English text needs to fill a window
+_SLICE_CHARACTERS = 8  # of a slice, for each token of a window: about twice what English text needs to fill one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

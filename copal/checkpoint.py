@@ -31,12 +31,13 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._file_of: dict[str, str]
         index = folder / _INDEX
         single = folder / "model.safetensors"
-        if index.is_file():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif single.is_file():
+        if single.is_file():  # where both are there, transformers loads this one
             self._file_of = dict.fromkeys(self._names_in(single), single.name)
+        elif index.is_file():
+            self._file_of = json.loads(index.read_text())["weight_map"]
         else:
             raise ModelError(f"{folder} has no safetensors weights (model.safetensors, or shards with their index)")
 

@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 from copal.errors import SettingsError
 
 __all__ = [
-    "CRITERIA",
-    "STORAGES",
     "CalibrationConfig",
     "Pattern",
     "PruneConfig",
@@ -27,8 +25,8 @@ __all__ = [
     "from_mapping",
 ]
 
-CRITERIA = ("output", "gradient")
-STORAGES = ("full", "compact")
+_CRITERIA = ("output", "gradient")
+_STORAGES = ("full", "compact")
 
 _T = TypeVar("_T")
 
@@ -43,7 +41,7 @@ class CalibrationConfig:
         evaluation_windows: evaluation windows of a domain, at most. Alters no statistic.
         evaluation_share: share of the documents that is kept for evaluation, in (0, 1).
         seed: orders the documents and picks the part of each that is read.
-        storage: what a state keeps of a domain: `full`, or `compact` (what they hold and lose: `copal.state`).
+        storage: what a state keeps of a domain: `full`, or `compact` (what each keeps and loses: `copal.packing`).
     """
 
     window_length: int = 512
@@ -59,8 +57,8 @@ class CalibrationConfig:
         _check_whole("calibration.evaluation_windows", self.evaluation_windows, at_least=8)
         _check_open_interval("calibration.evaluation_share", self.evaluation_share)
         _check_whole("calibration.seed", self.seed, at_least=0)
-        if self.storage not in STORAGES:
-            raise SettingsError(f"calibration.storage must be one of {', '.join(STORAGES)}, not {self.storage!r}")
+        if self.storage not in _STORAGES:
+            raise SettingsError(f"calibration.storage must be one of {', '.join(_STORAGES)}, not {self.storage!r}")
 
     def fingerprint(self) -> str:
         """SHA-256 of what alters the statistics: two states with the same value may be summed."""
@@ -105,8 +103,8 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if self.pattern is None:
             _check_sparsity(self.sparsity)
-        if self.criterion not in CRITERIA:
-            raise SettingsError(f"prune.criterion must be one of {', '.join(CRITERIA)}, not {self.criterion!r}")
+        if self.criterion not in _CRITERIA:
+            raise SettingsError(f"prune.criterion must be one of {', '.join(_CRITERIA)}, not {self.criterion!r}")
         object.__setattr__(self, "rounds", _shares("prune.rounds", self.rounds))
         if not self.rounds or list(self.rounds) != sorted(set(self.rounds)) or self.rounds[0] <= 0:
             raise SettingsError(f"prune.rounds must be rising shares in (0, 1], not {self.rounds!r}")

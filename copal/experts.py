@@ -77,9 +77,10 @@ def split_experts(model: nn.Module) -> None:
 
 
 def find_routers(block: nn.Module) -> set[nn.Module]:
-    """Linears of `block` that choose or weigh experts: alone in a module beside an `Experts`, no more outputs than it.
+    """Linears of `block` that choose or weigh experts.
 
-    Routers that are no linears at all are not among them.
+    They are known by their place: the only linear in a module beside an `Experts`, with at most as many outputs as that
+    has experts. Routers that are no linears are not among them.
     """
     routers: set[nn.Module] = set()
     for parent in block.modules():

@@ -28,9 +28,10 @@ def row_mask(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def pattern_mask(scores: Tensor, pattern: Pattern, share: float = 1.0) -> Tensor:
-    """Boolean (O, I) on the way to N:M: of the weights that must go, the lowest `share` of each row is gone (ours).
+    """Boolean (O, I), an N:M mask or one on the way to it: true where a weight stays.
 
-    A group of M neighbours in a row never loses more than M - N, so with a share of 1 each keeps exactly N.
+    Of the weights that N:M prunes, those with the lowest scores go first: `share` of them in each row (ours). So a
+    group of M neighbours never loses more than M - N, and with a share of 1 each keeps exactly N.
 
     Args:
         scores: (O, I), not negative; I is a multiple of M.

@@ -1,8 +1,11 @@
-"""Several processes that walk through the same step, each with its share of the windows: `accelerate launch` starts
-them, one on each GPU, or several on a CPU. A program that was started in another way is one process, and all is here.
+"""Several processes that run the same step together, each with its share of the windows.
 
-Every process calls the same functions in the same order with the same arguments but for the device; what is summed here
-is the same in all of them afterwards. The others would wait for a process that failed: `accelerate launch` ends them.
+`accelerate launch` starts them, one on each GPU or several on a CPU. A program that was started in another way is one
+process: its share is everything, and nothing is sent.
+
+Every process calls the same functions in the same order with the same arguments (the device may differ), and what is
+summed here is the same in all of them afterwards. Where one fails, `accelerate launch` ends the others, which would
+wait for it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ __all__ = ["device", "from_main", "gather", "is_main", "share", "share_of_window
 _T = TypeVar("_T")
 _Items = TypeVar("_Items", Tensor, list[Any])
 
-# A process may wait long, for one that flushes a checkpoint to a slow disk say; one that died ends the others.
+# How long a process waits for another, which may be flushing a checkpoint to a slow disk.
 _PATIENCE = timedelta(days=1)
 
 
@@ -66,7 +69,7 @@ def gather(value: _T) -> list[_T]:
 
 
 def sum_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums of float32 tensors over the processes, in place; one that a process has not is zero there."""
+    """Sums of float32 tensors over the processes, in place; a tensor that a process does not have counts as zero."""
     if _state().num_processes == 1:
         return dict(tensors)
     shapes: dict[str, tuple[int, ...]] = {}

@@ -1,14 +1,31 @@
-"""How the library tells its caller that something long is getting on: a function, called often, cheap to ignore."""
+"""How far something long has come, and how long its parts took."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-__all__ = ["Progress", "silent"]
+__all__ = ["Clock", "Progress", "silent"]
 
 Progress = Callable[[str, int, int], None]
-"""progress(stage, done, total)."""
+"""progress(stage, done, total): the library calls it often, and the caller may ignore it."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
     """Report to nobody."""
+
+
+class Clock:
+    """Adds up the seconds that are spent in named parts of something."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began

@@ -4,16 +4,16 @@ For one linear, minimise tr((W' - W) G (W' - W)^T) over the weights W' that a ma
 conjugate gradient with products by G only. The mask is found on the way: rounds of growing sparsity, each of which
 scores the weights that the round before solved for (iterative pruning with an exact second-order update; ours).
 
-All is done with channels scaled to the same size, where G is the matrix of correlations C and its diagonal is 1. That
-is Jacobi's preconditioner; damping is then the same for every channel, however massive; and 16-bit products of C lose
-little: measured, five iterations reach the same loss to 0.1%, seven to 0.5%.
+Channels are first scaled to the same size, so that G becomes the matrix of correlations C with ones on its diagonal.
+That is Jacobi's preconditioner; it makes damping the same for every channel, however massive; and 16-bit products of C
+lose little: measured, the loss is that of float32 products to 0.1% with five iterations, to 0.5% with seven.
 
 Shapes: O out features, I in features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from copal.errors import NumericsError
 from copal.masks import sparse_mask
 from copal.sensitivity import Moment, scores
 
-__all__ = ["Damped", "Pruned", "damped", "masked_solve", "prune_group"]
+__all__ = ["Damped", "PruneGroup", "Pruned", "damped", "masked_solve", "prune_group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,10 @@ class Pruned:
 
     weights: Mapping[str, Tensor]
     damping: float | None = None
+
+
+PruneGroup = Callable[[Mapping[str, Tensor], Moment, PruneConfig], Pruned]
+"""How a group of linears is pruned: (linear -> W (O, I), the statistics of their common input, settings) -> W'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,10 @@ class Damped:
 
 
 def damped(second: Tensor, damping: float, where: str, *, by_mean: bool = False) -> Damped:
-    """G with `damping` of its diagonal added to its diagonal, so that correlations shrink; 1 where no token got to.
+    """G with the share `damping` of its diagonal added to its diagonal, so that correlations shrink.
 
-    A G that is still not positive definite (what was packed to 16 bits may be indefinite) gets ten times the damping
-    until it is.
+    A channel that no token reached gets the mean of the diagonal in addition, or 1 where all are zero. A G that is
+    still not positive definite (packing to 16 bits may make it so) gets ten times the damping until it is.
 
     Args:
         by_mean: add the same to every entry, a share of the mean of the diagonal, as GPTQ and SparseGPT do.
@@ -98,9 +102,9 @@ def masked_solve(
         target: W G (O, I), of the dense W.
         start: where W' starts (O, I).
         mask: true where a weight stays (O, I).
-        second: G (I, I), symmetric positive definite (see `damped`), its diagonal best of one size.
+        second: G (I, I), symmetric positive definite (see `damped`); it converges fastest where G has ones as diagonal.
         iterations: at most this many.
-        products: dtype of the products by G but the first.
+        products: dtype of the products by G; the first one has that of G.
         tolerance: stop when the residual is this share of what it is for W' = 0.
 
     Returns:

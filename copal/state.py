@@ -1,19 +1,19 @@
 """The sensitivity state of a model version on disk.
 
     state/
-        manifest.json                       what follows is whole and belongs together
-        contribution/block-00000.safetensors ...   the version's own domain: full (float16) or compact, see below
-        sum/block-00000.safetensors ...            the sum over every domain, float32: all that the next step loads
+        manifest.json                              written last: all files are whole and belong together
+        contribution/block-00000.safetensors ...   the statistics of the version's own domain, full or compact
+        sum/block-00000.safetensors ...            their sum over every domain, float32: all that the next step loads
 
-A contribution is never changed; the sum is what contributions give when they are merged in the order in which they
-came. So every version keeps its contribution, and it is what grows with the domains; a sum can be made again, and only
-the newest version's is needed. The manifest says for every domain which version's state holds its contribution; a
-version that took a domain out has none of its own. Nothing is pickled.
+A contribution is never changed. Every version keeps its own, so contributions are what grows with the domains; a
+version that took a domain out has none. The manifest says for every domain which version's state holds its
+contribution. A sum is what the contributions give when they are added in the order in which they came: it can be made
+again, and only the newest version's is needed. Nothing is pickled.
 
-Full: the diagonal float32, the correlations float16 (`copal.sensitivity.pack`). Compact: the diagonal float32, a low
-rank of the correlations (`copal.compact`). What they take of a model: `copal.sizes`. A step's own domain counts in it
-as it is stored, so that the order of the domains does not matter. The accumulators of the criterion `gradient` come on
-top of both, in bfloat16: as much as the linears themselves.
+What full and compact storage keep of a second moment is in `copal.packing`. The sums of the criterion `gradient` come
+on top of both, in bfloat16, and take as much as the linears themselves. A step uses its own domain's statistics as they
+are read back from storage, rounding included: else the newest domain would count otherwise than it does in later steps,
+and the order of the domains would matter.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from copal.checkpoint import save_shard
-from copal.compact import pack_low_rank, ranks, unpack_low_rank
 from copal.errors import StateError
 from copal.files import sha256_file, write_json
-from copal.sensitivity import Moment, fold, merge, pack, unfold, unpack
+from copal.packing import fold, pack, pack_low_rank, ranks, unfold, unpack, unpack_low_rank
+from copal.sensitivity import Moment, merge
 
 __all__ = ["DomainEntry", "Manifest", "StateReader", "StateWriter", "contribution_tensors", "merge_blocks"]
 
@@ -75,7 +75,7 @@ class Manifest:
     Attributes:
         base: fingerprint of the dense base model.
         statistics: fingerprint of the calibration settings: only equal ones may be summed.
-        criterion: `gradient` states hold its accumulators too.
+        criterion: with `gradient` the state also holds the sums of (y_k x_l)^2.
         domains: every domain in the sum, by name.
         sum_shards: file of the sum -> its SHA-256.
     """
@@ -102,7 +102,7 @@ class Manifest:
                 f"{where} was made with other calibration settings: "
                 "put the old ones back in params.yaml, or start a new lineage under another model.name"
             )
-        if self.criterion != criterion:  # with `gradient` every domain brings accumulators, with `output` none does
+        if self.criterion != criterion:  # with `gradient` every domain brings sums for it, with `output` none does
             raise StateError(
                 f"{where} was made with prune.criterion {self.criterion}: "
                 "put that back in params.yaml, or start a new lineage under another model.name"
@@ -203,7 +203,7 @@ def merge_blocks(parts: Iterable[Moments]) -> dict[str, Moment]:
 
 
 def contribution_tensors(moments: Moments, shapes: Shapes, compact: int | None) -> dict[str, Tensor]:
-    """What a contribution stores of a block; `compact`: in so many bytes, None for full storage."""
+    """What a contribution stores of a block. `compact`: the bytes it may take; None: full storage."""
     rank = None if compact is None else ranks(shapes, compact)
     tensors = {}
     for group, moment in moments.items():

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from copal.architecture import Architecture, as_rows, load_skeleton, names_in_model, shape_of
 from copal.checkpoint import Checkpoint
 from copal.errors import ModelError, NumericsError, ResourceError, SmallerBatchWarning
+from copal.processes import device as own_device
 
-__all__ = ["Stream", "StreamedModel", "compute_dtype"]
+__all__ = ["Stream", "StreamedModel", "compute_dtype", "place"]
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -36,6 +37,12 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     has_bfloat16_products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bfloat16_products else torch.float32
+
+
+def place(device: torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Where and how to compute; None: this process's own GPU or else the CPU, and what that multiplies fastest."""
+    device = device or own_device()
+    return device, dtype or compute_dtype("auto", device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ class StreamedModel:
         return len(self._blocks)
 
     def stored_name(self, name: str) -> str:
-        """The checkpoint's name of parameter `name`: `name` itself where it holds none."""
+        """The checkpoint's name of parameter `name`; `name` itself where the checkpoint does not hold it."""
         return self._stored.get(name, name)
 
     def stored_block(self, index: int) -> list[str]:
@@ -255,7 +262,7 @@ class Stream:
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            return None  # and not from here on: the error holds what filled the memory
+            return None  # tried again outside of this handler: the error keeps alive what filled the memory
         return outputs
 
     def _halve(self) -> None:

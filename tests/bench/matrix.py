@@ -24,10 +24,11 @@ from inputs import FOLDER, Inputs, fetch_inputs, load_inputs
 
 from copal.baselines import magnitude, sparsegpt, wanda
 from copal.config import PruneConfig
-from copal.evaluate import backward_transfer, evaluate, geometric_mean
+from copal.evaluation import backward_transfer, evaluate, geometric_mean
 from copal.files import write_json
 from copal.progress import Progress, silent
-from copal.step import LayerReport, Parent, PruneGroup, StepReport, prune_step
+from copal.solve import PruneGroup
+from copal.step import LayerReport, Parent, StepReport, prune_step
 from flows.start.domains import DOMAINS
 from flows.terminal.progress import progress_bar
 
@@ -55,7 +56,7 @@ def prepare_parent(inputs: Inputs, out: Path, progress: Progress = silent) -> Pa
         for version, name in enumerate(earlier, start=2):
             target = out if name == earlier[-1] else Path(scratch) / name
             _step(inputs, name, parent, target, "magnitude", PruneConfig(), progress)
-            parent = as_parent(version, target)
+            parent = Parent.from_step(target, version, parent)
     assert parent
     return parent
 
@@ -118,7 +119,7 @@ def measure_chain(
                 "after": _by_linear(report.layers, lambda layer: layer.error_after),
                 "shift": _by_linear(report.layers, lambda layer: layer.response_shift),
             }
-            parent = as_parent(version, out) if METHODS[method.removesuffix(COMPACT)][1] else None
+            parent = Parent.from_step(out, version, parent) if METHODS[method.removesuffix(COMPACT)][1] else None
     when_newest = {name: perplexity[name][name] for name in names[:-1]}
     now = {name: perplexity[names[-1]][name] for name in when_newest}
     transfer = backward_transfer(when_newest, now)
@@ -129,11 +130,6 @@ def measure_chain(
         "backward_transfer": round(transfer, 4),
     }
     return metrics, layers
-
-
-def as_parent(version: int, folder: Path) -> Parent:
-    """What `prune_step` wrote to `folder`; no domain is replaced here, so no older state is named."""
-    return Parent(version=version, model=folder / "model", state=folder / "state", states={})
 
 
 def write(out: Path, name: str, metrics: dict[str, Any], layers: dict[str, Any]) -> None:
@@ -205,7 +201,7 @@ def main() -> None:
                 parser.error("dense is sparsity 0, and no other method is")
             file = asked.out / "metrics" / "dense-0.json"
             dense = None if asked.method == "dense" else json.loads(file.read_text())["geometric_mean"]
-            inputs, known = load_inputs(asked.inputs), as_parent(len(DOMAINS), parent)
+            inputs, known = load_inputs(asked.inputs), Parent.from_step(parent, len(DOMAINS), None)
             write(
                 asked.out,
                 f"{asked.method}-{asked.sparsity}",

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import SettingsError
-from copal.evaluate import evaluate
+from copal.evaluation import evaluate
 from copal.processes import device, gather, is_main, share_of_windows
-from copal.sensitivity import record_moments
+from copal.recorder import MomentRecorder
 from copal.step import Base, NewDomain, Parent, prune_step
 from copal.streaming import StreamedModel
 
@@ -23,7 +23,7 @@ def statistics(base: Path, windows: torch.Tensor, device: torch.device) -> dict[
     model, found = StreamedModel(base, device=device, dtype=torch.float32), {}
     stream = model.start(share_of_windows(windows), batch=8)
     for index, name in enumerate(model.architecture.blocks):
-        with model.block(index) as block, record_moments(block, gradient=True) as recorder:
+        with model.block(index) as block, MomentRecorder(block, gradient=True) as recorder:
             stream.advance(block)
         for group, moment in recorder.moments(1.0, name).items():
             root = moment.second.diagonal().sqrt()
@@ -50,7 +50,7 @@ def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.d
             device=device,
             dtype=torch.float32,
         )
-        parent = Parent(version=version, model=out / name / "model", state=out / name / "state", states={})
+        parent = Parent.from_step(out / name, version, parent)
         reports.append(report)
     scores = evaluate(parent.model, windows, device=device, dtype=torch.float32)
     processes = len(gather(None))

@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401  (part of the
 
 from copal.baselines import wanda
 from copal.config import CalibrationConfig, PruneConfig
-from copal.evaluate import evaluate
+from copal.evaluation import evaluate
 from copal.solve import prune_group
 from copal.step import Base, NewDomain, Parent, prune_step
 
@@ -87,7 +87,7 @@ def main(folder: Path, size: int) -> None:
             dtype=torch.float32,
             method=prune_group if parent else wanda,  # the first version only has to be there
         )
-        parent = Parent(version=version, model=folder / name / "model", state=folder / name / "state", states={})
+        parent = Parent.from_step(folder / name, version, parent)
     evaluate(parent.model, {"legal": windows}, device=CPU, dtype=torch.float32)
     print(json.dumps({"size": size, "bare": bare, "peak": memory("VmHWM"), "seconds": time.perf_counter() - began}))
 

@@ -15,7 +15,7 @@ from copal.architecture import Architecture, find_blocks, load_skeleton
 from copal.checkpoint import Checkpoint
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError
-from copal.evaluate import evaluate
+from copal.evaluation import evaluate
 from copal.step import Base, NewDomain, prune_step
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

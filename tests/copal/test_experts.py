@@ -13,7 +13,7 @@ from copal.baselines import magnitude
 from copal.checkpoint import Checkpoint
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError
-from copal.sensitivity import OTHERS_SHARE, record_moments
+from copal.recorder import OTHERS_SHARE, MomentRecorder
 from copal.solve import prune_group
 from copal.step import Base, NewDomain, Parent, PruneGroup, StepReport, prune_step
 
@@ -104,7 +104,7 @@ def test_the_moment_of_an_expert_counts_its_own_tokens_fully_and_a_share_of_the_
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, 50, SIZES["hidden_size"])
-    with torch.no_grad(), record_moments(block, gradient=True) as recorder:
+    with torch.no_grad(), MomentRecorder(block, gradient=True) as recorder:
         expected_output = block(x)
     moments = recorder.moments(1.0, "block")
     _, _, index = block.gate(x)
@@ -130,7 +130,7 @@ def test_a_forward_that_fails_inside_an_expert_leaves_no_trace(base):
     block, x = torch.nn.Sequential(before, layer), torch.randn(1, 50, SIZES["hidden_size"])
     found = []
     for fails in (False, True):
-        with torch.no_grad(), record_moments(block, gradient=False) as recorder:
+        with torch.no_grad(), MomentRecorder(block, gradient=False) as recorder:
             if fails:
                 layer.experts[0].down_proj.forward = None  # type: ignore[assignment]
                 with pytest.raises(TypeError):

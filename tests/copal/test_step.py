@@ -7,60 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from versions import COMPACT, Lineage, share_of_other_masks
 
-from copal.checkpoint import Checkpoint
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError, StateError
-from copal.evaluate import evaluate
-from copal.state import Manifest, StateReader
-from copal.step import Base, NewDomain, Parent, StepReport, prune_step
-
-CALIBRATION = CalibrationConfig(window_length=32, windows=8)
-COMPACT = CalibrationConfig(window_length=32, windows=8, storage="compact")
-PRUNE = PruneConfig(iterations=30)
-
-
-class Lineage:
-    """A chain of versions on disk, without a registry."""
-
-    def __init__(self, base: Path, folder: Path, prune: PruneConfig = PRUNE, device: str = "cpu") -> None:
-        self.base = Base(folder=base, fingerprint="base")
-        self.folder, self.prune, self.calibration = folder, prune, CALIBRATION
-        self.device = torch.device(device)
-        self.parent: Parent | None = None
-        self.number = 1
-
-    def add(self, name: str, windows: torch.Tensor, md5: str = "1", weight: float = 1.0) -> StepReport:
-        self.number += 1
-        out = self.folder / f"v{self.number}"
-        domain = NewDomain(name=name, md5=md5, weight=weight, windows=windows)
-        report = prune_step(
-            self.base, self.parent, domain, out,
-            calibration=self.calibration, prune=self.prune, device=self.device, dtype=torch.float32,
-        )  # fmt: skip
-        states = {**self.parent.states, self.parent.version: self.parent.state} if self.parent else {}
-        self.parent = Parent(version=self.number, model=out / "model", state=out / "state", states=states)
-        return report
-
-    @property
-    def model(self) -> Path:
-        assert self.parent
-        return self.parent.model
-
-    @property
-    def manifest(self) -> Manifest:
-        assert self.parent
-        return StateReader(self.parent.state).manifest
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        assert self.parent
-        checkpoint = Checkpoint(self.parent.model)
-        return {name: t for name, t in checkpoint.read(checkpoint.names()).items() if "layers" in name and t.ndim == 2}
-
-
-def share_of_other_masks(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    different = sum(int(((one[name] == 0) != (other[name] == 0)).sum()) for name in one)
-    return different / sum(weight.numel() for weight in one.values())
+from copal.evaluation import evaluate
+from copal.step import Base
 
 
 @pytest.fixture

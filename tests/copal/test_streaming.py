@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import NumericsError, ResourceError, SmallerBatchWarning
-from copal.evaluate import evaluate
+from copal.evaluation import evaluate
 from copal.state import StateReader
 from copal.step import Base, NewDomain, Parent, StepReport, prune_step
 

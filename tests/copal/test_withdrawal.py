@@ -6,27 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_step import COMPACT, Lineage, share_of_other_masks
+from versions import COMPACT, Lineage, share_of_other_masks
 
 from copal.config import PruneConfig
 from copal.errors import StateError
 from copal.state import StateReader
-from copal.step import StepReport, WithdrawnDomain, prune_step, read_report
+from copal.step import read_report
 from copal.streaming import Stream
-
-
-class Withdrawing(Lineage):
-    def withdraw(self, name: str) -> StepReport:
-        assert self.parent
-        self.number += 1
-        out = self.folder / f"v{self.number}"
-        report = prune_step(
-            self.base, self.parent, WithdrawnDomain(name=name), out,
-            calibration=self.calibration, prune=self.prune, device=self.device, dtype=torch.float32,
-        )  # fmt: skip
-        states = {**self.parent.states, self.parent.version: self.parent.state}
-        self.parent = type(self.parent)(version=self.number, model=out / "model", state=out / "state", states=states)
-        return report
 
 
 @pytest.fixture
@@ -34,8 +20,8 @@ def dialects(make_windows):
     return {name: make_windows(seed) for seed, name in enumerate(("code", "legal", "medical"))}
 
 
-def lineage(base: Path, folder: Path, dialects, names: str, **more) -> Withdrawing:
-    made = Withdrawing(base, folder, **more)
+def lineage(base: Path, folder: Path, dialects, names: str, **more) -> Lineage:
+    made = Lineage(base, folder, **more)
     for name in names.split():
         made.add(name, dialects[name])
     return made
@@ -103,7 +89,7 @@ def test_a_domain_may_come_back_after_it_went_and_sums_may_be_dropped(make_model
 def test_with_compact_storage_too(make_model, dialects, tmp_path):
     base, ends = make_model(hidden=128), []
     for names in ("code legal medical", "code medical"):
-        made = Withdrawing(base, tmp_path / names.replace(" ", "-"))
+        made = Lineage(base, tmp_path / names.replace(" ", "-"))
         made.calibration = COMPACT
         for name in names.split():
             made.add(name, dialects[name])

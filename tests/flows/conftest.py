@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from copal.base import base_fingerprint
 from flows.data.dvc import add_and_commit, init_repository
 from flows.models.base import BaseModel
-from flows.models.check import base_fingerprint
 from flows.params import load_settings
 from flows.project import Project, open_project, read_log
 from flows.registry.registry import Registry

@@ -53,7 +53,7 @@ def test_the_registered_figures_are_those_of_the_registered_model(bench):
     from transformers import AutoTokenizer
 
     from copal.calibration import domain_windows
-    from copal.evaluate import evaluate
+    from copal.evaluation import evaluate
 
     bench.commit("code", 0)
     adapt(str(bench.root), "code")

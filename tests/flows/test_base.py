@@ -11,9 +11,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from copal.base import base_fingerprint, check_causal_lm
 from copal.errors import CopalError, ModelError
 from flows.models.base import BaseModel, fetch_base
-from flows.models.check import base_fingerprint, check_causal_lm
 from flows.models.packages import FetchError
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from copal.baselines import wanda
 from copal.calibration import domain_windows
-from copal.evaluate import evaluate, geometric_mean
+from copal.evaluation import evaluate, geometric_mean
 from copal.step import Base, NewDomain, prune_step
 from copal.streaming import compute_dtype
 from flows.cli import main

@@ -1,41 +1,30 @@
-"""Whether a folder holds a causal language model that copal can prune, and the fingerprint of one.
+"""The dense base model: the Hugging Face folder that every version of a lineage is pruned from.
 
-What counts in the fingerprint is what decides tokens and activations: `config.json`, the tokenizer's files and the
-safetensors weights that transformers would load. `generation_config.json`, chat templates in files of their own,
-READMEs and weights in other formats do not count.
+Its fingerprint covers what decides tokens and activations: `config.json`, the tokenizer's files and the safetensors
+weights that transformers would load. `generation_config.json`, chat templates in files of their own, READMEs and
+weights in other formats do not count.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from copal.config import fingerprint
 from copal.errors import ModelError
 from copal.files import sha256_file
 from copal.progress import Progress, silent
 
-__all__ = [
-    "CONFIG",
-    "TOKENIZER",
-    "WEIGHTS_INDEX",
-    "base_fingerprint",
-    "check_causal_lm",
-    "read_json_object",
-    "weight_files",
-]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
+__all__ = ["PATTERNS", "Base", "base_files", "base_fingerprint", "check_causal_lm", "open_base"]
 
-CONFIG = "config.json"
-
-
-WEIGHTS = "model.safetensors"
-
-
-WEIGHTS_INDEX = "model.safetensors.index.json"
-
-
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_WEIGHTS_INDEX = "model.safetensors.index.json"
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -44,9 +33,37 @@ _VOCABULARIES = (
     "vocab.json",
     "vocab.txt",
 )
+_TOKENIZER = (*_VOCABULARIES, "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+
+PATTERNS = (_CONFIG, *_TOKENIZER, "*.safetensors", _WEIGHTS_INDEX)
+"""Names, some with wildcards, of the files of which `base_files` tells those that a folder has."""
 
 
-TOKENIZER = (*_VOCABULARIES, "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Base:
+    """The dense model: a Hugging Face folder with safetensors weights, and its `base_fingerprint`."""
+
+    folder: Path
+    fingerprint: str
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer."""
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self.folder, local_files_only=True, trust_remote_code=False
+        )
+        return tokenizer
+
+
+def open_base(folder: Path, progress: Progress = silent) -> Base:
+    """Check the model in `folder` (`check_causal_lm`) and take its fingerprint, which reads all of its files.
+
+    Raises:
+        ModelError: the folder does not hold a dense causal language model that can be pruned.
+    """
+    check_causal_lm(folder)
+    return Base(folder=folder, fingerprint=base_fingerprint(folder, progress))
 
 
 def base_fingerprint(folder: Path, progress: Progress = silent) -> str:
@@ -57,8 +74,7 @@ def base_fingerprint(folder: Path, progress: Progress = silent) -> str:
     Raises:
         ModelError: the folder has no configuration or no safetensors weights.
     """
-    read_config(folder)
-    names = [CONFIG, *(name for name in TOKENIZER if (folder / name).is_file()), *weight_files(folder)]
+    names = base_files(folder)
     total = sum((folder / name).stat().st_size for name in names)
     digests: dict[str, str] = {}
     done = 0
@@ -70,6 +86,16 @@ def base_fingerprint(folder: Path, progress: Progress = silent) -> str:
     return fingerprint(digests)
 
 
+def base_files(folder: Path) -> list[str]:
+    """Names of the files in `folder` that the fingerprint covers.
+
+    Raises:
+        ModelError: the folder has no configuration or no safetensors weights.
+    """
+    _read_config(folder)
+    return [_CONFIG, *(name for name in _TOKENIZER if (folder / name).is_file()), *_weight_files(folder)]
+
+
 def check_causal_lm(folder: Path) -> None:
     """Check that `folder` holds a causal language model that transformers knows, its tokenizer and whole weights.
 
@@ -79,10 +105,10 @@ def check_causal_lm(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = read_config(folder)
+    config = _read_config(folder)
     if config.get("auto_map"):
         raise ModelError(
-            f"{folder / CONFIG} asks for code that comes with the model (auto_map), which copal never runs; "
+            f"{folder / _CONFIG} asks for code that comes with the model (auto_map), which copal never runs; "
             "where transformers knows the architecture itself, delete that key"
         )
     if config.get("is_encoder_decoder"):
@@ -99,8 +125,8 @@ def check_causal_lm(folder: Path) -> None:
         raise ModelError(f"{folder} holds a {', '.join(map(str, stated))}, not a causal language model")
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt)")
-    for name in weight_files(folder):
-        if name == WEIGHTS_INDEX:
+    for name in _weight_files(folder):
+        if name == _WEIGHTS_INDEX:
             continue
         try:
             with safe_open(folder / name, framework="pt"):
@@ -109,14 +135,14 @@ def check_causal_lm(folder: Path) -> None:
             raise ModelError(f"{folder / name} is damaged or not downloaded in full: {error}") from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIG
     if not path.is_file():
-        raise ModelError(f"{folder} is not a Hugging Face model folder: it has no {CONFIG}")
-    return read_json_object(path)
+        raise ModelError(f"{folder} is not a Hugging Face model folder: it has no {_CONFIG}")
+    return _read_json_object(path)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:  # broken JSON, or not UTF-8
@@ -126,23 +152,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def weight_files(folder: Path) -> list[str]:
+def _weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that transformers loads from `folder`, the index of shards among them."""
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    index = folder / WEIGHTS_INDEX
+    if (folder / _WEIGHTS).is_file():
+        return [_WEIGHTS]
+    index = folder / _WEIGHTS_INDEX
     if not index.is_file():
         if any(folder.glob("*.bin")):
             raise ModelError(
                 f"{folder} has pickled weights only (*.bin), which can run code when they are loaded; "
                 "convert them to safetensors with save_pretrained first"
             )
-        raise ModelError(f"{folder} has no safetensors weights ({WEIGHTS}, or shards with their index)")
-    placed = read_json_object(index).get("weight_map")
+        raise ModelError(f"{folder} has no safetensors weights ({_WEIGHTS}, or shards with their index)")
+    placed = _read_json_object(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise ModelError(f"{index} has no weight_map")
     shards = sorted({str(name) for name in placed.values()})
     for name in shards:
         if Path(name).name != name or not (folder / name).is_file():
             raise ModelError(f"{index} names the shard {name}, which is not in the folder")
-    return [WEIGHTS_INDEX, *shards]
+    return [_WEIGHTS_INDEX, *shards]

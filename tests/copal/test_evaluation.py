@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from copal.errors import ModelError, NumericsError
-from copal.evaluate import Score, backward_transfer, evaluate, geometric_mean
+from copal.evaluation import Score, backward_transfer, evaluate, geometric_mean
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])

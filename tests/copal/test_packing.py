@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from copal.compact import pack_low_rank, ranks, unpack_low_rank
+from copal.packing import fold, pack, pack_low_rank, ranks, unfold, unpack, unpack_low_rank
+
+
+def plain_moment(features: int, tokens: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    channels = torch.logspace(-3, 3, features)  # massive and faint channels, as in real models
+    x = torch.randn(tokens, features, generator=generator) * channels
+    return x.T @ x / tokens
 
 
 def second_moment(features: int, tokens: int, seed: int) -> torch.Tensor:
@@ -21,8 +28,34 @@ def correlations(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.double() / torch.outer(scale, scale)
 
 
+@given(st.integers(1, 40), st.integers(0, 5))
+def test_packing_keeps_the_diagonal_exactly_and_the_rest_to_11_bits(features: int, seed: int) -> None:
+    matrix = plain_moment(features, tokens=2 * features, seed=seed)
+    found = unpack(*pack(matrix))
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found.diagonal(), matrix.diagonal())
+    scale = matrix.diagonal().sqrt()
+    assert ((found - matrix).abs() <= 2**-10 * scale * scale[:, None]).all()
+
+
+@given(st.integers(1, 40))
+def test_folding_loses_nothing_and_takes_half_the_room(features: int) -> None:
+    matrix = plain_moment(features, tokens=3, seed=1)
+    folded = fold(matrix)
+    assert torch.equal(unfold(folded, matrix.diagonal()), torch.triu(matrix) + torch.triu(matrix, 1).T)
+    assert folded.numel() <= (features + 1) ** 2 / 2
+
+
+def test_a_dead_channel_survives_packing() -> None:
+    matrix = plain_moment(4, tokens=9, seed=0)
+    matrix[2] = matrix[:, 2] = 0
+    found = unpack(*pack(matrix))
+    assert found.isfinite().all()
+    assert not found[2].any()
+
+
 @given(st.integers(2, 48), st.integers(0, 24), st.integers(0, 3))
-def test_the_diagonal_is_exact_and_the_rest_stays_a_second_moment(features: int, half: int, seed: int) -> None:
+def test_a_low_rank_has_the_exact_diagonal_and_stays_a_second_moment(features: int, half: int, seed: int) -> None:
     matrix = second_moment(features, tokens=2 * features, seed=seed)
     diagonal, codes, step = pack_low_rank(matrix, min(2 * half, features // 2 * 2))
     found = unpack_low_rank(diagonal, codes, step)
@@ -39,7 +72,7 @@ def test_a_higher_rank_keeps_more_of_the_correlations(rank: int, error: float) -
     assert (kept - whole).norm() <= error * whole.norm()
 
 
-def test_a_dead_channel_survives() -> None:
+def test_a_dead_channel_survives_a_low_rank() -> None:
     matrix = second_moment(8, tokens=32, seed=0)
     matrix[2] = matrix[:, 2] = 0
     found = unpack_low_rank(*pack_low_rank(matrix, 4))

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from sizes import contribution_bytes, model_bytes
 
 from copal.architecture import load_skeleton
-from copal.compact import block_bytes
 from copal.config import CalibrationConfig, PruneConfig
-from copal.sizes import contribution_bytes, model_bytes
+from copal.packing import block_bytes
 from copal.step import Base, NewDomain, prune_step
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}

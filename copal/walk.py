@@ -1,0 +1,172 @@
+"""The walk of a step over the blocks: all that happens to one block, in `prune_block`.
+
+    statistics   run the windows through the dense block; store what the new domain adds; add what the parent knows
+    solve        find mask and weights of each group of linears, on the statistics of every domain
+    write        store the pruned block in the layout and dtype of the base
+    compare      the linears before and after, for the report
+
+When `prune_block` returns, nothing of the block is left in memory: a model may be larger than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from copal.checkpoint import Checkpoint, CheckpointWriter
+from copal.config import PruneConfig
+from copal.errors import ModelError, StateError
+from copal.masks import follows
+from copal.parent import ParentState
+from copal.processes import gather, is_main, share, sum_by_name
+from copal.progress import Clock
+from copal.recorder import MomentRecorder
+from copal.report import LayerReport, compare
+from copal.sensitivity import Moment
+from copal.solve import Pruned, PruneGroup
+from copal.state import StateWriter, merge_blocks
+from copal.streaming import Stream, StreamedModel
+
+__all__ = ["Walk", "prune_block"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Walk:
+    """Where the blocks of a step come from, what is done to them, and where they go.
+
+    Attributes:
+        base: the dense model.
+        stream: the new domain's windows on their way through it; made-up tokens where a domain goes, which only show
+            which linears read the same input.
+        weight: w_i of the new domain; None where a domain goes.
+        known: the parent's statistics of the domains that stay; None where there is no parent.
+        parent: the parent's weights, likewise.
+        prune, method: settings, and how a group of linears is pruned with them.
+        checkpoint, state: what is written.
+        clock: of the parts `statistics` and `solve`.
+    """
+
+    base: StreamedModel
+    stream: Stream
+    weight: float | None
+    known: ParentState | None
+    parent: Checkpoint | None
+    prune: PruneConfig
+    method: PruneGroup
+    checkpoint: CheckpointWriter
+    state: StateWriter
+    clock: Clock
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Statistics:
+    """What the linears of one block read, by group.
+
+    Attributes:
+        groups: group -> its linears.
+        tokens: of the new domain that reached the group; 0 where a domain goes.
+        new: moments of the new domain; None where a domain goes.
+        before: moments over the domains that stay; None for the first domain.
+        total: the sum of both.
+    """
+
+    groups: Mapping[str, list[str]]
+    tokens: Mapping[str, int]
+    new: Mapping[str, Moment] | None
+    before: Mapping[str, Moment] | None
+    total: Mapping[str, Moment]
+
+
+def prune_block(walk: Walk, index: int) -> list[LayerReport]:
+    """Prune block `index` and write it and its statistics.
+
+    Returns:
+        A report of each linear; nothing in a process that does not write (see `copal.processes`).
+    """
+    with walk.clock.measure("statistics"):
+        statistics = _take_statistics(walk, index)
+    dense = walk.base.weights(index)
+    with walk.clock.measure("solve"):
+        pruned, damping = _solve(walk, dense, statistics)
+    idle = [linear for linear in dense if linear not in pruned]
+    if idle:
+        name = f"{walk.base.architecture.blocks[index]}.{idle[0]}"
+        raise ModelError(f"{name} reads no input on this domain: copal cannot tell what it needs")
+    if not is_main():
+        return []
+    now = _write(walk, index, pruned)
+    return _compare(walk, index, dense, now, damping, statistics)
+
+
+def _take_statistics(walk: Walk, index: int) -> _Statistics:
+    """Run the windows through block `index`, and write its new contribution and its new sum."""
+    name, gradient = walk.base.architecture.blocks[index], walk.prune.criterion == "gradient"
+    with (
+        walk.base.block(index) as block,
+        MomentRecorder(block, gradient=gradient and walk.weight is not None) as recorder,
+    ):
+        walk.stream.advance(block, again=recorder.clear)
+    groups, new = recorder.groups(), None
+    if walk.weight is not None:
+        new = walk.state.contribution(index, recorder.moments(walk.weight, name), recorder.shapes())
+    before = walk.known.moments(index, walk.base.device) if walk.known else None
+    total = merge_blocks([part for part in (before, new) if part])
+    if total.keys() != groups.keys():
+        raise StateError(f"the state of {name} is of other linears than the base has: it is damaged")
+    walk.state.sum(index, total)
+    tokens = {group: recorder.routed(group) if new else 0 for group in groups}
+    return _Statistics(groups=groups, tokens=tokens, new=new, before=before, total=total)
+
+
+def _solve(
+    walk: Walk, dense: Mapping[str, Tensor], statistics: _Statistics
+) -> tuple[dict[str, Tensor], dict[str, float | None]]:
+    """Each process prunes its share of the groups. Returns all processes' linear -> W' (O, I), and group -> damping."""
+    made: dict[str, Pruned] = {}
+    for group, linears in share(list(statistics.groups.items())):
+        made[group] = walk.method({name: dense[name] for name in linears}, statistics.total[group], walk.prune)
+    weights = sum_by_name({name: weight for one in made.values() for name, weight in one.weights.items()})
+    dampings = gather({group: one.damping for group, one in made.items()})
+    return weights, {group: damping for one in dampings for group, damping in one.items()}
+
+
+def _write(walk: Walk, index: int, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write the pruned block. Returns its weights as rounded to the dtype in which they are stored."""
+    stored = walk.base.stored_weights(index, pruned)
+    walk.checkpoint.write(walk.base.stored_block(index), stored)
+    now = walk.base.weights(index, stored)
+    if walk.prune.pattern:
+        assert all(follows(weight, walk.prune.pattern) for weight in now.values())
+    return now
+
+
+def _compare(
+    walk: Walk,
+    index: int,
+    dense: Mapping[str, Tensor],
+    now: Mapping[str, Tensor],
+    damping: Mapping[str, float | None],
+    statistics: _Statistics,
+) -> list[LayerReport]:
+    """Compare every linear of the block, group by group."""
+    was = walk.base.weights(index, walk.parent) if walk.parent else {}
+    reports = []
+    for group, linears in statistics.groups.items():
+        new = (statistics.new or statistics.total)[group].second
+        old = statistics.before[group].second if statistics.new and statistics.before else None
+        for linear in linears:
+            reports.append(
+                compare(
+                    f"{walk.base.architecture.blocks[index]}.{linear}",
+                    dense=dense[linear],
+                    was=was.get(linear),
+                    now=now[linear],
+                    new=new,
+                    old=old,
+                    tokens=statistics.tokens[group],
+                    damping=damping[group],
+                )
+            )
+    return reports
