@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from copal.errors import CopalError
+from flows.gates.show import show_gates
 from flows.lineage import entries as log
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias
 from flows.project import Project, append_log, hold_aliases, read_log
@@ -163,7 +164,7 @@ def settle(project: Project, entries: Sequence[Entry]) -> None:
         if actual in (entry["from"], entry["to"]):
             registry.move_alias(alias, entry["to"], expected=actual, entry=entry["number"])
     for version, entry in unshown(project, entries):
-        registry.show_gates(version, entry)
+        show_gates(project, version, entry)
 
 
 def unsettled(project: Project, entries: Sequence[Entry]) -> list[tuple[str, Entry, int | None]]:

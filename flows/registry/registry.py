@@ -29,6 +29,7 @@ from urllib.parse import unquote, urlsplit
 
 from copal.errors import CopalError
 from copal.files import flush, json_text, sha256_file, write_json
+from flows.lineage.description import model_description, run_title, version_description
 from flows.lineage.entries import anchor_of, chain_problems, next_entry
 from flows.lineage.record import (
     CONTRIBUTION_FOLDER,
@@ -472,7 +473,9 @@ class Registry:
             tags["copal.signature"] = sha256_file(folder / SIGNATURE_FILE)
         with self._store() as client:
             experiment_id = self._experiment(client)
-            run_id = client.create_run(experiment_id, run_name=_run_name(record), tags=_run_tags(record)).info.run_id
+            run_id = client.create_run(
+                experiment_id, start_time=_start(record), run_name=_run_name(record), tags=_run_tags(record)
+            ).info.run_id
             model: Any = None
             try:
                 model = client.create_logged_model(
@@ -487,7 +490,7 @@ class Registry:
                 _log_links(client, run_id, model.model_id, parent)
                 _log_results(client, run_id, model.model_id, record, metrics)
                 _end_run(client, run_id, "FINISHED")
-                self._make_name(client)
+                self._make_name(client, record)
                 self._check_head(_published(self._all_versions(client)), expected_head)
                 if seal:
                     seal(model.model_id)
@@ -495,13 +498,15 @@ class Registry:
                 self._undo(client, run_id, model)
                 raise
             try:
-                version = self._publish(client, model)
+                version = self._publish(client, model, version_description(None, record, None))
             except BaseException as error:
                 if seal is None or isinstance(error, HeadMovedError):
                     self._undo(client, run_id, model)
                 raise
             with _never_fails("tidying up after a registration"):
                 self._link(client, version, model)
+                if parent is None:  # of the others, `show_gates` does it
+                    self._number(client, version, record)
                 self._sweep(client, experiment_id, version)
             return version
 
@@ -742,32 +747,37 @@ class Registry:
                 client.delete_registered_model_alias(self.model_name, name)
             client.set_registered_model_tag(self.model_name, f"{_ALIAS_MOVED}{name}", str(entry))
 
-    def show_gates(self, version: ModelVersion, entry: Mapping[str, Any]) -> None:
+    def show_gates(self, version: ModelVersion, entry: Mapping[str, Any], files: Path, description: str | None) -> None:
         """Show the gates of a version on it and on its run; the tag `copal.gates` is set last.
 
         Args:
-            entry: of the log, with the results. They become metrics of the run and its table `gates.json`.
+            entry: of the log, with the results. They become metrics of the run.
+            files: a folder, see `flows.gates.show`; what is in it becomes artifacts of the run.
+            description: of the version; None: it stays as it is.
 
         Raises:
             RegistryError: the store fails.
         """
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, RunTag
 
         now = int(time.time() * 1000)
         gates = entry["details"]["gates"]
         figures = {f"gate.{gate['name']}.passed": float(gate["passed"]) for gate in gates}
         figures |= {f"gate.{gate['name']}": gate["value"] for gate in gates if gate["value"] is not None}
-        columns = ["name", "passed", "value", "limit", "detail"]
-        table = {"columns": columns, "data": [[gate[column] for column in columns] for gate in gates]}
+        tags = {
+            "mlflow.runName": run_title(version.number, version.tags.get("copal.domain"), version.withdrawn),
+            # By hand, for `log_table` would add to the rows of an earlier judgement, and costs three calls.
+            "mlflow.loggedArtifacts": json.dumps([{"path": "gates.json", "type": "table"}]),
+        }
         with self._store() as client:
             if version.run_id is not None:
                 metrics = [Metric(name, value, now, 0) for name, value in figures.items()]
-                client.log_batch(version.run_id, metrics=metrics, synchronous=True)
-                # As MLflow's log_table has it, which would add to the rows of an earlier judgement.
-                client.log_text(version.run_id, json.dumps(table), "gates.json")
-                shown = json.dumps([{"path": "gates.json", "type": "table"}])
-                client.set_tag(version.run_id, "mlflow.loggedArtifacts", shown)
+                shown = [RunTag(name, value) for name, value in tags.items()]
+                client.log_batch(version.run_id, metrics=metrics, tags=shown, synchronous=True)
+                client.log_artifacts(version.run_id, str(files))
             number = str(version.number)
+            if description is not None:
+                client.update_model_version(self.model_name, number, description)
             verdict = "passed" if entry["details"]["passed"] else "failed"
             client.set_model_version_tag(self.model_name, number, _LOG_ENTRY, str(entry["number"]))
             client.set_model_version_tag(self.model_name, number, _GATES, verdict)
@@ -894,16 +904,18 @@ class Registry:
         self._check_base(record, parent)
         self.check_sparsity(parent, record["sparsity"]["target"])
 
-    def _make_name(self, client: MlflowClient) -> None:
+    def _make_name(self, client: MlflowClient, record: Mapping[str, Any]) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
-            client.create_registered_model(self.model_name)
+            client.create_registered_model(
+                self.model_name, description=model_description(self.model_name, record["base"]["source"])
+            )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _publish(self, client: MlflowClient, model: Any) -> ModelVersion:
+    def _publish(self, client: MlflowClient, model: Any, description: str | None = None) -> ModelVersion:
         """Create the version of a logged model, which carries the version's tags."""
         tags = {name: value for name, value in model.tags.items() if name.startswith("copal.")}
         # The location, not models:/<id>: MLflow would look the id up in the process-wide store, not in this client's.
@@ -913,6 +925,7 @@ class Registry:
             run_id=model.source_run_id,
             tags=tags | {"copal.logged_model": model.model_id},
             model_id=model.model_id,
+            description=description,
         )
         every = self._all_versions(client)
         twin = next(version for version in every if version.tags["copal.logged_model"] == model.model_id)
@@ -930,6 +943,13 @@ class Registry:
             "this one was withdrawn, run the step again"
         )
 
+    def _number(self, client: MlflowClient, version: ModelVersion, record: Mapping[str, Any]) -> None:
+        """Tell the number of the dense base in the name of its run and in its description."""
+        assert version.run_id is not None
+        client.update_run(version.run_id, name=run_title(version.number, None, None))
+        description = version_description(version.number, record, None)
+        client.update_model_version(self.model_name, str(version.number), description)
+
     def _undo(self, client: MlflowClient, run_id: str, model: Any) -> None:
         """Withdraw a registration that failed; what cannot be withdrawn now, a later registration discards."""
         with _never_fails(f"withdrawing run {run_id}"):
@@ -943,7 +963,9 @@ class Registry:
             _end_run(client, run_id, "FAILED")
 
     def _link(self, client: MlflowClient, version: ModelVersion, model: Any) -> None:
-        """Link artifacts to their version for MLflow's UI."""
+        """Link artifacts to their version for MLflow's UI, by the tag that `mlflow.register_model` sets, which would
+        look the artifacts up in the process-wide store.
+        """
         if _LINKED not in client.get_logged_model(model.model_id).tags:  # a server has done it
             link = json.dumps([{"name": self.model_name, "version": version.number}])
             client.set_logged_model_tags(model.model_id, {_LINKED: link})
@@ -1101,14 +1123,17 @@ def _published(versions: Sequence[ModelVersion]) -> list[ModelVersion]:
 
 
 def _run_name(record: Mapping[str, Any]) -> str:
-    gone = withdrawal_of(record)
-    if gone is not None:
-        return f"withdraw {gone['name']}"
-    return "base" if record["step"] is None else f"adapt {record['step']['name']}"
+    return run_title(None, (record["step"] or {}).get("name"), (withdrawal_of(record) or {}).get("name"))
+
+
+def _start(record: Mapping[str, Any]) -> int:
+    """When a run that ends now began (ms), for it to last as long as the step worked, earlier processes included."""
+    return int(1000 * (time.time() - sum(record["seconds"].values())))
 
 
 def _run_tags(record: Mapping[str, Any]) -> dict[str, str]:
     commit = record["code"]["git_commit"]
+    # Both are documented by MLflow; only `mlflow.start_run` sets them by itself, to the repository of the caller.
     return {"mlflow.source.name": "copal", **({"mlflow.source.git.commit": commit} if commit else {})}
 
 
