@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from copal.errors import CopalError
+from flows.gates.show import show_gates
 from flows.ledger import LogMovedError
 from flows.lineage import entries as log
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias, who_text
@@ -167,7 +168,7 @@ def settle(project: Project, entries: Sequence[Entry]) -> None:
             registry.move_alias(alias, entry["to"], expected=actual)
             project.ledger.settle(alias, entry["number"])
     for version, entry in unshown(project, entries):
-        registry.show_gates(version, entry, None)
+        show_gates(project, version, entry)
 
 
 def unsettled(project: Project, entries: Sequence[Entry]) -> list[tuple[str, Entry, int | None]]:

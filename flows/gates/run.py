@@ -7,7 +7,6 @@ a version without that tag is not concluded, and whoever takes the lineage next 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,10 @@ from copal.errors import CopalError, StateError
 from flows.data.recorded import dataset_of
 from flows.gates.champion import decided, gates_entry, judged, move_champion, settle
 from flows.gates.judge import GateResult, judge
+from flows.gates.show import show_gates
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves
-from flows.lineage.page.page import render_page
-from flows.lineage.record import LineageError, domain_records, record_digest, verify_files
-from flows.project import Project, hold_aliases, read_history, read_log
+from flows.lineage.record import domain_records, record_digest, verify_files
+from flows.project import Project, hold_aliases, read_log
 from flows.registry.errors import AliasMovedError
 
 if TYPE_CHECKING:
@@ -66,7 +65,6 @@ def run_gates(
         RegistryError: the registry fails.
         LineageError: the log was altered.
     """
-    registry = project.registry
     evidence = None
     if again or gates_entry(version, read_log(project)) is None:
         evidence = _gather(project, version, claim)
@@ -80,11 +78,7 @@ def run_gates(
         assert entry is not None
         if entry["details"]["passed"] and entry["details"]["promote"] == "auto":
             decided(project, aliases, partial(_promote, project, version, aliases, tell))
-        page = None
-        with suppress(LineageError):  # of an altered record; a gate has said so
-            page = render_page(read_history(project))
-        _check(claim)
-        registry.show_gates(version, entry, page)
+        show_gates(project, version, entry, partial(_check, claim))
     return tuple(GateResult(**gate) for gate in entry["details"]["gates"])
 
 

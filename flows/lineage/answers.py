@@ -12,7 +12,7 @@ from typing import Any
 
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves
 from flows.lineage.history import History, HistoryError, evaluation_digests, find_version, since_newest, step_texts
-from flows.lineage.record import CONTRIBUTION_FOLDER, SUM_FOLDER, file_differences, flatten
+from flows.lineage.record import CONTRIBUTION_FOLDER, HASHED_FOLDERS, SUM_FOLDER, file_differences, flatten
 
 __all__ = [
     "data",
@@ -329,7 +329,7 @@ def _forms(
     yield (
         "version",
         dict(wanted),
-        {n: d for n, d in digests.items() if n in wanted or n.startswith(("model/", "state/"))},
+        {n: d for n, d in digests.items() if n in wanted or n.partition("/")[0] in HASHED_FOLDERS},
     )
     model = {n.removeprefix("model/"): d for n, d in wanted.items() if n.startswith("model/") and n != f"model/{_CARD}"}
     yield "exported", model, {name: digest for name, digest in digests.items() if name not in (_CARD, _BASE_CARD)}

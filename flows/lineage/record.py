@@ -20,6 +20,7 @@ from flows.lineage.schema import problem_with, shown
 
 __all__ = [
     "CONTRIBUTION_FOLDER",
+    "HASHED_FOLDERS",
     "RECORD_FILE",
     "SCHEMA",
     "SIGNATURE_FILE",
@@ -47,7 +48,7 @@ RECORD_FILE = "lineage.json"
 SIGNATURE_FILE = "model.sig"  # see flows.lineage.signing
 SUM_FOLDER = "state/sum"  # the part of a version that can be made again, see copal.state
 CONTRIBUTION_FOLDER = "state/contribution"  # what a version keeps of its own domain; deleted by a purge alone
-_HASHED_FOLDERS = ("model", "state")
+HASHED_FOLDERS = ("model", "components", "state")  # where a file that the record does not name could change a model
 
 
 class LineageError(CopalError):
@@ -276,7 +277,7 @@ def verify_files(
 ) -> list[str]:
     """What differs between a version's folder and its record: `missing: F`, `changed: F`, `extra: F`; [] if nothing.
 
-    Extra are files in model/ and state/ that the record does not name; other files beside them are not looked at.
+    Extra are files in `HASHED_FOLDERS` that the record does not name; other files beside them are not looked at.
     `sum_dropped`, `contribution_dropped`: that part of the version's state was dropped, so that a file of it may be
     missing, though not changed.
     """
@@ -285,7 +286,7 @@ def verify_files(
         *([CONTRIBUTION_FOLDER] if contribution_dropped else []),
     ]
     found: dict[str, str] = {}
-    for name in _HASHED_FOLDERS:
+    for name in HASHED_FOLDERS:
         found |= file_digests(folder / name, folder)
     for name in set(record["files"]) - set(found):
         if (folder / name).is_file():

@@ -1,7 +1,7 @@
 """Signatures of versions with the model-signing library: an elliptic-curve key pair, no network, no log of others.
 
-The signature of a version is a file beside its record, a Sigstore bundle. It covers `model/`, `state/` and
-`lineage.json`, but not the running sum and the contribution, which may be dropped: their SHA-256 are in the record.
+The signature of a version is a file beside its record, a Sigstore bundle. It covers all files of the version
+and `lineage.json`, but not the running sum and the contribution, which may be dropped: their SHA-256 are in the record.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flows.lineage.description import markdown_table
 from flows.lineage.record import record_digest
 
 __all__ = ["CARD_FILE", "license_of", "model_card"]
@@ -85,15 +86,10 @@ def _domains(record: Mapping[str, Any]) -> str:
     ]
     heads = ("domain", "perplexity", "dense", "predicted tokens", "calibration tokens", "DVC md5", "git revision")
     return (
-        f"{_table(heads, rows)}\n\n"
+        f"{markdown_table(heads, rows)}\n\n"
         "Perplexity is exp(nats / predicted tokens) on windows of the domain's documents that no calibration saw; "
         "*dense* is the base model on the same windows."
     )
-
-
-def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
-    return "\n".join([lines[0], "|---" * (lines[0].count("|") - 1) + "|", *lines[1:]])
 
 
 def _sparsity(record: Mapping[str, Any]) -> str:
@@ -128,7 +124,7 @@ def _lineage(version: int, record: Mapping[str, Any]) -> str:
         ("made", f"{record['created']} by copal {record['code']['version']}"),
     ]
     return (
-        f"{_table(('', ''), rows)}\n\n"
+        f"{markdown_table(('', ''), rows)}\n\n"
         f"`copal verify {version}` in the workspace of {record['model']} checks files, records, log, data "
         "and signature."
     )

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.files import sha256_file
+from flows.lineage.description import model_description, run_title, version_description
 from flows.lineage.record import RECORD_FILE, SIGNATURE_FILE, verify_files, write_record
 from flows.lineage.signing import sign
 from flows.registry.errors import HeadMovedError, LineageConflictError, RegistryError
-from flows.registry.runs import DomainMetrics, log_results, run_name, run_tags
+from flows.registry.runs import DomainMetrics, log_results, run_name, run_start, run_tags
 from flows.registry.store import Store, end_run, flush_all, local_path, never_fails, pages
 from flows.registry.versions import WHY, ModelVersion, Snapshot, created, look, published, tags_of
 
@@ -71,7 +72,9 @@ def publish(
     """Store the files in `folder` and create the version; see `Registry.register`."""
     with store.client() as client:
         experiment_id = store.experiment(client)
-        run_id = client.create_run(experiment_id, run_name=run_name(record), tags=run_tags(record)).info.run_id
+        run_id = client.create_run(
+            experiment_id, start_time=run_start(record), run_name=run_name(record), tags=run_tags(record)
+        ).info.run_id
         model: Any = None
         try:
             model = client.create_logged_model(
@@ -87,7 +90,7 @@ def publish(
             end_run(client, run_id, "FINISHED")
             seen = look(store, client)
             if not seen.there:
-                _make_name(store, client)
+                _make_name(store, client, record)
             check_head(store.model_name, seen.versions, expected_head)
             if seal:
                 seal(model.model_id)
@@ -95,13 +98,15 @@ def publish(
             _undo(store, client, run_id, model)
             raise
         try:
-            seen, version = _create(store, client, seen, model)
+            seen, version = _create(store, client, seen, model, version_description(None, record, None))
         except BaseException as error:
             if seal is None or isinstance(error, HeadMovedError):
                 _undo(store, client, run_id, model)
             raise
         with never_fails("tidying up after a registration"):
             _link(store, client, version, model)
+            if parent is None:  # of the others, it is done with their gates
+                _tell_number(store, client, version, record)
             _sweep(store, client, experiment_id, seen, version)
         return seen, version
 
@@ -170,17 +175,21 @@ def check_head(model_name: str, versions: Sequence[ModelVersion], expected: int 
         )
 
 
-def _make_name(store: Store, client: MlflowClient) -> None:
+def _make_name(store: Store, client: MlflowClient, record: Mapping[str, Any]) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(store.model_name)
+        client.create_registered_model(
+            store.model_name, description=model_description(store.model_name, record["base"]["source"])
+        )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
-def _create(store: Store, client: MlflowClient, seen: Snapshot, model: Any) -> tuple[Snapshot, ModelVersion]:
+def _create(
+    store: Store, client: MlflowClient, seen: Snapshot, model: Any, description: str | None = None
+) -> tuple[Snapshot, ModelVersion]:
     """Create the version of a logged model, which carries the version's tags."""
     tags = {name: value for name, value in model.tags.items() if name.startswith("copal.")}
     # The location, not models:/<id>: MLflow would look the id up in the process-wide store, not in this client's.
@@ -189,6 +198,7 @@ def _create(store: Store, client: MlflowClient, seen: Snapshot, model: Any) -> t
         source=model.artifact_location,
         run_id=model.source_run_id,
         tags=tags | {"copal.logged_model": model.model_id},
+        description=description,
         model_id=model.model_id,
     )
     seen = replace(seen, there=True, every=created(store, client))
@@ -221,8 +231,18 @@ def _undo(store: Store, client: MlflowClient, run_id: str, model: Any) -> None:
         end_run(client, run_id, "FAILED")
 
 
+def _tell_number(store: Store, client: MlflowClient, version: ModelVersion, record: Mapping[str, Any]) -> None:
+    """Tell the number of the dense base in the name of its run and in its description."""
+    assert version.run_id is not None
+    client.update_run(version.run_id, name=run_title(version.number, None, None))
+    description = version_description(version.number, record, None)
+    client.update_model_version(store.model_name, str(version.number), description)
+
+
 def _link(store: Store, client: MlflowClient, version: ModelVersion, model: Any) -> None:
-    """Link artifacts to their version for MLflow's UI, as a server does by itself."""
+    """Link artifacts to their version for MLflow's UI, by the tag that `mlflow.register_model` sets, which would look
+    the artifacts up in the process-wide store.
+    """
     link = json.dumps([{"name": store.model_name, "version": version.number}])
     client.set_logged_model_tags(model.model_id, {_LINKED: link})
 

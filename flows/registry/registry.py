@@ -17,7 +17,7 @@ from flows.lineage.signing import check_key
 from flows.registry.artifacts import Artifacts
 from flows.registry.errors import AliasMovedError, LineageConflictError, RegistryError
 from flows.registry.publish import adopt, check_base, check_head, publish, sealed_files, sweep
-from flows.registry.runs import DomainMetrics, log_files, log_gates
+from flows.registry.runs import DomainMetrics, log_gates
 from flows.registry.store import Store
 from flows.registry.versions import DROPPED, GATES, LOG_ENTRY, ModelVersion, Snapshot, look, look_at_aliases
 
@@ -390,19 +390,21 @@ class Registry:
                 client.delete_registered_model_alias(self.model_name, name)
         self._seen = self._look().with_alias(name, number)
 
-    def show_gates(self, version: ModelVersion, entry: Mapping[str, Any], page: str | None) -> None:
+    def show_gates(self, version: ModelVersion, entry: Mapping[str, Any], files: Path, description: str | None) -> None:
         """Show the gates of a version on it and on its run; the tag `copal.gates` is set last.
 
         Args:
-            entry: of the log, with the results. They become metrics of the run and its table `gates.json`.
-            page: of the lineage, kept as `lineage.html` of the run; None: the one that is there stays.
+            entry: of the log, with the results. They become metrics of the run.
+            files: a folder, see `flows.gates.show`; what is in it becomes artifacts of the run.
+            description: of the version; None: it stays as it is.
 
         Raises:
             RegistryError: the store fails.
         """
-        if version.run_id is not None:
-            with self._store.client() as client:
-                log_gates(client, version.run_id, entry["details"]["gates"], page)
+        with self._store.client() as client:
+            log_gates(client, version, entry["details"]["gates"], files)
+            if description is not None:
+                client.update_model_version(self.model_name, str(version.number), description)
         verdict = "passed" if entry["details"]["passed"] else "failed"
         self._tag_version(version.number, {LOG_ENTRY: str(entry["number"]), GATES: verdict})
 
@@ -414,7 +416,7 @@ class Registry:
         """
         if version.run_id is not None:
             with self._store.client() as client:
-                log_files(client, version.run_id, {"lineage.html": html})
+                client.log_text(version.run_id, html, "lineage.html")
 
     def _tag_version(self, number: int, tags: Mapping[str, str]) -> None:
         with self._store.client() as client:

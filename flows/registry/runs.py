@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from flows.lineage.description import run_title
 from flows.lineage.record import flatten, withdrawal_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flows.registry.versions import ModelVersion
 
-__all__ = ["DomainMetrics", "log_gates", "log_results", "run_name", "run_tags"]
+__all__ = ["DomainMetrics", "log_gates", "log_results", "run_name", "run_start", "run_tags"]
 
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 
@@ -38,16 +38,19 @@ class DomainMetrics:
 
 
 def run_name(record: Mapping[str, Any]) -> str:
-    """What the step of a record did, in two words."""
-    gone = withdrawal_of(record)
-    if gone is not None:
-        return f"withdraw {gone['name']}"
-    return "base" if record["step"] is None else f"adapt {record['step']['name']}"
+    """What the step of a record did, in two words; the number of its version is told once it has one."""
+    return run_title(None, (record["step"] or {}).get("name"), (withdrawal_of(record) or {}).get("name"))
+
+
+def run_start(record: Mapping[str, Any]) -> int:
+    """When a run that ends now began (ms), for it to last as long as the step worked, earlier processes included."""
+    return int(1000 * (time.time() - sum(record["seconds"].values())))
 
 
 def run_tags(record: Mapping[str, Any]) -> dict[str, str]:
     """The tags of a run by which MLflow's UI shows where it comes from."""
     commit = record["code"]["git_commit"]
+    # Both are documented by MLflow; only `mlflow.start_run` sets them by itself, to the repository of the caller.
     return {"mlflow.source.name": "copal", **({"mlflow.source.git.commit": commit} if commit else {})}
 
 
@@ -123,34 +126,29 @@ def _figures(run_id: str, model_id: str, record: Mapping[str, Any], metrics: Seq
     return logged
 
 
-def log_gates(client: MlflowClient, run_id: str, gates: Sequence[Mapping[str, Any]], page: str | None) -> None:
-    """Show gate results on the run that made a version, as metrics and as the table `gates.json`, and the page of the
-    lineage as `lineage.html`: two calls.
+def log_gates(client: MlflowClient, version: ModelVersion, gates: Sequence[Mapping[str, Any]], files: Path) -> None:
+    """Show gate results on the run that made a version, as metrics, keep the files in a folder as its artifacts, and
+    give it the version's number: two calls.
     """
     from mlflow.entities import Metric, RunTag
 
+    if version.run_id is None:
+        return
     now = int(time.time() * 1000)
     figures = {f"gate.{gate['name']}.passed": float(gate["passed"]) for gate in gates}
     figures |= {f"gate.{gate['name']}": gate["value"] for gate in gates if gate["value"] is not None}
-    columns = ["name", "passed", "value", "limit", "detail"]
-    # As MLflow's log_table has it, which would add to the rows of an earlier judgement.
-    table = {"columns": columns, "data": [[gate[column] for column in columns] for gate in gates]}
-    files = {"gates.json": json.dumps(table), **({} if page is None else {"lineage.html": page})}
-    log_files(client, run_id, files)
+    tags = {
+        "mlflow.runName": run_title(version.number, version.tags.get("copal.domain"), version.withdrawn),
+        # By hand, for `log_table` would add to the rows of an earlier judgement, and costs three calls.
+        "mlflow.loggedArtifacts": json.dumps([{"path": "gates.json", "type": "table"}]),
+    }
+    client.log_artifacts(version.run_id, str(files))
     client.log_batch(
-        run_id,
+        version.run_id,
         metrics=[Metric(name, value, now, 0) for name, value in figures.items()],
-        tags=[RunTag("mlflow.loggedArtifacts", json.dumps([{"path": "gates.json", "type": "table"}]))],
+        tags=[RunTag(name, value) for name, value in tags.items()],
         synchronous=True,
     )
-
-
-def log_files(client: MlflowClient, run_id: str, files: Mapping[str, str]) -> None:
-    """Keep texts as artifacts of a run, by name: one call."""
-    with TemporaryDirectory(prefix="copal-") as scratch:
-        for name, text in files.items():
-            (Path(scratch) / name).write_text(text, encoding="utf-8")
-        client.log_artifacts(run_id, scratch)
 
 
 def _param(value: Any) -> str:

@@ -12,6 +12,7 @@ from copal.progress import Progress, silent
 from flows.lineage.record import DomainRecord, build_record, record_digest, version_files
 from flows.machine import surroundings
 from flows.project import Project, hold_lineage
+from flows.registry.flavor import write_flavor
 from flows.settings import Settings, without_secrets
 from flows.step.resolve import Step
 from flows.step.staging import Evaluation
@@ -55,6 +56,7 @@ def register_step(
     parent_record = registry.record(head)
     when_newest = _perplexity_when_newest(registry, step.earlier)
     now = {name: evaluation.perplexity[name] for name in when_newest}
+    write_flavor(step.out)
     data = {"name": step.version.domain, "dvc_md5": step.version.md5}  # of a domain's other data the tombstone stays
     withdrawn = [entry for entry in parent_record["withdrawn"] if entry != data] + ([data] if step.withdraws else [])
     record = build_record(
@@ -124,6 +126,7 @@ def register_root(project: Project, base: BaseModel, progress: Progress = silent
     with hold_lineage(project, "register the base") as claim, scratch as folder:
         staged = Path(folder)
         shutil.copytree(base.folder, staged / "model", copy_function=_link_or_copy)
+        write_flavor(staged)
         record = build_record(
             model=settings.model.name,
             parent=None,

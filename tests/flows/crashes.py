@@ -89,6 +89,7 @@ POINTS = [
     *_both("flows.ledger:Ledger.settle", of="champion"),
     *_both("mlflow:MlflowClient.log_artifacts"),
     Point("mlflow:MlflowClient.log_batch", "after", 2),
+    Point("mlflow:MlflowClient.update_model_version", "after"),
     *_both("mlflow:MlflowClient.set_model_version_tag", of="copal.log_entry"),
     *_both("mlflow:MlflowClient.set_model_version_tag", of="copal.gates"),
     *_both("flows.ledger.claims:Claim.end"),

@@ -319,7 +319,10 @@ def test_a_version_whose_answer_was_lost_is_withdrawn(
             publish(registry, tmp_path / "1", root, ["code"])
     assert latest(client) == root.number
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    assert {run.info.run_name: run.info.status for run in runs} == {"base": "FINISHED", "adapt code": "FAILED"}
+    assert {run.info.run_name: run.info.status for run in runs} == {
+        "version 1: base": "FINISHED",
+        "adapt code": "FAILED",
+    }
 
 
 def test_what_a_killed_registration_left_is_discarded_later(

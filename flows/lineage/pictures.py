@@ -1,0 +1,180 @@
+"""Two pictures of a lineage as PNG and SVG files: the perplexity matrix, and what was forgotten. Pure.
+
+As wide as a phone; colours that the colour-blind can tell apart. The same history and the same matplotlib give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.lineage.history import History, Measure, measures, since_newest, step_texts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_pictures"]
+
+_WIDTH, _DPI = 5.0, 160  # inches; 800 pixels
+_ROWS, _COLUMNS = 30, 24  # of the matrix; what is older, or has more, is on the page of the lineage
+_FIGURES_IN = 9  # columns: of more there is no room for figures in the cells
+_LINES = 8  # of more domains, those that were forgotten most
+_WORST = 3.0  # times dense: where the colours end
+# Okabe and Ito's colours, without yellow, which is hard to see on white
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_STYLE = {
+    "svg.hashsalt": "copal",  # else the names in an SVG file are drawn by lot
+    "text.parse_math": False,  # a dollar sign in the name of a domain is one
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "figure.dpi": _DPI,
+}
+
+
+def draw_pictures(history: History, folder: Path) -> list[Path]:
+    """Write `perplexity-matrix` and `forgetting` as .png and .svg into `folder`; gives the files.
+
+    A picture with nothing in it is not drawn: no matrix without a pruned version that knows a domain, and nothing can
+    be forgotten before a domain's second version.
+    """
+    pictures: list[tuple[str, Callable[[], Figure]]] = []
+    columns = measures(history)
+    if columns:
+        pictures.append(("perplexity-matrix", lambda: _matrix(history, columns)))
+    changes = _changes(history)
+    if changes:
+        pictures.append(("forgetting", lambda: _forgetting(history, changes)))
+    if not pictures:
+        return []
+    from matplotlib import style
+
+    files = []
+    with style.context(["default", _STYLE]):  # not that of whoever runs the step
+        for name, draw in pictures:
+            figure = draw()
+            for kind, unsaid in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+                files.append(folder / f"{name}.{kind}")
+                figure.savefig(files[-1], metadata=unsaid)
+    return files
+
+
+def _matrix(history: History, found: Mapping[str, Sequence[Measure]]) -> Figure:
+    """Heat map: a row for each pruned version, the newest on top, and a column for each domain that it knows."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    steps = step_texts(history)
+    numbers = [version["version"] for version in history["versions"] if version["parent"] is not None]
+    rows = numbers[: -_ROWS - 1 : -1]
+    known = {name: row for name, row in found.items() if any(measure["version"] in rows for measure in row)}
+    shown = dict(list(known.items())[-_COLUMNS:])
+    wide = len(shown) <= 5
+    ratios = np.full((len(rows), len(shown)), np.nan)
+    cells = {}
+    for column, row in enumerate(shown.values()):
+        for measure in row:
+            if measure["version"] in rows:
+                place = rows.index(measure["version"])
+                cells[place, column] = measure
+                ratios[place, column] = measure["perplexity"] / measure["dense"]
+    figure, axes = _figure(1.9 + 0.3 * len(rows))
+    axes.set_facecolor("#eeeeee")
+    image = axes.imshow(ratios, cmap="cividis_r", norm=LogNorm(1, _WORST, clip=True), aspect="auto")
+    for (place, column), measure in cells.items():
+        _cell(
+            axes,
+            place,
+            column,
+            measure,
+            digits=4 if wide else 3 if len(shown) <= _FIGURES_IN else 0,
+            dark=ratios[place, column] > 1.6,
+        )
+    labels = [_cut(name, 12) for name in shown]
+    if wide:
+        labels = [f"{label}\ndense {row[-1]['dense']:.4g}" for label, row in zip(labels, shown.values(), strict=True)]
+    axes.set_xticks(range(len(shown)), labels, rotation=0 if wide else 90)
+    axes.set_yticks(range(len(rows)), [f"{number}: {_cut(steps[number], 14)}" for number in rows])
+    axes.tick_params(length=0)
+    left_out = [
+        f"the newest {len(rows)} of {len(numbers)} versions" if len(rows) < len(numbers) else "",
+        f"the newest {len(shown)} of {len(found)} domains" if len(shown) < len(found) else "",
+    ]
+    axes.set_title("\n".join(["Perplexity by version and domain", *filter(None, left_out)]))
+    notes = "white frame: the version adapted to it"
+    if not all(measure["comparable"] for measure in cells.values()):
+        notes += "; ′: on other data than now"
+    axes.set_xlabel(notes, fontsize=8)
+    ticks = [1, 1.25, 1.5, 2, 3]
+    bar = figure.colorbar(image, label="times dense", ticks=FixedLocator(ticks), fraction=0.05, pad=0.03)
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{'+' if value == _WORST else ''}"))
+    return figure
+
+
+def _cell(axes: Axes, place: int, column: int, measure: Measure, *, digits: int, dark: bool) -> None:
+    from matplotlib.patches import Rectangle
+
+    if digits:
+        text = f"{measure['perplexity']:.{digits}g}{'' if measure['comparable'] else '′'}"
+        axes.text(column, place, text, ha="center", va="center", color="white" if dark else "black")
+    if measure["newest_in"] == measure["version"]:
+        box = Rectangle((column - 0.44, place - 0.44), 0.88, 0.88, fill=False, edgecolor="white", linewidth=1.6)
+        axes.add_patch(box)
+
+
+def _changes(history: History) -> list[tuple[str, list[tuple[int, float]]]]:
+    """(domain, (version, change of its perplexity since the version that adapted to it)), the most forgotten first."""
+    changes, spells = [], list(since_newest(history))
+    for name, first, after in spells:
+        later = [measure for measure in after if measure["digest"] == first["digest"]]
+        if later:
+            points = [(one["version"], one["perplexity"] / first["perplexity"] - 1) for one in (first, *later)]
+            again = sum(other == name for other, *_ in spells) > 1
+            changes.append((f"{_cut(name, 12)} of {first['version']}" if again else name, points))
+    return sorted(changes, key=lambda change: -change[1][-1][1])
+
+
+def _forgetting(history: History, changes: Sequence[tuple[str, list[tuple[int, float]]]]) -> Figure:
+    """A line for each domain, from the version that adapted to it."""
+    from matplotlib.ticker import PercentFormatter
+
+    order = [version["version"] for version in history["versions"] if version["parent"] is not None]
+    figure, axes = _figure(3.6)
+    axes.axhline(0, color="#555555", linewidth=1)
+    for place, (name, points) in enumerate(changes[:_LINES]):
+        axes.plot(
+            [order.index(version) for version, _ in points],
+            [change for _, change in points],
+            color=_COLOURS[place],
+            marker=_MARKERS[place],
+            linewidth=1.8,
+            label=f"{_cut(name, 18)} {points[-1][1]:+.1%}",
+        )
+    step = max(1, math.ceil(len(order) / 10))
+    axes.set_xticks(range(0, len(order), step), [str(number) for number in order[::step]])
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol="%"))
+    axes.grid(axis="y", color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("version")
+    rest = f"\nthe {_LINES} most forgotten of {len(changes)}" if len(changes) > _LINES else ""
+    axes.set_title(f"Perplexity since the version that adapted to it{rest}")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _figure(height: float) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
