@@ -175,7 +175,7 @@ def _withdraw(arguments: argparse.Namespace) -> int:
 
         done = run_withdrawal(_project(arguments), domain, why, plain_tasks(), purge=purge, tell=print)
     else:
-        from flows.adapt import withdraw
+        from flows.withdraw import withdraw
 
         done = withdraw(str(workspace.root), domain, why, purge)
     if done.made is not None:
