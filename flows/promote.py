@@ -10,11 +10,14 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows.gates.champion import make_champion, named, restore_champion
 from flows.project import Project, open_project
+from flows.runs.artifacts import artifact_key
+from flows.runs.log import tell
+from flows.runs.names import promote_run, rollback_run
 
 __all__ = ["promote", "rollback"]
 
 
-@flow(name="promote", flow_run_name="promote version {version}")
+@flow(name="promote", flow_run_name=promote_run, result_serializer="json")
 def promote(workspace: str, version: str, why: str | None = None, force: bool = False) -> int | None:
     """Make a version the champion: see `flows.gates.champion.make_champion`.
 
@@ -32,11 +35,11 @@ def promote(workspace: str, version: str, why: str | None = None, force: bool = 
     """
     project = open_project(workspace)
     number = project.registry.resolve(version).number
-    entry = make_champion(project, number, why=why, force=force, tell=print)
+    entry = make_champion(project, number, why=why, force=force, tell=tell)
     return None if entry is None else _show(project, entry)
 
 
-@flow(name="rollback")
+@flow(name="rollback", flow_run_name=rollback_run, result_serializer="json")
 def rollback(workspace: str, why: str | None = None, force: bool = False) -> int:
     """Make the champion before this one the champion again: see `flows.gates.champion.restore_champion`.
 
@@ -50,12 +53,12 @@ def rollback(workspace: str, why: str | None = None, force: bool = False) -> int
         CopalError: there was no champion before; nothing changed.
     """
     project = open_project(workspace)
-    return _show(project, restore_champion(project, why=why, force=force, tell=print))
+    return _show(project, restore_champion(project, why=why, force=force, tell=tell))
 
 
 def _show(project: Project, entry: Mapping[str, Any]) -> int:
     create_markdown_artifact(
-        key="champion",
+        key=artifact_key(project.name, "champion"),
         markdown=f"{entry['kind']} of {project.name} from {named(entry['from'])} to "
         f"{named(entry['to'])}: {entry['why'] or 'no reason given'} (log entry {entry['number']})",
         description=f"champion of {project.name}: {named(entry['to'])}",

@@ -9,24 +9,57 @@ from prefect import flow
 
 from copal.errors import CopalError
 from flows.data.dataset import MissingDataError
-from flows.launch import run_adapt
 from flows.pending.reconcile import Plan, plan
 from flows.pending.waiting import forget, note_missing, waiting
 from flows.project import hold_lineage, open_project
+from flows.runs.again import check_again
+from flows.runs.dispatch import adapt_deployment, adapt_on_worker
+from flows.runs.log import note
+from flows.runs.names import watch_run
+from flows.step.resolve import find_step
 from flows.step.run import finish, plain_tasks
 from flows.workspace import Workspace
 
-__all__ = ["RefusedError", "take_up", "watch"]
+__all__ = ["RefusedError", "run_adapt", "take_up", "watch"]
 
 
 class RefusedError(CopalError):
     """Some dataset versions could not be adapted to; the others were."""
 
 
-@flow(name="watch")
+@flow(
+    name="watch",
+    flow_run_name=watch_run,
+    result_serializer="json",
+    on_completion=[check_again],
+    on_failure=[check_again],
+)
 def watch(workspace: str) -> list[int]:
     """Run one step for every pending dataset version: see `take_up`."""
-    return take_up(workspace, run_adapt)
+    made = take_up(workspace, run_adapt)
+    note(f"made version {', '.join(map(str, made))}" if made else "nothing was made")
+    return made
+
+
+def run_adapt(workspace: str, domain: str, rev: str | None) -> int | None:
+    """Run the flow `adapt`, and wait for its end however long it takes.
+
+    With a Prefect server that has a deployment of `adapt` for this workspace (its parameter `workspace`), it runs on a
+    worker of that deployment's pool; else in this process.
+
+    Returns:
+        The number of the new version; None where the newest version knows this data already.
+
+    Raises:
+        CopalError: what the flow raised; see also `flows.runs.dispatch.adapt_on_worker`.
+    """
+    deployment = adapt_deployment(workspace)
+    if deployment is None:
+        from flows.adapt import adapt  # brings torch, which a watcher with workers does not need
+
+        return adapt(workspace, domain, rev)
+    found = find_step(open_project(workspace), domain, rev)
+    return None if found is None else adapt_on_worker(deployment, workspace, domain, rev, found[2])
 
 
 def _now() -> datetime:

@@ -110,7 +110,7 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
 
         done = run_withdrawal(project, domain, why, plain_tasks(), purge=purge, tell=say)
     else:
-        from flows.adapt import withdraw as flow
+        from flows.withdraw import withdraw as flow
 
         done = flow(str(project.workspace.root), domain, why, purge)
     registry.refresh()

@@ -10,6 +10,7 @@ from flows.stack.prefect_server import GPU_POOL, UpError
 from flows.workspace import Workspace
 
 __all__ = [
+    "deployment_names",
     "is_server",
     "prefect_file",
     "render_prefect_file",
@@ -42,6 +43,7 @@ def render_prefect_file(
     for deployment in content["deployments"]:
         deployment["parameters"]["workspace"] = str(workspace.root)
         variables = deployment["work_pool"]["job_variables"]["env"]
+        variables["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] = str(workspace.private / "results")
         if registry is not None:
             variables["COPAL_REGISTRY_URI"] = registry
             if settings.ledger.uri is None:  # one that is set may hold a password, which Prefect would show
@@ -52,6 +54,13 @@ def render_prefect_file(
         elif devices is not None and deployment["work_pool"]["name"] == GPU_POOL:
             variables["CUDA_VISIBLE_DEVICES"] = devices
     return yaml.safe_dump(content, sort_keys=False)
+
+
+def deployment_names(text: str) -> list[str]:
+    """The names of the deployments in a rendered file."""
+    import yaml
+
+    return [deployment["name"] for deployment in yaml.safe_load(text)["deployments"]]
 
 
 def is_server(uri: str | None) -> bool:

@@ -1,14 +1,16 @@
-"""What `copal up` asks of a Prefect server."""
+"""What `copal up` asks of a Prefect server, through Prefect's own client."""
 
 from __future__ import annotations
 
-import json
-import time
-import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 __all__ = [
     "GPU_POOL",
@@ -27,7 +29,7 @@ GPU_POOL = "copal-gpu"
 POOLS = ("copal-cpu", GPU_POOL)
 
 
-_TRIES = 10  # a second apart
+_DIRECT = {"trust_env": False}  # it listens on loopback: a proxy of the user's is not asked
 
 
 class UpError(CopalError):
@@ -35,53 +37,72 @@ class UpError(CopalError):
 
 
 def create_pools(api: str) -> None:
-    there = {pool["name"] for pool in _call(api, "POST", "/work_pools/filter", {})}
-    for name in POOLS:
-        if name not in there:  # the worker fills in what jobs of its type can be told
-            _call(api, "POST", "/work_pools/", {"name": name, "type": "process"})
+    """Create the work pools that are not there. The worker fills in what jobs of its type can be told."""
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    with _client(api) as client:
+        there = {pool.name for pool in client.read_work_pools()}
+        for name in POOLS:
+            if name not in there:
+                client.create_work_pool(WorkPoolCreate(name=name, type="process"))
 
 
 def settle_old_runs(api: str) -> None:
     """Runs whose processes ended with an earlier server are said to have; checks that it slept through are dropped."""
-    now = datetime.now(UTC).isoformat()
-    ours = {"work_pools": {"name": {"any_": list(POOLS)}}}
-    lost = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}}
-    for run in _call(api, "POST", "/flow_runs/filter", ours | lost):
-        state = {"type": "CRASHED", "message": "The machine or `copal up` ended while this ran."}
-        _call(api, "POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
-    late = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}, "expected_start_time": {"before_": now}}}
-    for run in _call(api, "POST", "/flow_runs/filter", ours | late):
-        if run["auto_scheduled"]:
-            _call(api, "DELETE", f"/flow_runs/{run['id']}")
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterExpectedStartTime,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        WorkPoolFilter,
+        WorkPoolFilterName,
+    )
+    from prefect.client.schemas.objects import State, StateType
+    from prefect.states import Crashed
+
+    ours = WorkPoolFilter(name=WorkPoolFilterName(any_=list(POOLS)))
+
+    def of(*types: StateType) -> FlowRunFilterState:
+        return FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
+
+    lost = FlowRunFilter(state=of(StateType.RUNNING, StateType.PENDING, StateType.CANCELLING))
+    before_now = FlowRunFilterExpectedStartTime.model_validate({"before_": datetime.now(UTC)})
+    late = FlowRunFilter(state=of(StateType.SCHEDULED), expected_start_time=before_now)
+    with _client(api) as client:
+        for run in client.read_flow_runs(flow_run_filter=lost, work_pool_filter=ours):
+            ended: State[Any] = Crashed(message="The machine or `copal up` ended while this ran.")
+            client.set_flow_run_state(run.id, ended, force=True)
+        for run in client.read_flow_runs(flow_run_filter=late, work_pool_filter=ours):
+            if run.auto_scheduled:
+                client.delete_flow_run(run.id)
 
 
 def has_worker(api: str, pool: str) -> bool:
-    return bool(_call(api, "POST", f"/work_pools/{pool}/workers/filter", {}))
+    """Whether a worker has ever asked for runs of the pool."""
+    with _client(api) as client:
+        return bool(client.read_workers_for_work_pool(pool))
 
 
 def answers(url: str) -> bool:
+    """Whether a server on this machine, Prefect's or MLflow's, answers 200 at `url`."""
+    import httpx
+
     try:
-        with _opener().open(url, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:  # URLError is one
+        return httpx.get(url, trust_env=False, timeout=5).status_code == 200
+    except httpx.HTTPError:
         return False
 
 
-def _call(api: str, method: str, path: str, body: Any = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{api}{path}", data, {"Content-Type": "application/json"}, method=method)
-    for rest in reversed(range(_TRIES)):
-        try:
-            with _opener().open(request, timeout=60) as answer:
-                content = answer.read()
-            break
-        except OSError as error:
-            busy = isinstance(error, urllib.error.HTTPError) and error.code == 503  # somebody else writes its database
-            if not busy or not rest:
-                raise UpError(f"the Prefect server at {api} refuses {method} {path}: {error}") from error
-            time.sleep(1.0)
-    return json.loads(content) if content else None
+@contextmanager
+def _client(api: str) -> Iterator[SyncPrefectClient]:
+    """A client of the server at `api`. It tries again by itself where the server's database is busy."""
+    import httpx
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.exceptions import PrefectException
 
-
-def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback: no proxy
+    try:
+        with SyncPrefectClient(api, httpx_settings=_DIRECT) as client:
+            yield client
+    except (httpx.HTTPError, PrefectException, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UpError(f"the Prefect server at {api} refuses: {reason}") from error

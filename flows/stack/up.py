@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from copal.files import write_atomic
 from flows.isolated import isolated_environment, isolated_python
 from flows.settings import Settings
-from flows.stack.deployments import is_server, prefect_file, render_prefect_file
+from flows.stack.deployments import deployment_names, is_server, prefect_file, render_prefect_file
 from flows.stack.prefect_server import POOLS, UpError, answers, create_pools, has_worker, settle_old_runs
 from flows.stack.state import END_SECONDS, end_known, is_up, read_stack, state_file
 from flows.stack.supervisor import HOST, Starting, StopRequested, stop_on_signals
@@ -56,31 +57,18 @@ def up(
     if own_registry:
         _check_port(mlflow_port, "--mlflow-port")
     template = prefect_file()
-    api = f"http://{HOST}:{port}/api"
     registry = f"http://{HOST}:{mlflow_port}" if own_registry else str(settings.registry.uri)
-    stack = Starting(workspace, api, registry, workspace.ledger_uri(settings))
+    stack = Starting(workspace, f"http://{HOST}:{port}/api", registry, workspace.ledger_uri(settings))
     with stop_on_signals() as stop:
         try:
             stack.save()
-            stack.start("prefect server", ("prefect", "server", "start", "--host", HOST, "--port", str(port)))
-            if own_registry:
-                stack.start_mlflow(workspace.registry_uri(settings), mlflow_port)
-            stack.wait(lambda: answers(f"{api}/health"), stop, f"the Prefect server to answer on port {port}")
-            tell(f"Prefect server: port {port}")
-            if own_registry:
-                stack.wait(lambda: answers(f"{registry}/health"), stop, "the MLflow server to answer")
-                tell(f"MLflow server: port {mlflow_port}")
-            create_pools(api)
-            settle_old_runs(api)
-            rendered = workspace.private / "prefect.yaml"
-            shown = None if not is_server(registry) else registry
-            write_atomic(rendered, render_prefect_file(template, workspace, settings, registry=shown, devices=devices))
-            stack.deploy(rendered, stop)
-            tell("deployments: watch, adapt, promote, rollback, audit")
-            for pool in POOLS:  # in turn: at once, their first words to the server lock its SQLite file for each other
-                stack.start(f"worker {pool}", ("prefect", "worker", "start", "--pool", pool, "--type", "process"))
-                stack.wait(partial(has_worker, api, pool), stop, f"the worker of pool {pool}")
-                tell(f"worker: pool {pool}")
+            _start_servers(stack, port, mlflow_port if own_registry else None, settings, stop, tell)
+            create_pools(stack.api)
+            settle_old_runs(stack.api)
+            shown = registry if is_server(registry) else None
+            text = render_prefect_file(template, workspace, settings, registry=shown, devices=devices)
+            _deploy(stack, text, stop, tell)
+            _start_workers(stack, stop, tell)
             stack.save(ready=True)
             tell(f"Prefect: http://{HOST}:{port}")
             tell(f"MLflow: {registry}")
@@ -90,6 +78,43 @@ def up(
             pass
         finally:
             stack.end()
+
+
+def _start_servers(
+    stack: Starting,
+    port: int,
+    mlflow_port: int | None,
+    settings: Settings,
+    stop: threading.Event,
+    tell: Callable[[str], None],
+) -> None:
+    """Start the Prefect server, and an MLflow server where there is a port for it; wait until they answer."""
+    stack.start("prefect server", ("prefect", "server", "start", "--host", HOST, "--port", str(port)))
+    if mlflow_port is not None:
+        stack.start_mlflow(stack.workspace.registry_uri(settings), mlflow_port)
+    stack.wait(lambda: answers(f"{stack.api}/health"), stop, f"the Prefect server to answer on port {port}")
+    tell(f"Prefect server: port {port}")
+    if mlflow_port is not None:
+        stack.wait(lambda: answers(f"{stack.registry}/health"), stop, "the MLflow server to answer")
+        tell(f"MLflow server: port {mlflow_port}")
+
+
+def _deploy(stack: Starting, text: str, stop: threading.Event, tell: Callable[[str], None]) -> None:
+    """Deploy what the deployments' file `text` says."""
+    rendered = stack.workspace.private / "prefect.yaml"
+    write_atomic(rendered, text)
+    stack.deploy(rendered, stop)
+    tell(f"deployments: {', '.join(deployment_names(text))}")
+
+
+def _start_workers(stack: Starting, stop: threading.Event, tell: Callable[[str], None]) -> None:
+    """Start a worker for each pool, in turn: at once, their first words to the server lock its SQLite file for each
+    other.
+    """
+    for pool in POOLS:
+        stack.start(f"worker {pool}", ("prefect", "worker", "start", "--pool", pool, "--type", "process"))
+        stack.wait(partial(has_worker, stack.api, pool), stop, f"the worker of pool {pool}")
+        tell(f"worker: pool {pool}")
 
 
 def up_detached(workspace: Workspace, arguments: Sequence[str], tell: Callable[[str], None]) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "NoBaseError",
     "Step",
     "WithdrawError",
+    "find_step",
     "resolve",
     "resolve_withdrawal",
     "step_on",
@@ -85,6 +86,16 @@ def resolve(project: Project, domain: str, rev: str | None) -> Step | None:
     """Find the head and the dataset version; None where the head already knows it, made with these settings.
 
     Raises:
+        CopalError: see `find_step`.
+    """
+    found = find_step(project, domain, rev)
+    return None if found is None else step_on(project.registry, *found, _run_folder(project, found[2]))
+
+
+def find_step(project: Project, domain: str, rev: str | None) -> tuple[ModelVersion, DatasetVersion, str] | None:
+    """What a step would build on and adapt to, and the key that names it; None as in `resolve`. Fetches nothing.
+
+    Raises:
         DataError: no domain may have that name.
         DatasetError: the domain is not tracked at `rev`.
         NoBaseError: no base is registered yet.
@@ -104,8 +115,7 @@ def resolve(project: Project, domain: str, rev: str | None) -> Step | None:
     same_data = domain in known and known[domain].dvc_md5 == version.md5
     if same_data and record["settings_fingerprint"] == settings_fingerprint:
         return None
-    key = step_key(head.number, domain, version.md5, settings_fingerprint)
-    return step_on(project.registry, head, version, key, _run_folder(project, key))
+    return head, version, step_key(head.number, domain, version.md5, settings_fingerprint)
 
 
 def resolve_withdrawal(project: Project, domain: str, why: str) -> Step | None:

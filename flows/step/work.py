@@ -1,4 +1,4 @@
-"""The work of a step as plain functions, which `flows.adapt` wraps in Prefect tasks: fetch, prune, evaluate.
+"""The work of a step as plain functions, which `flows.runs.tasks` wraps in Prefect tasks: fetch, prune, evaluate.
 
 They take and give paths, ids and small values, never tensors.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -250,12 +251,12 @@ def test_a_step_that_was_taken_over_publishes_nothing(bench, monkeypatch):
     real = prune_domain
 
     def meanwhile(settings, step, data, progress):
-        monkeypatch.setattr("flows.adapt.prune_domain", real)
+        monkeypatch.setattr("flows.runs.tasks.prune_domain", real)
         expire_claims(bench.project)  # as if it had been paused
         assert adapt(str(bench.root), "legal") == 2
         return real(settings, step, data, progress)
 
-    monkeypatch.setattr("flows.adapt.prune_domain", meanwhile)
+    monkeypatch.setattr("flows.runs.tasks.prune_domain", meanwhile)
     with pytest.raises(CopalError):
         adapt(str(bench.root), "code")
     assert [v.tags.get("copal.domain") for v in bench.registry.versions()] == [None, "legal"]
@@ -270,14 +271,24 @@ def test_the_flow_runs_the_gates_and_shows_them(make_learnt_bench, tmp_path):
     assert bench.registry.head().gates == "passed"
     assert bench.registry.alias("challenger") == 3
     assert bench.registry.alias("champion") is None
-    assert Artifact.get("gates").data.startswith("## Version 3: all 8 gates passed")
+    shown = Artifact.get("tiny-gates")
+    assert shown.type == "table"
+    assert shown.description == "tiny version 3: all 8 gates passed"
+    assert {row[""] for row in json.loads(shown.data)} == {"passed"}
+    figures = Artifact.get("tiny-perplexity")
+    assert figures.type == "table"
+    assert "tiny version 3: perplexity by domain. Sparsity as counted 0.5000" in figures.description
+    record = bench.registry.record(bench.registry.head())
+    assert {row["domain"]: row["this version"] for row in json.loads(figures.data)} == {
+        domain: round(value, 2) for domain, value in record["perplexity"].items()
+    }
 
 
 def test_gates_that_a_run_did_not_come_to_are_run_by_the_next(bench, monkeypatch):
     bench.commit("code", 0)
     with monkeypatch.context() as patch:
-        patch.setattr("flows.adapt.run_gates", lambda *_: 1 / 0)
-        patch.setattr("flows.adapt.gates.retries", 0)
+        patch.setattr("flows.runs.tasks.run_gates", lambda *_: 1 / 0)
+        patch.setattr("flows.runs.tasks.gates.retries", 0)
         with pytest.raises(ZeroDivisionError):
             adapt(str(bench.root), "code")
     assert not bench.registry.head().concluded

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.gates.judge import GateResult, as_table, failed, judge
+from flows.gates.judge import GateResult, failed, judge
 from flows.settings import GateSettings
 from flows.step import run
 from flows.step.run import plain_tasks, run_step
@@ -191,14 +191,6 @@ def test_the_order_of_the_domains_does_not_matter(figures, order, champion):
     shuffled["domains"] = [made["domains"][place] for place in order]
     shuffled["perplexity"] = {domain["name"]: made["perplexity"][domain["name"]] for domain in shuffled["domains"]}
     assert judged(shuffled, champion=champion) == judged(made, champion=champion)
-
-
-def test_the_table_names_what_failed():
-    results = list(judged(record(4, DEMO[4] | {"medical": 99.0})).values())
-    table = as_table(4, results)
-    assert table.startswith("## Version 4: 2 of 8 gates failed\n")
-    assert "| dense | **failed** | 12 | 2 | medical: 99, 8.25 in the dense base |" in table
-    assert as_table(2, []).startswith("## Version 2: all 0 gates passed")
 
 
 # -- on a model that has learnt something: with the state a step passes, without it it fails

@@ -201,7 +201,8 @@ def test_a_server_that_dies_during_a_registration_loses_nothing_and_nothing_is_c
 def test_a_step_past_its_time_limit_is_stopped_and_frees_the_lineage(bench, monkeypatch, prefect):
     import threading
 
-    from flows.adapt import TimeLimitError, adapt
+    from flows.adapt import adapt
+    from flows.runs.limit import TimeLimitError
 
     bench.commit("code", 0)
     bench.set("model: {name: tiny", "run: {time_limit: 0.5}\nmodel: {name: tiny")

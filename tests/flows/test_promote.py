@@ -23,7 +23,9 @@ def test_the_flows_promote_and_roll_back(prefect, make_learnt_bench, tmp_path) -
     assert bench.registry.alias("champion") == 1
     assert [entry["why"] for entry in bench.log[1:]] == [None, "ticket 12", "it is slow"]
     with get_client(sync_client=True) as client:
-        shown = client.request("POST", "/artifacts/latest/filter", json={"artifacts": {"key": {"any_": ["champion"]}}})
+        shown = client.request(
+            "POST", "/artifacts/latest/filter", json={"artifacts": {"key": {"any_": ["tiny-champion"]}}}
+        )
     (artifact,) = shown.json()
     assert "rollback of tiny from version 2 to version 1: it is slow (log entry 4)" in artifact["data"]
 

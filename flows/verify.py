@@ -1,4 +1,4 @@
-"""The flow `audit`: whether what serves, or may serve, is what was registered. It changes nothing.
+"""The flow `verify`: whether what serves, or may serve, is what was registered. It changes nothing.
 
 A run fails where anything differs, so that whatever a team hangs on failed runs (an automation, a pager) hears of it.
 """
@@ -6,24 +6,29 @@ A run fails where anything differs, so that whatever a team hangs on failed runs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_table_artifact
 
 from copal.errors import CopalError
 from flows.project import open_project
 from flows.registry.versions import ModelVersion
-from flows.verification.verify import Verification, verify
+from flows.runs.artifacts import artifact_key
+from flows.runs.log import tell
+from flows.runs.names import verify_run
+from flows.verification.verify import Verification
+from flows.verification.verify import verify as verify_version
 
-__all__ = ["AuditError", "audit"]
+__all__ = ["VerifyError", "verify"]
 
 
-class AuditError(CopalError):
+class VerifyError(CopalError):
     """A version is not what was registered, or cannot be checked."""
 
 
-@flow(name="audit")
-def audit(workspace: str, version: str | None = None, data: bool = True) -> list[int]:
+@flow(name="verify", flow_run_name=verify_run, result_serializer="json")
+def verify(workspace: str, version: str | None = None, data: bool = True) -> list[int]:
     """Verify versions, as `copal verify` does.
 
     Args:
@@ -35,7 +40,7 @@ def audit(workspace: str, version: str | None = None, data: bool = True) -> list
         The numbers of the versions that were checked.
 
     Raises:
-        AuditError: something differs; says what, of which version.
+        VerifyError: something differs; says what, of which version.
         CopalError: the registry cannot be read, or there is no such version.
     """
     project = open_project(workspace)
@@ -47,35 +52,38 @@ def audit(workspace: str, version: str | None = None, data: bool = True) -> list
     problems: dict[int, Sequence[str]] = {}
     for each in chosen:
         try:
-            found[each.number] = verify(project, each, data=data)
+            found[each.number] = verify_version(project, each, data=data)
             problems[each.number] = found[each.number].findings
         except CopalError as error:  # a key that is not there, say: the other versions are looked at all the same
             problems[each.number] = (f"it cannot be checked: {error}",)
-    create_markdown_artifact(
-        key="audit",
-        markdown=_table(chosen, found, problems),
+    create_table_artifact(
+        key=artifact_key(project.name, "verify"),
+        table=_rows(chosen, found, problems),
         description=f"{registry.model_name}: {len(chosen)} versions checked, "
         f"{sum(map(len, problems.values()))} differences",
     )
+    for number, lines in problems.items():
+        tell(f"version {number}: {'; '.join(lines) or 'nothing differs'}")
     differs = [f"version {number}: {problem}" for number, lines in problems.items() for problem in lines]
     if differs:
-        raise AuditError(f"{registry.model_name}: {'; '.join(differs)}")
+        raise VerifyError(f"{registry.model_name}: {'; '.join(differs)}")
     return [each.number for each in chosen]
 
 
-def _table(
+def _rows(
     versions: Sequence[ModelVersion], found: Mapping[int, Verification], problems: Mapping[int, Sequence[str]]
-) -> str:
+) -> list[dict[str, Any]]:
     """A row a version: what differs, what was looked at and what was not."""
     rows = []
     for version in versions:
         checked = found.get(version.number)
-        cells = (
-            str(version.number),
-            ", ".join(version.aliases),
-            "<br>".join(problems[version.number]) or "nothing",
-            ", ".join(checked.checked) if checked else "",
-            "<br>".join(checked.skipped) if checked else "all of it",
+        rows.append(
+            {
+                "version": version.number,
+                "aliases": ", ".join(version.aliases),
+                "differs": "; ".join(problems[version.number]) or "nothing",
+                "checked": ", ".join(checked.checked) if checked else "",
+                "not checked": "; ".join(checked.skipped) if checked else "all of it",
+            }
         )
-        rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
-    return "\n".join(["| version | aliases | differs | checked | not checked |", "|---|---|---|---|---|", *rows])
+    return rows

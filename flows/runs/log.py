@@ -1,0 +1,29 @@
+"""Where the lines of a flow go."""
+
+from __future__ import annotations
+
+import logging
+
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
+
+__all__ = ["note", "tell"]
+
+
+def tell(line: str) -> None:
+    """Say a line that somebody should see: in the log of the run, or on the terminal where no such log is kept."""
+    if not note(line):
+        print(line, flush=True)
+
+
+def note(line: str) -> bool:
+    """Say a line in the log of the run, which its page shows; gives whether there is one.
+
+    The command line keeps none: it shows its user no log of Prefect's. Nor has the plain function of a flow one.
+    """
+    try:
+        log = get_run_logger()
+    except MissingContextError:
+        return False
+    log.info(line)
+    return log.isEnabledFor(logging.INFO)

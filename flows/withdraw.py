@@ -1,0 +1,37 @@
+"""The flow `withdraw`: a version as if a domain had never been seen."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.project import open_project
+from flows.runs.artifacts import show_perplexity
+from flows.runs.limit import time_limit
+from flows.runs.log import tell
+from flows.runs.names import withdraw_run
+from flows.runs.tasks import step_tasks
+from flows.step.run import Withdrawal, run_withdrawal
+
+__all__ = ["withdraw"]
+
+
+@flow(name="withdraw", flow_run_name=withdraw_run, result_serializer="json")
+def withdraw(workspace: str, domain: str, why: str, purge: bool = False) -> Withdrawal:
+    """Make a version without a domain, and register it: see `flows.step.run.run_withdrawal`.
+
+    Args:
+        workspace: the folder of the workspace.
+        domain: of the newest version.
+        why: for the log, which names the user of the worker: say here who wants it.
+        purge: also delete what is kept of the domain's data; of one withdrawn earlier, too.
+
+    Raises:
+        CopalError: what a user has to mend; nothing was registered. A version that is pruned waits for the next run.
+        TimeLimitError: it took longer than run.time_limit.
+    """
+    project = open_project(workspace)
+    with time_limit(project.settings.run.time_limit):
+        done = run_withdrawal(project, domain, why, step_tasks(), purge=purge, tell=tell)
+    if done.made is not None:
+        show_perplexity(project.name, done.made)
+    return done
