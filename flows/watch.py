@@ -96,6 +96,7 @@ def take_up(
     refused: list[str] = []
     tried: set[tuple[str, str]] = set()  # in vain: a step that changes nothing must not come again
     while True:
+        project.registry.refresh()  # a step is taken by another process, or with a project of its own
         found = plan(project, clock())
         _forget_old(work, model, found)
         version = next((version for version in found.pending if (version.domain, version.md5) not in tried), None)
