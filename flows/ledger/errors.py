@@ -65,6 +65,8 @@ def _explanation(error: Exception) -> str:
         advice = next((advice for word, advice in _SQLITE.items() if word in reason), None)
         return f"{reason}; {advice or 'bring back a copy of the file, or name another one in ledger.uri'}"
     if isinstance(error, DBAPIError):
+        if error.connection_invalidated:
+            return f"{reason}; the connection was lost, try again"
         code = str(getattr(cause, "pgcode", None) or "")
         advice = _POSTGRESQL.get(code) or _POSTGRESQL.get(code[:2])
         return f"{reason}; {advice or 'look into the log of the server'}"

@@ -197,7 +197,8 @@ def test_a_process_that_is_stopped_within_a_transaction_does_not_stop_the_others
     with ledger.hold(LINEAGE, "next", lease=60):
         os.kill(stopped.pid, signal.SIGCONT)
         line = said.get(timeout=60)
-        assert "terminating connection due to idle-in-transaction timeout" in line
+        assert line.startswith("ledger postgresql")
+        assert line.endswith("try again")
         assert claim_row(uri)["what"] == "next"
 
 
