@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from copal.errors import CopalError
 from flows.pending.waiting import forget
 from flows.project import Project
+from flows.stack.prefect_server import client_settings
 from flows.stack.state import is_up
 
 __all__ = ["EVENT", "NotifyError", "changed_since", "notify"]
@@ -99,7 +100,10 @@ def _send(url: str, payloads: Sequence[dict[str, str]]) -> None:
         for payload in payloads
     ]
     try:
-        with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        with (
+            temporary_settings({PREFECT_API_URL: url}),
+            get_client(httpx_settings=client_settings(url), sync_client=True) as client,
+        ):
             body = [event.model_dump(mode="json") for event in events]
             client.request("POST", "/events", json=body).raise_for_status()
     except (httpx.HTTPError, OSError, RuntimeError) as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from copal.errors import CopalError
 
@@ -17,6 +18,7 @@ __all__ = [
     "POOLS",
     "UpError",
     "answers",
+    "client_settings",
     "create_pools",
     "has_worker",
     "settle_old_runs",
@@ -29,11 +31,16 @@ GPU_POOL = "copal-gpu"
 POOLS = ("copal-cpu", GPU_POOL)
 
 
-_DIRECT = {"trust_env": False}  # it listens on loopback: a proxy of the user's is not asked
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class UpError(CopalError):
     """The servers and workers of a workspace cannot start, or one of them ended."""
+
+
+def client_settings(url: str) -> dict[str, bool]:
+    """Settings of httpx for a server at `url`: what listens on this machine is not asked for through a user's proxy."""
+    return {"trust_env": urlsplit(url).hostname not in _LOOPBACK}
 
 
 def create_pools(api: str) -> None:
@@ -88,7 +95,7 @@ def answers(url: str) -> bool:
     import httpx
 
     try:
-        return httpx.get(url, trust_env=False, timeout=5).status_code == 200
+        return httpx.get(url, timeout=5, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -101,7 +108,7 @@ def _client(api: str) -> Iterator[SyncPrefectClient]:
     from prefect.exceptions import PrefectException
 
     try:
-        with SyncPrefectClient(api, httpx_settings=_DIRECT) as client:
+        with SyncPrefectClient(api, httpx_settings=client_settings(api)) as client:
             yield client
     except (httpx.HTTPError, PrefectException, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

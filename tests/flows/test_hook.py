@@ -157,6 +157,18 @@ def test_a_server_that_does_not_answer_is_named(bench, monkeypatch) -> None:
         notify(bench.project, ["code"])
 
 
+def test_a_server_on_this_machine_is_not_asked_for_through_a_proxy(bench, prefect, monkeypatch) -> None:
+    from prefect.settings import PREFECT_API_URL
+
+    bench.commit("code", seed=1)
+    monkeypatch.setenv("PREFECT_API_URL", PREFECT_API_URL.value())
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert notify(bench.project, ["code"]) == PREFECT_API_URL.value()
+
+
 def test_a_domain_that_is_not_tracked_is_not_notified_of(bench, capsys, monkeypatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     bench.commit("code", seed=1)

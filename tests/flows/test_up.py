@@ -23,17 +23,19 @@ import psutil
 import pytest
 import yaml
 
-from flows import launch
+import flows
 from flows.cli import main
 from flows.data.dataset import MissingDataError
 from flows.data.git import commit, git
 from flows.params import load_settings
 from flows.project import hold_lineage
+from flows.runs.dispatch import AdaptFailedError
 from flows.settings import WatchSettings
 from flows.stack.deployments import prefect_file, render_prefect_file
 from flows.stack.prefect_server import UpError
 from flows.stack.state import Process, is_up, read_stack
 from flows.stack.up import down, up_detached
+from flows.watch import run_adapt
 
 INTERVAL = 10  # seconds of the schedule
 COPAL = (sys.executable, "-P", "-m", "flows.cli")  # as the installed script: where it runs is not on its path
@@ -128,6 +130,11 @@ class Running:
     def state(self, run: str) -> str:
         return str(self.call(f"/flow_runs/{run}", method="GET")["state"]["type"])
 
+    def log(self, run: str) -> list[str]:
+        """The lines that the page of a run shows."""
+        wanted = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}
+        return [line["message"] for line in self.call("/logs/filter", wanted)]
+
     def settle(self) -> None:
         """Wait until no run is under way."""
 
@@ -147,7 +154,7 @@ def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Of the commands that are run: this process's, without a user's git settings; `flows` is the one under test."""
-    here = str(Path(launch.__file__).parents[1])
+    here = str(Path(flows.__file__).parents[1])
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     return os.environ | {"PYTHONPATH": path, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
 
@@ -213,17 +220,23 @@ def test_nothing_that_up_starts_imports_from_the_folder_where_it_runs(stack: Run
 
 
 def test_up_deploys_the_flows_with_pools_limits_schedules_and_a_trigger(stack: Running) -> None:
-    for name, pool, devices in (("watch", "copal-cpu", ""), ("adapt", "copal-gpu", "7")):
+    results = str(stack.bench.workspace.private / "results")
+    for name, pool, devices, collision in (
+        ("watch", "copal-cpu", "", "CANCEL_NEW"),
+        ("adapt", "copal-gpu", "7", "ENQUEUE"),
+        ("withdraw", "copal-gpu", "7", "ENQUEUE"),
+    ):
         found = stack.deployment(name)
         assert found["work_pool_name"] == pool
         assert found["parameters"] == {"workspace": str(stack.bench.root)}
         assert found["global_concurrency_limit"]["limit"] == 1
-        assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        assert found["concurrency_options"]["collision_strategy"] == collision
+        assert found["job_variables"]["env"]["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] == results
         assert found["job_variables"]["env"]["CUDA_VISIBLE_DEVICES"] == devices
         assert found["job_variables"]["env"]["COPAL_REGISTRY_URI"].startswith("http://127.0.0.1:")
         assert found["job_variables"]["env"]["COPAL_LEDGER_URI"] == f"sqlite:///{stack.bench.root}/.copal/ledger.db"
         assert stack.call(f"/work_pools/{pool}", method="GET")["type"] == "process"
-    for name in ("promote", "rollback", "audit"):
+    for name in ("promote", "rollback", "verify"):
         found = stack.deployment(name)
         assert found["work_pool_name"] == "copal-cpu"
         assert found["parameters"] == {"workspace": str(stack.bench.root)}
@@ -232,7 +245,7 @@ def test_up_deploys_the_flows_with_pools_limits_schedules_and_a_trigger(stack: R
         assert found["job_variables"]["env"]["COPAL_LEDGER_URI"] == f"sqlite:///{stack.bench.root}/.copal/ledger.db"
     (schedule,) = stack.deployment("watch")["schedules"]
     assert schedule["schedule"]["interval"] == INTERVAL
-    (daily,) = stack.deployment("audit")["schedules"]
+    (daily,) = stack.deployment("verify")["schedules"]
     assert daily["schedule"]["cron"] == "0 3 * * *"
     (automation,) = stack.call("/automations/filter", {})
     assert automation["trigger"]["expect"] == ["copal.dataset.version.created"]
@@ -250,6 +263,9 @@ def test_the_schedule_fires_and_a_committed_domain_becomes_a_version(stack: Runn
     )
     assert run["parameters"]["domain"] == "code"
     assert run["parent_task_run_id"], "it is shown as a part of the watcher's run"
+    assert run["name"] == f"adapt code {stack.bench.registry.head().tags['copal.git_rev'][:8]}"
+    said = until(lambda: [line for line in stack.log(run["id"]) if line.startswith("version 2")], 20, "the run's log")
+    assert said[0].startswith("version 2 of tiny: adapted to code; ")
 
 
 def test_an_event_of_prefects_own_command_wakes_the_watcher(quiet: Running) -> None:
@@ -293,12 +309,13 @@ def test_with_the_hook_a_burst_of_commits_ends_in_versions_in_commit_order(quiet
     assert len(quiet.domains()) == 5
 
 
-def test_a_worker_promotes_and_audits(quiet: Running) -> None:
+def test_a_worker_promotes_and_verifies(quiet: Running) -> None:
     promotion = quiet.start("promote", version="1", why="ticket 12")
     until(lambda: quiet.state(promotion) == "COMPLETED", 60, "the promotion")
     assert quiet.bench.registry.alias("champion") == 1
-    audit = quiet.start("audit", version="champion")
-    until(lambda: quiet.state(audit) == "COMPLETED", 60, "the audit")
+    verification = quiet.start("verify", version="champion")
+    until(lambda: quiet.state(verification) == "COMPLETED", 60, "the verification")
+    assert "version 1: nothing differs" in quiet.log(verification)
     refused = quiet.start("promote", version="nobody")
     until(lambda: quiet.state(refused) == "FAILED", 60, "the refusal")
 
@@ -322,7 +339,7 @@ def here(stack: Running, domain: str) -> int | None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with temporary_settings({PREFECT_API_URL: stack.api}):
-        return launch.run_adapt(str(stack.bench.root), domain, None)
+        return run_adapt(str(stack.bench.root), domain, None)
 
 
 def test_missing_data_on_a_worker_is_missing_data_for_the_caller(quiet: Running) -> None:
@@ -362,7 +379,7 @@ def test_cancelling_a_step_stops_its_process_within_15_seconds(quiet: Running) -
     until(lambda: quiet.state(run) == "CANCELLED", 90, "the state of the run")
     print(f"\nafter the call its process ended in {ended:.1f} s, its state said so in {time.monotonic() - began:.1f} s")
     caller.join(30)
-    assert [type(error) for error in heard] == [launch.AdaptFailedError]
+    assert [type(error) for error in heard] == [AdaptFailedError]
     assert str(heard[0]) == "slow: the step was cancelled"
     began = time.monotonic()
     with hold_lineage(quiet.bench.project, "whoever comes next"):
@@ -556,7 +573,7 @@ def test_a_cron_expression_goes_before_the_interval(bench) -> None:
     text = render_prefect_file(prefect_file(), bench.workspace, settings, registry=None, devices=None)
     watch, adapt, *others = yaml.safe_load(text)["deployments"]
     assert watch["schedules"] == [{"cron": "0 3 * * 1-5"}]
-    assert [other["name"] for other in others] == ["promote", "rollback", "audit"]
+    assert [other["name"] for other in others] == ["withdraw", "promote", "rollback", "verify"]
     assert {"COPAL_REGISTRY_URI", "COPAL_LEDGER_URI"}.isdisjoint(adapt["work_pool"]["job_variables"]["env"])
     assert "CUDA_VISIBLE_DEVICES" not in adapt["work_pool"]["job_variables"]["env"]
     assert WatchSettings().cron is None
