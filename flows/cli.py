@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from copal.progress import Progress
+    from flows.lineage.entries import Entry
+    from flows.lineage.history import History
     from flows.pending.reconcile import Plan
     from flows.pending.waiting import Waiting
     from flows.registry.registry import ModelVersion, Registry
@@ -272,7 +274,7 @@ def _gates(arguments: argparse.Namespace) -> int:
             f"copal gates {version.number} --again"
         )
     _show(entry, arguments.json, render_gates)
-    return 0 if entry["details"]["passed"] else 1
+    return 0 if entry.details.passed else 1
 
 
 def _promote(arguments: argparse.Namespace) -> int:
@@ -303,9 +305,9 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _say_moved(registry: Registry, entry: Mapping[str, Any]) -> None:
-    before = "" if entry["from"] is None else f", before it version {entry['from']}"
-    print(f"champion of {registry.model_name}: version {entry['to']}{before} (log entry {entry['number']})")
+def _say_moved(registry: Registry, entry: Entry) -> None:
+    before = "" if entry.from_version is None else f", before it version {entry.from_version}"
+    print(f"champion of {registry.model_name}: version {entry.to_version}{before} (log entry {entry.number})")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -332,7 +334,7 @@ def _lineage(arguments: argparse.Namespace) -> int:
         from flows.lineage.page.page import render_page
 
         write_atomic(arguments.html, render_page(history))
-        print(f"{arguments.html}: the lineage of {history['model']}")
+        print(f"{arguments.html}: the lineage of {history.model}")
     elif arguments.openlineage is not None:
         import json
 
@@ -357,7 +359,7 @@ def _audit(arguments: argparse.Namespace) -> int:
         if arguments.question == "used":
             answer = answers.used(history, arguments.dataset)
         elif arguments.question == "data":
-            answer = answers.data(history, arguments.alias, arguments.on)
+            answer = answers.data_in(history, arguments.alias, arguments.on)
         elif arguments.question == "diff":
             answer = answers.diff(history, arguments.a, arguments.b)
         else:
@@ -368,7 +370,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _whose(arguments: argparse.Namespace) -> dict[str, Any]:
     from flows.lineage.answers import whose
-    from flows.lineage.record import file_digests
+    from flows.lineage.files import file_digests
 
     folder = arguments.folder.expanduser().resolve()
     if not folder.is_dir():
@@ -379,18 +381,18 @@ def _whose(arguments: argparse.Namespace) -> dict[str, Any]:
     return whose(history, digests, {name: (folder / name).stat().st_size for name in digests})
 
 
-def _history(arguments: argparse.Namespace) -> dict[str, Any]:
+def _history(arguments: argparse.Namespace) -> History:
     from flows.registry.history import read_history
 
     _, _, registry = _open(arguments)
     return read_history(registry)
 
 
-def _show(found: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], RenderableType]) -> None:
+def _show(found: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
     if as_json:
         import json
 
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found if isinstance(found, dict) else found.as_json(), indent=2))
     else:
         console().print(render(found))
 
@@ -588,7 +590,7 @@ def _nothing_new(settings: Settings, registry: Registry, found: Plan) -> list[st
     name = settings.model.name
     if found.head is None:
         return [f"nothing new: no domain is tracked under data/, and {name} has no base model yet"]
-    domains = [domain["name"] for domain in registry.record(found.head)["domains"]]
+    domains = [domain.name for domain in registry.record(found.head).domains]
     if not domains:
         return [
             f"nothing new: version {found.head.number} of {name} is the dense base, no domain is tracked under data/"
@@ -639,7 +641,7 @@ def export(registry: Registry, version: ModelVersion, target: Path, progress: Pr
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CommandError(f"{target} exists and is not an empty folder; name a new one")
     record = registry.record(version)
-    digests = record["files"]
+    digests = record.files
     folder = registry.folder(version)
     names = sorted(name for name in digests if name.startswith("model/"))
     sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.lineage.entries import Entry
 from flows.registry.claims import ALIASES, Claim, claimed
 from flows.registry.registry import Registry, open_registry
 from flows.settings import Settings, load_settings
@@ -75,7 +76,7 @@ def hold_aliases(project: Project, what: str, tell: Tell | None = None) -> Itera
         yield claim
 
 
-def read_log(project: Project) -> list[dict[str, Any]]:
+def read_log(project: Project) -> list[Entry]:
     """What happened to the versions after they were made, oldest first; checked.
 
     Raises:
@@ -84,7 +85,7 @@ def read_log(project: Project) -> list[dict[str, Any]]:
     return project.registry.log()
 
 
-def append_log(project: Project, kind: str, **entry: Any) -> dict[str, Any]:
+def append_log(project: Project, kind: str, **entry: Any) -> Entry:
     """Append an entry to the log."""
     return project.registry.append_log(kind, **entry)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flows.lineage.record import record_digest
+from flows.lineage.history import History, Version
 
 if TYPE_CHECKING:
     from flows.registry.registry import Registry
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["read_history"]
 
 
-def read_history(registry: Registry) -> dict[str, Any]:
-    """The history of the registry's model, as plain JSON values.
+def read_history(registry: Registry) -> History:
+    """The history of the registry's model.
 
     Raises:
         LineageError: a record or the log is damaged or was altered.
@@ -23,14 +23,14 @@ def read_history(registry: Registry) -> dict[str, Any]:
     for version in registry.versions():
         record = registry.record(version)
         versions.append(
-            {
-                "version": version.number,
-                "parent": version.parent,
-                "aliases": list(version.aliases),
-                "tags": dict(version.tags),
-                "digest": record_digest(record),
-                "record": record,
-                "signature": version.tags.get("copal.signature"),
-            }
+            Version(
+                number=version.number,
+                parent=version.parent,
+                aliases=tuple(version.aliases),
+                tags=dict(version.tags),
+                digest=record.digest,
+                record=record,
+                signature=version.tags.get("copal.signature"),
+            )
         )
-    return {"model": registry.model_name, "versions": versions, "log": registry.log()}
+    return History(model=registry.model_name, versions=tuple(versions), log=tuple(registry.log()))

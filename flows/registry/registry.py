@@ -29,21 +29,10 @@ from urllib.parse import unquote, urlsplit
 
 from copal.errors import CopalError
 from copal.files import flush, json_text, sha256_file, write_json
-from flows.lineage.entries import anchor_of, chain_problems, next_entry
-from flows.lineage.record import (
-    CONTRIBUTION_FOLDER,
-    RECORD_FILE,
-    SIGNATURE_FILE,
-    SUM_FOLDER,
-    LineageError,
-    flatten,
-    read_record,
-    record_digest,
-    validate,
-    verify_files,
-    withdrawal_of,
-    write_record,
-)
+from flows.lineage.chain import entries_of, log_problems
+from flows.lineage.entries import Details, Entry, GatesEntry, WithdrawalDetails, next_entry, writer
+from flows.lineage.files import CONTRIBUTION_FOLDER, SIGNATURE_FILE, SUM_FOLDER, verify_files
+from flows.lineage.record import RECORD_FILE, LineageError, Record, flatten, read_record, write_record
 from flows.lineage.signing import check_key, sign
 from flows.settings import without_secrets
 
@@ -221,7 +210,6 @@ class Registry:
                 f"model.name must be 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit, and not "
                 f"end as copal's own names do ({', '.join(f'.{kind}-1' for kind in _NUMBERED)}), not {model_name!r}"
             )
-        self._valid: set[str] = set()  # digests of records and log entries whose structure was checked: it takes long
         self.tracking_uri = tracking_uri
         self.artifact_root = artifact_root
         self.model_name = model_name
@@ -314,7 +302,7 @@ class Registry:
                     folder.rename(target)
         return target
 
-    def record(self, version: ModelVersion) -> dict[str, Any]:
+    def record(self, version: ModelVersion) -> Record:
         """The version's lineage record, checked against the digest in the registry. Fetches no weights.
 
         Raises:
@@ -412,8 +400,8 @@ class Registry:
             LineageConflictError: `head` was pruned to another one.
         """
         record = self.record(head)
-        before = record["sparsity"]["target"]
-        if record["parent"] is not None and before != target:  # the root is dense, it has no pattern
+        before = record.sparsity.target
+        if record.parent is not None and before != target:  # the root is dense, it has no pattern
             raise LineageConflictError(
                 f"another sparsity under the same model name: {self.model_name} is pruned to {before}, not to "
                 f"{target}; set prune.sparsity back, or choose another model.name"
@@ -422,7 +410,7 @@ class Registry:
     def register(
         self,
         folder: Path,
-        record: Mapping[str, Any],
+        record: Record,
         *,
         metrics: Sequence[DomainMetrics],
         parent: ModelVersion | None,
@@ -448,13 +436,11 @@ class Registry:
         Raises:
             HeadMovedError: the head is not `expected_head` any more.
             LineageConflictError: another base or sparsity pattern under the same model name.
-            LineageError: the record is not valid.
             RegistryError: the files are not those of the record, or the store fails.
             SigningError: the version cannot be signed.
         """
-        validate(record)
-        if record["model"] != self.model_name:
-            raise RegistryError(f"the record is of model {record['model']!r}, model.name is {self.model_name!r}")
+        if record.model != self.model_name:
+            raise RegistryError(f"the record is of model {record.model!r}, model.name is {self.model_name!r}")
         versions = self.versions()
         if parent is None and versions:
             self._check_base(record, versions[0])
@@ -540,21 +526,21 @@ class Registry:
 
     # -- the log of the lineage: see `flows.lineage.entries` --
 
-    def log(self) -> list[dict[str, Any]]:
+    def log(self) -> list[Entry]:
         """What happened to the versions after they were made, oldest first; checked against its anchor.
 
         Raises:
             LineageError: it was altered.
             RegistryError: it cannot be read.
         """
-        entries, anchor = self.log_as_stored()
-        problems = chain_problems(entries, anchor, self._valid)
+        stored, anchor = self.log_as_stored()
+        problems = log_problems(stored, anchor)
         if problems:
             raise LineageError(f"the log of {self.model_name}: {problems[0]}")
-        return entries
+        return entries_of(stored)
 
     def log_as_stored(self) -> tuple[list[Any], str]:
-        """The log as it is stored, and its anchor, see `flows.lineage.entries.anchor_of`; nothing is checked.
+        """The log as it is stored, and its anchor, see `flows.lineage.chain.anchor_of`; nothing is checked.
 
         None stands for an entry whose file is not there. Files that the anchor does not lead to are left out: they are
         of an append that was killed, or was not the first to get its number.
@@ -577,9 +563,9 @@ class Registry:
         from_version: int | None = None,
         to_version: int | None = None,
         why: str | None = None,
-        details: Mapping[str, Any],
+        details: Details,
         after: int | None = None,
-    ) -> dict[str, Any]:
+    ) -> Entry:
         """Append an entry, see `flows.lineage.entries.next_entry`.
 
         Anybody may, at any time: the number of an entry is one of `add_entry`, got last of all, so that none is ever
@@ -602,23 +588,24 @@ class Registry:
                 entry = next_entry(
                     entries,
                     kind=kind,
+                    who=writer(None),
                     version=version,
                     from_version=from_version,
                     to_version=to_version,
                     why=why,
                     details=details,
                 )
-                digest = anchor_of([*entries, entry]).partition(" ")[2]
+                digest = entry.digest
                 run_id = self._last_entry("log")[1].get(_LOG_RUN) or self._log_run(client)
-                file = Path(scratch) / _log_file(entry["number"], digest)
-                write_json(file, entry)
+                file = Path(scratch) / _log_file(entry.number, digest)
+                write_json(file, entry.as_json())
                 client.log_artifact(run_id, str(file), "log")
                 local = _local_path(client.get_run(run_id).info.artifact_uri)
                 if local is not None:
                     flush(local / "log" / file.name)
                     flush(local / "log")
-                got_it = self.add_entry("log", entry["number"], {_LOG_ANCHOR: digest, _LOG_RUN: run_id})
-                if got_it or self.log()[entry["number"] - 1 : entry["number"]] == [entry]:  # others may follow at once
+                got_it = self.add_entry("log", entry.number, {_LOG_ANCHOR: digest, _LOG_RUN: run_id})
+                if got_it or self.log()[entry.number - 1 : entry.number] == [entry]:  # others may follow at once
                     return entry
 
     def _log_run(self, client: MlflowClient) -> str:
@@ -639,11 +626,11 @@ class Registry:
             RegistryError: the store fails.
         """
         head = self.head()
-        gone = withdrawal_of(self.record(head)) if head is not None and head.withdrawn is not None else None
+        gone = self.record(head).withdraws if head is not None and head.withdrawn is not None else None
         if head is None or gone is None:
             return
-        if not any(entry["kind"] == "withdrawal" and entry["version"] == head.number for entry in self.log()):
-            details = {"domain": gone["name"], "dvc_md5": gone["dvc_md5"]}
+        if not any(entry.kind == "withdrawal" and entry.version == head.number for entry in self.log()):
+            details = WithdrawalDetails(domain=gone.name, dvc_md5=gone.dvc_md5)
             self.append_log("withdrawal", version=head.number, why=head.tags.get(_WHY), details=details)
 
     def _model_tags(self, client: MlflowClient) -> dict[str, str]:
@@ -742,7 +729,7 @@ class Registry:
                 client.delete_registered_model_alias(self.model_name, name)
             client.set_registered_model_tag(self.model_name, f"{_ALIAS_MOVED}{name}", str(entry))
 
-    def show_gates(self, version: ModelVersion, entry: Mapping[str, Any]) -> None:
+    def show_gates(self, version: ModelVersion, entry: GatesEntry) -> None:
         """Show the gates of a version on it and on its run; the tag `copal.gates` is set last.
 
         Args:
@@ -754,7 +741,7 @@ class Registry:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        gates = entry["details"]["gates"]
+        gates = [gate.as_json() for gate in entry.details.gates]
         figures = {f"gate.{gate['name']}.passed": float(gate["passed"]) for gate in gates}
         figures |= {f"gate.{gate['name']}": gate["value"] for gate in gates if gate["value"] is not None}
         columns = ["name", "passed", "value", "limit", "detail"]
@@ -768,8 +755,8 @@ class Registry:
                 shown = json.dumps([{"path": "gates.json", "type": "table"}])
                 client.set_tag(version.run_id, "mlflow.loggedArtifacts", shown)
             number = str(version.number)
-            verdict = "passed" if entry["details"]["passed"] else "failed"
-            client.set_model_version_tag(self.model_name, number, _LOG_ENTRY, str(entry["number"]))
+            verdict = "passed" if entry.details.passed else "failed"
+            client.set_model_version_tag(self.model_name, number, _LOG_ENTRY, str(entry.number))
             client.set_model_version_tag(self.model_name, number, _GATES, verdict)
 
     def log_page(self, version: ModelVersion, html: str) -> None:
@@ -869,8 +856,8 @@ class Registry:
 
     # -- the steps of register --
 
-    def _check_base(self, record: Mapping[str, Any], version: ModelVersion) -> None:
-        ours, theirs = record["base"]["fingerprint"], version.tags["copal.base_fingerprint"]
+    def _check_base(self, record: Record, version: ModelVersion) -> None:
+        ours, theirs = record.base.fingerprint, version.tags["copal.base_fingerprint"]
         if ours != theirs:
             raise LineageConflictError(
                 f"another base under the same model name: {self.model_name} was started from base {theirs}, "
@@ -885,14 +872,16 @@ class Registry:
                 "nothing was registered, run the step again"
             )
 
-    def _check_parent(self, record: Mapping[str, Any], parent: ModelVersion | None) -> None:
+    def _check_parent(self, record: Record, parent: ModelVersion | None) -> None:
         digest = {"version": parent.number, "digest": parent.tags["copal.lineage_digest"]} if parent else None
-        if record["parent"] != digest:
-            raise RegistryError(f"the record's parent is {record['parent']}, the version's parent is {digest}")
+        named = record.parent.as_json() if record.parent else None
+        if named != digest:
+            raise RegistryError(f"the record's parent is {named}, the version's parent is {digest}")
         if parent is None:
             return
         self._check_base(record, parent)
-        self.check_sparsity(parent, record["sparsity"]["target"])
+        assert record.sparsity.target is not None  # only a root has none
+        self.check_sparsity(parent, record.sparsity.target)
 
     def _make_name(self, client: MlflowClient) -> None:
         from mlflow.exceptions import MlflowException
@@ -1079,9 +1068,9 @@ class Registry:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _checked(self, version: ModelVersion, path: Path) -> dict[str, Any]:
-        record = read_record(path, self._valid)
-        if record_digest(record) != version.tags["copal.lineage_digest"]:
+    def _checked(self, version: ModelVersion, path: Path) -> Record:
+        record = read_record(path)
+        if record.digest != version.tags["copal.lineage_digest"]:
             raise LineageError(
                 f"{path}: is not the record that version {version.number} of {self.model_name} was registered with "
                 "(its digest differs): it was altered, bring the original back"
@@ -1100,32 +1089,32 @@ def _published(versions: Sequence[ModelVersion]) -> list[ModelVersion]:
     return shown
 
 
-def _run_name(record: Mapping[str, Any]) -> str:
-    gone = withdrawal_of(record)
+def _run_name(record: Record) -> str:
+    gone = record.withdraws
     if gone is not None:
-        return f"withdraw {gone['name']}"
-    return "base" if record["step"] is None else f"adapt {record['step']['name']}"
+        return f"withdraw {gone.name}"
+    return "base" if record.step is None else f"adapt {record.step.name}"
 
 
-def _run_tags(record: Mapping[str, Any]) -> dict[str, str]:
-    commit = record["code"]["git_commit"]
+def _run_tags(record: Record) -> dict[str, str]:
+    commit = record.code.git_commit
     return {"mlflow.source.name": "copal", **({"mlflow.source.git.commit": commit} if commit else {})}
 
 
-def tags_of(record: Mapping[str, Any]) -> dict[str, str]:
+def tags_of(record: Record) -> dict[str, str]:
     """The tags of a version that say what its record says."""
-    step, parent = record["step"] or {}, record["parent"] or {}
+    step, gone = record.step, record.withdraws
     tags = {
-        "copal.domain": step.get("name"),
-        "copal.dvc_md5": step.get("dvc_md5"),
-        "copal.git_rev": step.get("git_rev"),
-        _WITHDRAWN: (withdrawal_of(record) or {}).get("name"),
-        "copal.parent_version": parent.get("version"),
-        "copal.key": record["key"],
-        "copal.settings_fingerprint": record["settings_fingerprint"],
-        "copal.sparsity": record["sparsity"]["counted"],
-        "copal.base_fingerprint": record["base"]["fingerprint"],
-        "copal.lineage_digest": record_digest(record),
+        "copal.domain": step and step.name,
+        "copal.dvc_md5": step and step.dvc_md5,
+        "copal.git_rev": step and step.git_rev,
+        _WITHDRAWN: gone and gone.name,
+        "copal.parent_version": record.parent and record.parent.version,
+        "copal.key": record.key,
+        "copal.settings_fingerprint": record.settings_fingerprint,
+        "copal.sparsity": record.sparsity.counted,
+        "copal.base_fingerprint": record.base.fingerprint,
+        "copal.lineage_digest": record.digest,
     }
     return {name: str(value) for name, value in tags.items() if value is not None}
 
@@ -1139,7 +1128,7 @@ def _log_links(client: MlflowClient, run_id: str, model_id: str, parent: ModelVe
 
 
 def _log_results(
-    client: MlflowClient, run_id: str, model_id: str, record: Mapping[str, Any], metrics: Sequence[DomainMetrics]
+    client: MlflowClient, run_id: str, model_id: str, record: Record, metrics: Sequence[DomainMetrics]
 ) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
@@ -1175,12 +1164,12 @@ def _log_results(
         ]
         logged.append(Metric(f"perplexity.{domain.domain}", domain.perplexity, now, 0, run_id=run_id))
     flat = {
-        "sparsity": record["sparsity"]["counted"],
-        "weights_back": record["weights_back"],
-        "perplexity_before": record["perplexity_before"],
-        "backward_transfer": record["backward_transfer"],
-        "seconds": sum(record["seconds"].values()),
-        **{f"seconds.{name}": value for name, value in record["seconds"].items()},
+        "sparsity": record.sparsity.counted,
+        "weights_back": record.weights_back,
+        "perplexity_before": record.perplexity_before,
+        "backward_transfer": record.backward_transfer,
+        "seconds": record.seconds.total,
+        **{f"seconds.{name}": value for name, value in record.seconds.as_json().items()},
     }
     logged += [
         Metric(name, value, now, 0, model_id=model_id, run_id=run_id)
@@ -1189,7 +1178,7 @@ def _log_results(
     ]
     if datasets:
         client.log_inputs(run_id, datasets=datasets)
-    client.log_batch(run_id, params=[Param(name, _param(value)) for name, value in flatten(record["settings"])])
+    client.log_batch(run_id, params=[Param(name, _param(value)) for name, value in flatten(record.settings)])
     for start in range(0, len(logged), _METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=logged[start : start + _METRICS_PER_BATCH], synchronous=True)
 

@@ -17,11 +17,12 @@ from copal.errors import CopalError
 from flows.cli import main
 from flows.gates import champion as module
 from flows.gates.champion import PromotionError, judged, promote, rollback, settle
-from flows.lineage.entries import champions
+from flows.lineage.entries import Entry, GateResult, GatesDetails, MoveEntry, champions, next_entry
 from flows.registry.claims import ClaimLostError, claimed
-from flows.registry.registry import AliasMovedError, Registry
+from flows.registry.registry import AliasMovedError, ModelVersion, Registry
 from flows.settings import Settings
 from flows.step.run import plain_tasks, run_step
+from tests.flows.histories import ADA, MOVED
 
 SETTINGS = Settings()
 
@@ -37,10 +38,14 @@ def registry(tmp_path: Path, mlflow_template: Path) -> Registry:
         head = parent.number if parent else None
         version = made.register(folder, record, metrics=[], parent=parent, expected_head=head)
         if 1 < number < 6:
-            gates = [{"name": "dense", "passed": number < 5}]
-            details = {"record": version.tags["copal.lineage_digest"], "passed": number < 5, "gates": gates}
+            details = results_of(version, number < 5)
             made.append_log("gates", version=number, details=details)
     return made
+
+
+def results_of(version: ModelVersion, passed: bool) -> GatesDetails:
+    gates = (GateResult(name="dense", passed=passed, value=1.5, limit=2.0, detail="fine"),)
+    return GatesDetails(record=version.tags["copal.lineage_digest"], passed=passed, promote="manual", gates=gates)
 
 
 def by_hand(registry: Registry, alias: str, number: int) -> None:
@@ -50,7 +55,7 @@ def by_hand(registry: Registry, alias: str, number: int) -> None:
 
 def moves(registry: Registry) -> list[tuple]:
     kinds = ("promotion", "rollback")
-    return [(e["kind"], e["from"], e["to"]) for e in registry.log() if e["kind"] in kinds]
+    return [(e.kind, e.from_version, e.to_version) for e in registry.log() if e.kind in kinds]
 
 
 def test_rollback_goes_back_again_and_again(registry):
@@ -72,7 +77,7 @@ def test_rollback_goes_back_again_and_again(registry):
         ("promotion", None, 1), ("promotion", 1, 2), ("promotion", 2, 4), ("rollback", 4, 2), ("rollback", 2, 1),
         ("promotion", 1, 3), ("rollback", 3, 1),
     ]  # fmt: skip
-    assert next(e["why"] for e in registry.log() if e["kind"] == "rollback") == "4 is slow"
+    assert next(e.why for e in registry.log() if e.kind == "rollback") == "4 is slow"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +92,7 @@ def test_a_version_without_passed_gates_needs_force_and_a_reason(registry, numbe
         promote(registry, SETTINGS, number, force=True, why="  ")
     assert (registry.alias("champion"), moves(registry)) == (None, [])
     entry = promote(registry, SETTINGS, number, force=True, why="the customer waits")
-    assert (entry["details"]["forced"], entry["why"], registry.alias("champion")) == (
+    assert (entry.details.forced, entry.why, registry.alias("champion")) == (
         True,
         "the customer waits",
         number,
@@ -159,10 +164,10 @@ def test_of_promotions_at_the_same_time_one_wins_and_the_other_is_told(registry,
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(work, (2, 3)))
     (error,) = [one for one in found if isinstance(one, AliasMovedError)]
-    (entry,) = [one for one in found if isinstance(one, dict)]
-    assert f"was moved to version {entry['to']} by" in str(error)
-    assert moves(registry) == [("promotion", None, entry["to"])]
-    assert registry.alias("champion") == entry["to"]
+    (entry,) = [one for one in found if isinstance(one, MoveEntry)]
+    assert f"was moved to version {entry.to_version} in the meantime by" in str(error)
+    assert moves(registry) == [("promotion", None, entry.to_version)]
+    assert registry.alias("champion") == entry.to_version
 
 
 def test_a_move_looks_at_the_alias_once_more(registry):
@@ -199,11 +204,9 @@ def test_a_promoter_that_was_paused_logs_no_move_when_others_have_moved(registry
     assert registry.alias("champion") == 3
 
 
-def judge_again(registry: Registry, number: int, passed: bool) -> dict:
+def judge_again(registry: Registry, number: int, passed: bool) -> Entry:
     version = registry.version(number)
-    gates = [{"name": "dense", "passed": passed}]
-    details = {"record": version.tags["copal.lineage_digest"], "passed": passed, "gates": gates}
-    entry = judged(registry, version, details, registry.log())
+    entry = judged(registry, version, results_of(version, passed), registry.log())
     settle(registry, registry.log())
     return entry
 
@@ -238,14 +241,16 @@ def test_the_newest_version_that_passes_is_the_challenger_also_when_judged_again
         entry = judge_again(registry, number, passed)
         assert registry.alias("challenger") == challenger, (number, passed)
         moved = (before, challenger) if before != challenger else (None, None)
-        assert (entry["from"], entry["to"]) == moved
+        assert (entry.from_version, entry.to_version) == moved
     with pytest.raises(PromotionError, match=r"version 2 of .* failed its gates"):
         promote(registry, SETTINGS, 2)
 
 
 def test_champions_by_the_log():
-    def entry(kind: str, before: int | None, to: int) -> dict:
-        return {"kind": kind, "from": before, "to": to}
+    def entry(kind: str, before: int | None, to: int) -> Entry:
+        judged = GatesDetails(record="0" * 64, passed=True, promote="manual", gates=())
+        details = MOVED if kind == "promotion" else judged
+        return next_entry((), kind=kind, who=ADA, version=to, from_version=before, to_version=to, details=details)
 
     assert champions([]) == []
     assert champions([entry("gates", None, 2)]) == []

@@ -19,7 +19,7 @@ from crashes import POINTS, Point, start
 from mlflow import MlflowClient
 
 from copal.checkpoint import Checkpoint
-from flows.lineage.record import verify_files
+from flows.lineage.files import verify_files
 from flows.pending.reconcile import plan
 from flows.step.gc import collect
 
@@ -107,10 +107,10 @@ class Trials:
         made = [version.number for version in registry.versions()[1:]]
         entries = registry.log()
         for kind in ("gates", "promotion"):
-            assert [entry["version"] for entry in entries if entry["kind"] == kind] == made
+            assert [entry.version for entry in entries if entry.kind == kind] == made
         assert [version.gates for version in registry.versions()[1:]] == ["passed"] * len(made)
         assert registry.alias("challenger") == registry.alias("champion") == made[-1]
-        assert registry.moved_by("champion") == entries[-1]["number"] == registry.moved_by("challenger") + 1
+        assert registry.moved_by("champion") == entries[-1].number == registry.moved_by("challenger") + 1
 
     def leftovers(self) -> list[str]:
         """What lies in the registry and belongs to no version."""

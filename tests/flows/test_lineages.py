@@ -13,6 +13,7 @@ from flows.registry.claims import claimed
 from flows.registry.registry import open_registry
 from flows.step.gc import collect
 from flows.verification.verify import verify
+from tests.flows.histories import MOVED
 
 
 @pytest.fixture
@@ -46,10 +47,10 @@ def test_versions_logs_and_sums_of_two_names_are_apart(two, other):
         (3, "legal"),
     ]
     assert [(v.number, v.tags.get("copal.domain")) for v in other.versions()] == [(1, None), (2, "legal")]
-    two.registry.append_log("promotion", to_version=3, details={"alias": "champion"})
-    assert [entry["kind"] for entry in other.log()] == ["gates"]
-    other.append_log("promotion", to_version=2, why="of the other", details={"alias": "champion"})
-    promotions = [[e["to"] for e in one.log() if e["kind"] == "promotion"] for one in (two.registry, other)]
+    two.registry.append_log("promotion", version=3, to_version=3, details=MOVED)
+    assert [entry.kind for entry in other.log()] == ["gates"]
+    other.append_log("promotion", version=2, to_version=2, why="of the other", details=MOVED)
+    promotions = [[e.to_version for e in one.log() if e.kind == "promotion"] for one in (two.registry, other)]
     assert promotions == [[3], [2]]
 
     before = {path: path.stat().st_size for path in other.folder(other.version(2)).rglob("*") if path.is_file()}

@@ -16,13 +16,15 @@ import pytest
 from mlflow import MlflowClient
 from toys import step
 
+from copal.config import fingerprint
 from copal.files import json_text
 from flows.cli import main
-from flows.lineage.entries import anchor_of, chain_problems
-from flows.lineage.record import record_digest
+from flows.lineage.chain import anchor_of, log_problems
+from flows.lineage.entries import GatesEntry, PurgeDetails
 from flows.lineage.signing import SigningError, signature_problem
 from flows.step.run import plain_tasks, run_step
 from flows.verification.verify import Verification, folder_problems, record_problems, verify
+from tests.flows.histories import MOVED
 
 
 def make_keys(folder: Path, name: str) -> tuple[Path, Path]:
@@ -114,7 +116,7 @@ def test_nothing_differs_in_a_version_as_it_was_registered(signed):
     found = verified(signed, data=True)
     assert found.findings == ()
     assert found.skipped == ()
-    files = len(signed.registry.record(signed.registry.version(3))["files"])
+    files = len(signed.registry.record(signed.registry.version(3)).files)
     assert found.checked == (
         f"{files} files and lineage.json", "signature", "2 ancestors", "2 log entries", "data of 2 domains",
     )  # fmt: skip
@@ -123,7 +125,7 @@ def test_nothing_differs_in_a_version_as_it_was_registered(signed):
 
 def test_the_record_names_every_file_of_a_version(signed):
     files = {path.relative_to(folder_of(signed)).as_posix() for path in folder_of(signed).rglob("*") if path.is_file()}
-    recorded = set(signed.registry.record(signed.registry.version(3))["files"])
+    recorded = set(signed.registry.record(signed.registry.version(3)).files)
     assert files - recorded == {"lineage.json", "model.sig"}
 
 
@@ -151,7 +153,7 @@ def test_a_record_that_was_replaced_with_its_tag_breaks_the_chain_of_its_child(s
     record = json.loads(path.read_text()) | {"weights_back": 5}
     with (
         altered(path, json_text(record).encode()),
-        retagged(signed, "copal.lineage_digest", record_digest(record), number=2),
+        retagged(signed, "copal.lineage_digest", fingerprint(record), number=2),
     ):
         chain, log = verified(signed).findings
     assert chain.startswith("version 3: its record's parent is {")
@@ -165,10 +167,10 @@ def test_a_record_in_another_spelling_is_found(signed):
 
 
 def test_the_log_is_held_to_its_anchor(signed):
-    for anchor in ("0" * 64, "many"):
+    for anchor, says in (("0" * 64, "is not the one that the anchor in the registry names"), ("many", "altered it")):
         with retagged(signed, "copal.log_head", anchor, number=0):
             (line,) = verified(signed).findings
-            assert "does not end where the registry says" in line
+            assert says in line
     for place in (0, 1):
         with altered(log_files(signed)[place], None):
             assert f"log entry {place + 1}: is missing" in verified(signed).findings
@@ -187,7 +189,7 @@ def test_a_log_that_was_cut_off_is_found_by_what_the_registry_shows(bench):
         f"log: its entry 1 is not that of the gates of version 2 ({first_word(first)})",
         f"log: its entry 2 is not that of the gates of version 3 ({first_word(second)})",
     )
-    client.create_registered_model("tiny.log-00000001", tags | {"copal.log_head": second["previous"]})
+    client.create_registered_model("tiny.log-00000001", tags | {"copal.log_head": second.previous})
     assert bench.registry.log() == [first]
     assert verified(bench, 1).findings[0] == (
         f"log: its entry 2 is not that of the gates of version 3 ({first_word(second)})"
@@ -203,12 +205,13 @@ def test_a_contribution_is_missed_unless_the_log_tells_of_its_purge(bench):
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     client.set_model_version_tag("tiny", "2", "copal.contribution_dropped", "true")
     assert verified(bench, 2).findings == ("log: no entry tells that the contribution of version 2 was purged",)
-    bench.registry.append_log("purge", details={"deleted": [2]})
+    purged = PurgeDetails(domain="code", dvc_md5="a" * 32, deleted=(2,), traces=(2,))
+    bench.registry.append_log("purge", details=purged)
     assert verified(bench, 2).findings == ()
 
 
-def first_word(entry: dict[str, Any]) -> str:
-    return "passed" if entry["details"]["passed"] else "failed"
+def first_word(entry: GatesEntry) -> str:
+    return "passed" if entry.details.passed else "failed"
 
 
 def test_an_alias_that_was_moved_by_hand_is_found(signed):
@@ -226,7 +229,7 @@ def test_an_alias_that_was_moved_by_hand_after_a_killed_promotion_is_found(bench
     bench.commit("code", 0)
     step(bench, "code")
     entries = bench.registry.log()
-    bench.registry.append_log("promotion", to_version=1, details={})
+    bench.registry.append_log("promotion", version=1, to_version=1, details=MOVED)
     assert verified(bench, 2).findings == ()  # the move may come yet
     uri = bench.registry.tracking_uri
     MlflowClient(tracking_uri=uri, registry_uri=uri).set_registered_model_alias("tiny", "champion", "2")
@@ -380,7 +383,7 @@ def test_a_thousand_flips_of_one_bit_are_all_found(signed):
         place, bit = drawn.randrange(len(content)), drawn.randrange(8)
         content[place] ^= 1 << bit
         with altered(path, bytes(content)):
-            found = chain_problems(*registry.log_as_stored()) if of_log else folder_problems(version, folder)[1]
+            found = log_problems(*registry.log_as_stored()) if of_log else folder_problems(version, folder)[1]
         assert found, f"bit {bit} of byte {place} of {path}"
     assert verified(signed).findings == ()
 
@@ -445,12 +448,12 @@ def test_a_mutation_of_any_field_of_a_record_is_found(signed):
 
 
 def test_a_mutation_of_any_field_of_the_log_is_found(signed):
-    entries = signed.registry.log()
-    anchor = anchor_of(entries)
+    entries, anchor = signed.registry.log_as_stored()
+    assert anchor == anchor_of(signed.registry.log())
     mutated = [altered for _, altered in mutations(entries)]
     assert len(mutated) > 50
-    assert all(altered != entries and chain_problems(altered, anchor) for altered in mutated)
-    assert chain_problems(entries, anchor) == []
+    assert all(altered != entries and log_problems(altered, anchor) for altered in mutated)
+    assert log_problems(entries, anchor) == []
 
 
 # --- the command
