@@ -7,15 +7,16 @@ neither of the two can be rewritten alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flows.ledger import ALIASES, LINEAGE, Claim, Ledger
-from flows.lineage.entries import anchor_at, anchor_problems, not_anchored
-from flows.lineage.record import LineageError, record_digest, withdrawal_of
+from flows.lineage.chain import anchor_at, anchor_problems, not_anchored
+from flows.lineage.entries import Details, Entry, WithdrawalDetails
+from flows.lineage.fields import LineageError
+from flows.lineage.history import History, Version
 from flows.params import load_settings
 from flows.registry.registry import Registry, open_registry
 from flows.registry.versions import WHY
@@ -100,7 +101,7 @@ def hold_aliases(project: Project, what: str, tell: Tell | None = None) -> Itera
         yield claim
 
 
-def read_log(project: Project) -> list[dict[str, Any]]:
+def read_log(project: Project) -> list[Entry]:
     """What happened to the versions after they were made, oldest first; checked against its anchor in the registry.
 
     Raises:
@@ -122,9 +123,9 @@ def append_log(
     from_version: int | None = None,
     to_version: int | None = None,
     why: str | None = None,
-    details: Mapping[str, Any],
+    details: Details,
     after: int | None = None,
-) -> dict[str, Any]:
+) -> Entry:
     """Append an entry to the log and anchor it; see `flows.ledger.Ledger.append`.
 
     Raises:
@@ -147,7 +148,7 @@ def append_log(
     return entry
 
 
-def complete_log(project: Project) -> list[dict[str, Any]]:
+def complete_log(project: Project) -> list[Entry]:
     """Write into the log what a killed process did not: the head's withdrawal, and the anchor of the newest entry.
 
     That is how a withdrawal comes into the log, be it by who withdrew, or by the next one where that was killed. Only
@@ -164,17 +165,17 @@ def complete_log(project: Project) -> list[dict[str, Any]]:
     if not_anchored(entries, registry.log_anchor()):
         registry.anchor_log(anchor_at(entries[-1]))
     head = registry.head()
-    gone = withdrawal_of(registry.record(head)) if head is not None and head.withdrawn is not None else None
+    gone = registry.record(head).withdraws if head is not None and head.withdrawn is not None else None
     if head is None or gone is None:
         return entries
-    if any(entry["kind"] == "withdrawal" and entry["version"] == head.number for entry in entries):
+    if any(entry.kind == "withdrawal" and entry.version == head.number for entry in entries):
         return entries
-    details = {"domain": gone["name"], "dvc_md5": gone["dvc_md5"]}
+    details = WithdrawalDetails(domain=gone.name, dvc_md5=gone.dvc_md5)
     return [*entries, append_log(project, "withdrawal", version=head.number, why=head.tags.get(WHY), details=details)]
 
 
-def read_history(project: Project) -> dict[str, Any]:
-    """The history of the lineage, as plain JSON values; see `flows.lineage.history`.
+def read_history(project: Project) -> History:
+    """The history of the lineage, read once.
 
     Raises:
         LineageError: a record or the log is damaged or was altered.
@@ -184,14 +185,14 @@ def read_history(project: Project) -> dict[str, Any]:
     for version in project.registry.versions():
         record = project.registry.record(version)
         versions.append(
-            {
-                "version": version.number,
-                "parent": version.parent,
-                "aliases": list(version.aliases),
-                "tags": dict(version.tags),
-                "digest": record_digest(record),
-                "record": record,
-                "signature": version.tags.get("copal.signature"),
-            }
+            Version(
+                number=version.number,
+                parent=version.parent,
+                aliases=version.aliases,
+                tags=dict(version.tags),
+                digest=record.digest,
+                record=record,
+                signature=version.tags.get("copal.signature"),
+            )
         )
-    return {"model": project.name, "versions": versions, "log": read_log(project)}
+    return History(model=project.name, versions=tuple(versions), log=tuple(read_log(project)))

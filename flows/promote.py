@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows.gates.champion import make_champion, named, restore_champion
+from flows.lineage.entries import Entry
 from flows.project import Project, open_project
 from flows.runs.artifacts import artifact_key
 from flows.runs.log import tell
@@ -56,11 +54,11 @@ def rollback(workspace: str, why: str | None = None, force: bool = False) -> int
     return _show(project, restore_champion(project, why=why, force=force, tell=tell))
 
 
-def _show(project: Project, entry: Mapping[str, Any]) -> int:
+def _show(project: Project, entry: Entry) -> int:
     create_markdown_artifact(
         key=artifact_key(project.name, "champion"),
-        markdown=f"{entry['kind']} of {project.name} from {named(entry['from'])} to "
-        f"{named(entry['to'])}: {entry['why'] or 'no reason given'} (log entry {entry['number']})",
-        description=f"champion of {project.name}: {named(entry['to'])}",
+        markdown=f"{entry.kind} of {project.name} from {named(entry.from_version)} to "
+        f"{named(entry.to_version)}: {entry.why or 'no reason given'} (log entry {entry.number})",
+        description=f"champion of {project.name}: {named(entry.to_version)}",
     )
-    return int(entry["number"])
+    return entry.number

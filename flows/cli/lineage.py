@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 from cyclopts.validators import mutually_exclusive
@@ -12,6 +12,9 @@ from cyclopts.validators import mutually_exclusive
 from flows.cli.context import CommandError, Folder, Json, Version, open_project
 from flows.cli.output import print_json, say, show
 from flows.terminal.progress import progress_bar, working
+
+if TYPE_CHECKING:
+    from flows.lineage.history import History
 
 __all__ = ["data", "diff", "lineage", "replay", "used", "verify", "whose", "worse"]
 
@@ -44,7 +47,7 @@ def lineage(
         from flows.lineage.page.page import render_page
 
         write_atomic(html, render_page(history))
-        say(f"{html}: the lineage of {history['model']}")
+        say(f"{html}: the lineage of {history.model}")
     elif openlineage is not None:
         import json
 
@@ -138,7 +141,7 @@ def data(
     Args:
         on: As it was then: a day or a time in ISO 8601, UTC; default: now.
     """
-    from flows.lineage.answers import data as ask
+    from flows.lineage.answers import data_in as ask
     from flows.terminal.answers import render_answer
 
     show(ask(_history(workspace), alias, on), as_json, render_answer)
@@ -174,7 +177,7 @@ def whose(folder: Path, /, *, as_json: Json = False, workspace: Folder = Path())
         folder: A version's folder, or an exported model.
     """
     from flows.lineage.answers import whose as ask
-    from flows.lineage.record import file_digests
+    from flows.lineage.files import file_digests
     from flows.terminal.answers import render_answer
 
     folder = folder.expanduser().resolve()
@@ -188,7 +191,7 @@ def whose(folder: Path, /, *, as_json: Json = False, workspace: Folder = Path())
     return 0
 
 
-def _history(workspace: Path) -> dict[str, Any]:
+def _history(workspace: Path) -> History:
     from flows.project import read_history
 
     return read_history(open_project(workspace))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flows.terminal.progress import console, is_quiet
 
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from flows.registry.versions import ModelVersion
 
 __all__ = ["hint", "print_json", "refuse", "say", "show", "show_versions"]
+
+
+class _Plain(Protocol):
+    """What knows itself as plain JSON values."""
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+_T = TypeVar("_T", bound="Mapping[str, Any] | _Plain")
 
 
 def say(line: str) -> None:
@@ -41,10 +50,10 @@ def print_json(found: Mapping[str, Any]) -> None:
     print(json.dumps(found, indent=2))
 
 
-def show(found: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], RenderableType]) -> None:
+def show(found: _T, as_json: bool, render: Callable[[_T], RenderableType]) -> None:
     """Print a result for programs, or as `render` draws it."""
     if as_json:
-        print_json(found)
+        print_json(found if isinstance(found, Mapping) else found.as_json())
     else:
         console().print(render(found))
 

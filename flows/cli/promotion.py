@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -13,6 +12,7 @@ from flows.cli.output import say, show
 from flows.terminal.progress import progress_bar
 
 if TYPE_CHECKING:
+    from flows.lineage.entries import Entry
     from flows.registry.registry import Registry
 
 __all__ = ["export", "gates", "promote", "rollback"]
@@ -47,7 +47,7 @@ def gates(version: Version, /, *, again: bool = False, as_json: Json = False, wo
             f"copal gates {found.number} --again"
         )
     show(entry, as_json, render_gates)
-    return 0 if entry["details"]["passed"] else 1
+    return 0 if entry.details.passed else 1
 
 
 def promote(version: Version, /, *, why: _Why = None, force: _Force = False, workspace: Folder = Path()) -> int:
@@ -89,6 +89,6 @@ def export(version: Version, folder: Path, /, *, workspace: Folder = Path()) -> 
     return 0
 
 
-def _say_moved(registry: Registry, entry: Mapping[str, Any]) -> None:
-    before = "" if entry["from"] is None else f", before it version {entry['from']}"
-    say(f"champion of {registry.model_name}: version {entry['to']}{before} (log entry {entry['number']})")
+def _say_moved(registry: Registry, entry: Entry) -> None:
+    before = "" if entry.from_version is None else f", before it version {entry.from_version}"
+    say(f"champion of {registry.model_name}: version {entry.to_version}{before} (log entry {entry.number})")

@@ -110,7 +110,7 @@ def _nothing_new(project: Project, found: Plan) -> list[str]:
     if found.head is None:
         return [f"nothing new: no domain is tracked under data/, and {name} has no base model yet"]
     version = f"version {found.head.number} of {name}"
-    domains = [domain["name"] for domain in project.registry.record(found.head)["domains"]]
+    domains = [domain.name for domain in project.registry.record(found.head).domains]
     if not domains:
         return [f"nothing new: {version} is the dense base, no domain is tracked under data/"]
     return [f"nothing new: {version} knows {', '.join(domains)} at their newest data versions"]

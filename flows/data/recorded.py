@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flows.lineage.record import DomainRecord
+from flows.lineage.record import Domain
 
 if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
@@ -14,7 +14,7 @@ __all__ = [
 ]
 
 
-def dataset_of(entry: DomainRecord) -> DatasetVersion:
+def dataset_of(entry: Domain) -> DatasetVersion:
     """The dataset version that a record names."""
     from flows.data.dataset import DatasetVersion
 

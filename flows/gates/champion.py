@@ -11,15 +11,27 @@ was killed in be told from one that somebody made by hand in MLflow's UI:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from copal.errors import CopalError
 from flows.gates.show import show_gates
 from flows.ledger import LogMovedError
 from flows.lineage import entries as log
-from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves, champions, logged_alias, who_text
+from flows.lineage.entries import (
+    CHALLENGER,
+    CHAMPION,
+    Entry,
+    GatesDetails,
+    GatesEntry,
+    MoveDetails,
+    MoveEntry,
+    alias_moves,
+    champions,
+    logged_alias,
+    who_text,
+)
 from flows.project import Project, append_log, hold_aliases, read_log
 from flows.registry.errors import AliasMovedError
 
@@ -42,7 +54,6 @@ __all__ = [
     "unshown",
 ]
 
-Entry = Mapping[str, Any]
 _T = TypeVar("_T")
 
 
@@ -57,7 +68,7 @@ def make_champion(
     why: str | None = None,
     force: bool = False,
     tell: Callable[[str], None] | None = None,
-) -> dict[str, Any] | None:
+) -> Entry | None:
     """Make version `number` the champion.
 
     Args:
@@ -79,7 +90,7 @@ def make_champion(
     seen = len(alias_moves(read_log(project), CHAMPION))
     with hold_aliases(project, f"promote version {number}", tell) as claim:
 
-        def move(entries: Sequence[Entry]) -> dict[str, Any] | None:
+        def move(entries: Sequence[Entry]) -> Entry | None:
             refusal = _refusal(registry.version(number), entries)
             if refusal and not force:
                 raise PromotionError(
@@ -98,7 +109,7 @@ def restore_champion(
     why: str | None = None,
     force: bool = False,
     tell: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> Entry:
     """Make the champion before this one the champion again; once more: the one before that.
 
     Args:
@@ -116,7 +127,7 @@ def restore_champion(
     seen = len(alias_moves(read_log(project), CHAMPION))
     with hold_aliases(project, "roll back", tell) as claim:
 
-        def move(entries: Sequence[Entry]) -> dict[str, Any]:
+        def move(entries: Sequence[Entry]) -> Entry:
             there = {version.number for version in registry.versions()}
             now = registry.alias(CHAMPION)  # by force also from where somebody set it by hand, to that of the log
             stack = champions(entries)
@@ -164,42 +175,40 @@ def settle(project: Project, entries: Sequence[Entry]) -> None:
     """
     registry = project.registry
     for alias, entry, actual in unsettled(project, entries):
-        if actual in (entry["from"], entry["to"]):
-            registry.move_alias(alias, entry["to"], expected=actual)
-            project.ledger.settle(alias, entry["number"])
+        if actual in (entry.from_version, entry.to_version):
+            registry.move_alias(alias, entry.to_version, expected=actual)
+            project.ledger.settle(alias, entry.number)
     for version, entry in unshown(project, entries):
         show_gates(project, version, entry)
 
 
-def unsettled(project: Project, entries: Sequence[Entry]) -> list[tuple[str, Entry, int | None]]:
+def unsettled(project: Project, entries: Sequence[Entry]) -> list[tuple[str, GatesEntry | MoveEntry, int | None]]:
     """(alias, the log entry that moves it, the version that it names now) of moves that were not made to their end."""
     return [
         (alias, moves[-1], project.registry.alias(alias))
         for alias in (CHALLENGER, CHAMPION)
-        if (moves := alias_moves(entries, alias)) and project.ledger.settled(alias) < moves[-1]["number"]
+        if (moves := alias_moves(entries, alias)) and project.ledger.settled(alias) < moves[-1].number
     ]
 
 
-def unshown(project: Project, entries: Sequence[Entry]) -> list[tuple[ModelVersion, Entry]]:
+def unshown(project: Project, entries: Sequence[Entry]) -> list[tuple[ModelVersion, GatesEntry]]:
     """(version, its newest gate results) of concluded versions that show older ones: their gates ran again."""
     newest = [
         (version, gates_entry(version, entries)) for version in project.registry.versions() if version.gates is not None
     ]
-    return [(version, entry) for version, entry in newest if entry is not None and version.log_entry < entry["number"]]
+    return [(version, entry) for version, entry in newest if entry is not None and version.log_entry < entry.number]
 
 
-def judged(
-    project: Project, version: ModelVersion, details: Mapping[str, Any], entries: Sequence[Entry]
-) -> dict[str, Any]:
+def judged(project: Project, version: ModelVersion, details: GatesDetails, entries: Sequence[Entry]) -> Entry:
     """Log the gate results of a version, and with them where `challenger` goes; within `decided`.
 
     The newest version that passed is the challenger. One that passed and was judged again and failed is it no more.
     """
     registry = project.registry
     to = now = registry.alias(CHALLENGER)
-    if details["passed"] and (now is None or now < version.number):
+    if details.passed and (now is None or now < version.number):
         to = version.number
-    elif not details["passed"] and now == version.number:
+    elif not details.passed and now == version.number:
         others = (other for other in registry.versions() if other.number != version.number)
         passed = [other.number for other in others if _has_passed(other, entries)]
         to = max(passed, default=None)
@@ -217,7 +226,7 @@ def judged(
 
 def move_champion(
     project: Project, claim: Claim, entries: Sequence[Entry], kind: str, number: int, *, why: str | None, force: bool
-) -> dict[str, Any] | None:
+) -> Entry | None:
     """Move `champion` to version `number`, with a log entry of `kind`; None where it is there already; within
     `decided`.
 
@@ -239,12 +248,9 @@ def move_champion(
     if actual == number == logged:
         return None
     passed = gates_entry(registry.version(number), entries)
-    details = {
-        "alias": CHAMPION,
-        "forced": force,
-        "gates": None if passed is None else passed["number"],
-        "logged_before": logged,
-    }
+    details = MoveDetails(
+        alias=CHAMPION, forced=force, gates=None if passed is None else passed.number, logged_before=logged
+    )
     entry = append_log(
         project,
         kind,
@@ -257,18 +263,18 @@ def move_champion(
     )
     claim.check()
     registry.move_alias(CHAMPION, number, expected=actual)
-    project.ledger.settle(CHAMPION, entry["number"])
+    project.ledger.settle(CHAMPION, entry.number)
     return entry
 
 
-def gates_entry(version: ModelVersion, entries: Sequence[Entry]) -> Entry | None:
+def gates_entry(version: ModelVersion, entries: Sequence[Entry]) -> GatesEntry | None:
     """The log entry with the results of the version's gates, of this record of it; None where there is none."""
     return log.gates_entry(entries, version.number, version.digest)
 
 
 def _has_passed(version: ModelVersion, entries: Sequence[Entry]) -> bool:
     entry = gates_entry(version, entries)
-    return entry is not None and bool(entry["details"]["passed"])
+    return entry is not None and entry.details.passed
 
 
 def _check_first(registry: Registry, entries: Sequence[Entry], seen: int) -> None:
@@ -276,8 +282,8 @@ def _check_first(registry: Registry, entries: Sequence[Entry], seen: int) -> Non
     moves = alias_moves(entries, CHAMPION)
     if len(moves) != seen:
         raise AliasMovedError(
-            f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1]['to'])} by "
-            f"{who_text(moves[-1]['who'])} in the meantime; look at it, then try again"
+            f"{CHAMPION} of {registry.model_name} was moved to {named(moves[-1].to_version)} in the meantime by "
+            f"{who_text(moves[-1].who)}; look at it, then try again"
         )
 
 
@@ -288,8 +294,8 @@ def _refusal(version: ModelVersion, entries: Sequence[Entry]) -> str | None:
     entry = gates_entry(version, entries)
     if entry is None:
         return "has not gone through its gates"
-    bad = [gate["name"] for gate in entry["details"]["gates"] if not gate["passed"]]
-    return f"failed its gates ({', '.join(bad)})" if not entry["details"]["passed"] else None
+    bad = [gate.name for gate in entry.details.failed]
+    return f"failed its gates ({', '.join(bad)})" if not entry.details.passed else None
 
 
 def _check_reason(force: bool, why: str | None) -> None:

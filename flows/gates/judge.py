@@ -8,47 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from copal.config import PruneConfig
+from flows.lineage.entries import GateResult
+from flows.lineage.figures import four_digits
+from flows.lineage.record import Domain, Record
 from flows.settings import GateSettings
 
 __all__ = [
     "GateResult",
-    "Record",
+    "as_table",
     "failed",
-    "four_digits",
     "judge",
 ]
 
 
-Record = Mapping[str, Any]
-
-
 _EXACT = 1e-9
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GateResult:
-    """What a gate says.
-
-    Attributes:
-        value, limit: the figure that decided, and what it may be at most (`sparsity`: must be); None where there is
-            none.
-        detail: one line for people.
-    """
-
-    name: str
-    passed: bool
-    value: float | None = None
-    limit: float | None = None
-    detail: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """As plain JSON: what is not finite becomes null."""
-        figures = {name: _finite_or_none(getattr(self, name)) for name in ("value", "limit")}
-        return asdict(self) | figures
 
 
 def judge(
@@ -88,12 +64,26 @@ def failed(results: Sequence[GateResult]) -> tuple[GateResult, ...]:
     return tuple(result for result in results if not result.passed)
 
 
+def as_table(number: int, results: Sequence[GateResult]) -> str:
+    """The results as a markdown table."""
+    bad = len(failed(results))
+    rows = [
+        f"| {result.name} | {'passed' if result.passed else '**failed**'} | {four_digits(result.value)} "
+        f"| {four_digits(result.limit)} | {result.detail.replace('|', '/')} |"
+        for result in results
+    ]
+    verdict = f"{bad} of {len(results)} gates failed" if bad else f"all {len(results)} gates passed"
+    head = [f"## Version {number}: {verdict}", "", "| gate | | value | limit | |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows])
+
+
 def _forgetting(record: Record, others: Mapping[int, Record], limit: float | None) -> GateResult:
     when_newest = {}
-    for domain in record["domains"]:
-        made_in = others.get(domain["contribution_version"])
-        if made_in is not None and made_in["step"] is not None:
-            when_newest[domain["name"]] = (made_in["step"], made_in["perplexity"].get(domain["name"]))
+    for domain in record.domains:
+        made = domain.contribution_version
+        made_in = None if made is None else others.get(made)
+        if made_in is not None and made_in.step is not None:
+            when_newest[domain.name] = (made_in.step, made_in.perplexity.get(domain.name))
     return _worse("forgetting", record, when_newest, limit, "when it was the newest", "no earlier domain")
 
 
@@ -102,9 +92,9 @@ def _against_champion(
 ) -> GateResult:
     if champion is None or champion not in others:
         there = "there is no champion" if champion is None else f"the record of champion {champion} is not there"
-        return GateResult(name="champion", passed=True, limit=limit, detail=there)
+        return _result(name="champion", passed=True, limit=limit, detail=there)
     theirs = others[champion]
-    before = {domain["name"]: (domain, theirs["perplexity"].get(domain["name"])) for domain in theirs["domains"]}
+    before = {domain.name: (domain, theirs.perplexity.get(domain.name)) for domain in theirs.domains}
     return _worse(
         "champion", record, before, limit, f"in champion {champion}", f"champion {champion} knows none of the domains"
     )
@@ -113,7 +103,7 @@ def _against_champion(
 def _worse(
     name: str,
     record: Record,
-    before: Mapping[str, tuple[Mapping[str, Any], float | None]],
+    before: Mapping[str, tuple[Domain, float | None]],
     limit: float | None,
     then: str,
     nothing: str,
@@ -122,25 +112,25 @@ def _worse(
     if limit is None:
         return _off(name)
     changes, other_windows = {}, []
-    for domain in record["domains"]:
-        entry, figure = before.get(domain["name"], (None, None))
+    for domain in record.domains:
+        entry, figure = before.get(domain.name, (None, None))
         if entry is None or figure is None:
             continue
-        if entry["evaluation_digest"] == domain["evaluation_digest"]:
-            changes[domain["name"]] = record["perplexity"][domain["name"]] / figure - 1
+        if entry.evaluation_digest == domain.evaluation_digest:
+            changes[domain.name] = record.perplexity[domain.name] / figure - 1
         else:
-            other_windows.append(domain["name"])
+            other_windows.append(domain.name)
     aside = f"; not comparable (other windows): {', '.join(sorted(other_windows))}" if other_windows else ""
     if not changes:
-        return GateResult(name=name, passed=True, limit=limit, detail=(aside.removeprefix("; ") or nothing))
+        return _result(name=name, passed=True, limit=limit, detail=(aside.removeprefix("; ") or nothing))
     worst = _largest(changes)
     figure = before[worst][1]
-    return GateResult(
+    return _result(
         name=name,
         passed=all(change <= limit for change in changes.values()),
         value=changes[worst],
         limit=limit,
-        detail=f"{worst}: {four_digits(record['perplexity'][worst])}, {four_digits(figure)} {then}{aside}",
+        detail=f"{worst}: {four_digits(record.perplexity[worst])}, {four_digits(figure)} {then}{aside}",
     )
 
 
@@ -149,24 +139,24 @@ def _improvement(record: Record, others: Mapping[int, Record], settings: GateSet
     it must not be worse by more than any domain may."""
     if not settings.improvement:
         return _off("improvement")
-    step, before = record["step"], record["perplexity_before"]
-    parent = others.get(record["parent"]["version"])
+    step, before = record.step, record.perplexity_before
+    parent = None if record.parent is None else others.get(record.parent.version)
     reason = None
     if step is None:
         reason = "no domain was added"
     elif parent is None:
         reason = "the parent's record is not there"
-    elif parent["parent"] is None:
+    elif parent.parent is None:
         reason = "the parent is the dense base"
     elif before is None:
         reason = "the parent was not measured"
-    if reason is not None or parent is None:
-        return GateResult(name="improvement", passed=True, detail=reason or "")
-    new, after = step["name"], record["perplexity"][step["name"]]
-    knew = any(domain["name"] == new for domain in parent["domains"])
+    if reason is not None or step is None or parent is None or before is None:
+        return _result(name="improvement", passed=True, detail=reason or "")
+    new, after = step.name, record.perplexity[step.name]
+    knew = any(domain.name == new for domain in parent.domains)
     limit = (settings.forgetting or 0.0) if knew else 0.0
     change = after / before - 1
-    return GateResult(
+    return _result(
         name="improvement",
         passed=change <= limit if knew else change < 0,
         value=change,
@@ -176,12 +166,13 @@ def _improvement(record: Record, others: Mapping[int, Record], settings: GateSet
 
 
 def _sparsity(record: Record, rounding: float) -> GateResult:
-    target, counted = record["sparsity"]["target"], record["sparsity"]["counted"]
+    target, counted = record.sparsity.target, record.sparsity.counted
+    assert target is not None  # only the dense root has none
     wanted = PruneConfig(sparsity=target)
     tolerance = _EXACT if wanted.pattern else rounding + _EXACT
-    shares = [counted, *(layer["sparsity"] for layer in record["layers"])]
+    shares = [counted, *(layer.sparsity for layer in record.layers)]
     worst = max(shares, key=lambda share: _or_infinite(abs(share - wanted.share)))
-    return GateResult(
+    return _result(
         name="sparsity",
         passed=all(abs(share - wanted.share) <= tolerance for share in shares),
         value=counted,
@@ -193,23 +184,23 @@ def _sparsity(record: Record, rounding: float) -> GateResult:
 def _dense(record: Record, limit: float | None) -> GateResult:
     if limit is None:
         return _off("dense")
-    dense = record["dense_perplexity"]
-    times = {name: figure / dense[name] for name, figure in record["perplexity"].items()}
+    dense = record.dense_perplexity
+    times = {name: figure / dense[name] for name, figure in record.perplexity.items()}
     if not times:
-        return GateResult(name="dense", passed=True, limit=limit, detail="no domain")
+        return _result(name="dense", passed=True, limit=limit, detail="no domain")
     worst = _largest(times)
-    return GateResult(
+    return _result(
         name="dense",
         passed=all(value <= limit for value in times.values()),
         value=times[worst],
         limit=limit,
-        detail=f"{worst}: {four_digits(record['perplexity'][worst])}, {four_digits(dense[worst])} in the dense base",
+        detail=f"{worst}: {four_digits(record.perplexity[worst])}, {four_digits(dense[worst])} in the dense base",
     )
 
 
 def _finite(record: Record) -> GateResult:
-    bad = sorted(place for place, value in _numbers(record, "") if not math.isfinite(value))
-    return GateResult(
+    bad = sorted(place for place, value in _numbers(record.model_dump(), "") if not math.isfinite(value))
+    return _result(
         name="finite",
         passed=not bad,
         value=float(len(bad)),
@@ -222,7 +213,7 @@ def _generation(found: Mapping[str, str | None], wanted: bool) -> GateResult:
     if not wanted:
         return _off("generation")
     bad = [f"{domain}: {problem}" for domain, problem in sorted(found.items()) if problem is not None]
-    return GateResult(
+    return _result(
         name="generation",
         passed=not bad,
         value=float(len(bad)),
@@ -232,7 +223,7 @@ def _generation(found: Mapping[str, str | None], wanted: bool) -> GateResult:
 
 
 def _lineage(problems: Sequence[str]) -> GateResult:
-    return GateResult(
+    return _result(
         name="lineage",
         passed=not problems,
         value=float(len(problems)),
@@ -242,7 +233,7 @@ def _lineage(problems: Sequence[str]) -> GateResult:
 
 
 def _off(name: str) -> GateResult:
-    return GateResult(name=name, passed=True, detail="turned off")
+    return _result(name=name, passed=True, detail="turned off")
 
 
 def _largest(values: Mapping[str, float]) -> str:
@@ -265,8 +256,12 @@ def _numbers(value: Any, place: str) -> Iterator[tuple[str, float]]:
         yield place, value
 
 
-def four_digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _result(
+    *, name: str, passed: bool, detail: str, value: float | None = None, limit: float | None = None
+) -> GateResult:
+    return GateResult(
+        name=name, passed=passed, value=_finite_or_none(value), limit=_finite_or_none(limit), detail=detail
+    )
 
 
 def _finite_or_none(value: float | None) -> float | None:

@@ -10,15 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from copal.errors import CopalError, StateError
 from flows.data.recorded import dataset_of
 from flows.gates.champion import decided, gates_entry, judged, move_champion, settle
 from flows.gates.judge import GateResult, judge
 from flows.gates.show import show_gates
-from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves
-from flows.lineage.record import domain_records, record_digest, verify_files
+from flows.lineage.entries import CHALLENGER, CHAMPION, Entry, GatesDetails, alias_moves
+from flows.lineage.files import verify_files
+from flows.lineage.record import Record
 from flows.project import Project, hold_aliases, read_log
 from flows.registry.errors import AliasMovedError
 
@@ -36,8 +37,8 @@ PROMPT_TOKENS, TOKENS = 32, 20
 class _Evidence:
     """What gates judge by; see `flows.gates.judge`."""
 
-    record: Mapping[str, Any]
-    others: Mapping[int, Mapping[str, Any]]
+    record: Record
+    others: Mapping[int, Record]
     rounding: float
     generation: Mapping[str, str | None]
     problems: tuple[str, ...]
@@ -76,10 +77,10 @@ def run_gates(
         settle(project, entries)
         entry = gates_entry(version, entries)
         assert entry is not None
-        if entry["details"]["passed"] and entry["details"]["promote"] == "auto":
+        if entry.details.passed and entry.details.promote == "auto":
             decided(project, aliases, partial(_promote, project, version, aliases, tell))
         show_gates(project, version, entry, partial(_check, claim))
-    return tuple(GateResult(**gate) for gate in entry["details"]["gates"])
+    return entry.details.gates
 
 
 def _check(claim: Claim | None) -> None:
@@ -92,15 +93,15 @@ def _promote(
     version: ModelVersion,
     claim: Claim,
     tell: Callable[[str], None] | None,
-    entries: Sequence[Mapping[str, Any]],
+    entries: Sequence[Entry],
 ) -> None:
     """What passed becomes the champion, unless somebody has decided otherwise since, or a newer one passed."""
     registry = project.registry
     champion = registry.alias(CHAMPION)
     if registry.alias(CHALLENGER) != version.number or (champion is not None and champion > version.number):
         return
-    first = next(each for each in entries if each["kind"] == "gates" and each["version"] == version.number)
-    if any(move["number"] > first["number"] for move in alias_moves(entries, CHAMPION)):
+    first = next(each for each in entries if each.kind == "gates" and each.version == version.number)
+    if any(move.number > first.number for move in alias_moves(entries, CHAMPION)):
         return
     try:
         move_champion(project, claim, entries, "promotion", version.number, why="all gates passed", force=False)
@@ -113,8 +114,8 @@ def _judge(
     project: Project,
     version: ModelVersion,
     evidence: _Evidence,
-    entries: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+    entries: Sequence[Entry],
+) -> Entry:
     """The log entry with the results of the gates, against the champion that serves now."""
     results = judge(
         evidence.record,
@@ -125,12 +126,12 @@ def _judge(
         generation=evidence.generation,
         problems=evidence.problems,
     )
-    details = {
-        "record": version.digest,
-        "passed": all(result.passed for result in results),
-        "promote": project.settings.gates.promote,
-        "gates": [result.as_dict() for result in results],
-    }
+    details = GatesDetails(
+        record=version.digest,
+        passed=all(result.passed for result in results),
+        promote=project.settings.gates.promote,
+        gates=results,
+    )
     return judged(project, version, details, entries)
 
 
@@ -147,11 +148,9 @@ def _gather(project: Project, version: ModelVersion, claim: Claim | None) -> _Ev
     )
 
 
-def _chain(
-    registry: Registry, version: ModelVersion, record: Mapping[str, Any]
-) -> tuple[dict[int, Mapping[str, Any]], list[str]]:
+def _chain(registry: Registry, version: ModelVersion, record: Record) -> tuple[dict[int, Record], list[str]]:
     """The records of the versions before this one, and what is wrong with the chain of their digests."""
-    records: dict[int, Mapping[str, Any]] = {}
+    records: dict[int, Record] = {}
     problems: list[str] = []
     for other in registry.versions():
         if other.number != version.number:
@@ -159,19 +158,19 @@ def _chain(
                 records[other.number] = registry.record(other)
             except CopalError as error:
                 problems.append(str(error))
-    child: Mapping[str, Any] = record
-    while child["parent"] is not None:
-        parent = child["parent"]
-        if parent["version"] not in records:
-            problems.append(f"the record of version {parent['version']} is not there")
+    child = record
+    while child.parent is not None:
+        parent = child.parent
+        if parent.version not in records:
+            problems.append(f"the record of version {parent.version} is not there")
             break
-        child = records[parent["version"]]
-        if record_digest(child) != parent["digest"]:
-            problems.append(f"version {parent['version']} is not the one that its child was made of")
+        child = records[parent.version]
+        if child.digest != parent.digest:
+            problems.append(f"version {parent.version} is not the one that its child was made of")
     return records, problems
 
 
-def _write(project: Project, version: ModelVersion, record: Mapping[str, Any], model: Path) -> dict[str, str | None]:
+def _write(project: Project, version: ModelVersion, record: Record, model: Path) -> dict[str, str | None]:
     """What is wrong with the text that the model writes after the beginning of an evaluation window, by domain."""
     from transformers import AutoTokenizer
 
@@ -185,7 +184,7 @@ def _write(project: Project, version: ModelVersion, record: Mapping[str, Any], m
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     found: dict[str, str | None] = {}
     prompts = {}
-    for domain in domain_records(record, version.number):
+    for domain in record.domains_at(version.number):
         try:
             data = fetch_version(workspace, settings.watch, dataset_of(domain))
             window = domain_windows(data, tokenizer, settings.calibration).evaluation[0]

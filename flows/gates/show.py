@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from copal.files import write_json
 from flows.lineage.description import version_description
+from flows.lineage.fields import LineageError
 from flows.lineage.history import History, find_version
 from flows.lineage.page.page import render_page
 from flows.lineage.pictures import draw_pictures
-from flows.lineage.record import LineageError
 from flows.project import read_history
 
 if TYPE_CHECKING:
+    from flows.lineage.entries import GatesEntry
     from flows.project import Project
     from flows.registry.versions import ModelVersion
 
@@ -26,7 +27,7 @@ _COLUMNS = ("name", "passed", "value", "limit", "detail")
 
 
 def show_gates(
-    project: Project, version: ModelVersion, entry: Mapping[str, Any], check: Callable[[], None] = lambda: None
+    project: Project, version: ModelVersion, entry: GatesEntry, check: Callable[[], None] = lambda: None
 ) -> None:
     """Show a log entry with gate results on its version and on the run that made it, and the lineage as it is now.
 
@@ -43,15 +44,15 @@ def show_gates(
         with suppress(LineageError):  # of an altered record; a gate has said so
             history = read_history(project)
             _write_lineage(folder, history)
-            record = find_version(history, str(version.number))["record"]
+            record = find_version(history, str(version.number)).record
             description = version_description(version.number, record, entry)
         check()
         project.registry.show_gates(version, entry, folder, description)
 
 
-def _write_gates(folder: Path, entry: Mapping[str, Any]) -> None:
+def _write_gates(folder: Path, entry: GatesEntry) -> None:
     """`gates.json`, as MLflow's own `log_table` writes tables."""
-    rows = [[gate[column] for column in _COLUMNS] for gate in entry["details"]["gates"]]
+    rows = [[gate.as_json()[column] for column in _COLUMNS] for gate in entry.details.gates]
     write_json(folder / "gates.json", {"columns": _COLUMNS, "data": rows})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, select
@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Row, func, select
 from copal.config import canonical_json, fingerprint
 from flows.ledger.store import Store, inserting
 from flows.ledger.tables import entries
+from flows.lineage.entries import Entry
 
 __all__ = ["add", "read"]
 
@@ -30,19 +31,19 @@ def read(connection: Connection, lineage: str) -> list[Any]:
     return found
 
 
-def add(store: Store, lineage: str, follow: Callable[[Sequence[Any], str | None], Mapping[str, Any]]) -> dict[str, Any]:
+def add(store: Store, lineage: str, follow: Callable[[Sequence[Any], str | None], Entry]) -> Entry:
     """Append the entry that `follow` makes of the log and of the role that the database knows this process by.
 
     It is called again where another process got the number.
     """
     while True:
         with store.writing() as connection:
-            entry = dict(follow(read(connection, lineage), _role(connection)))
+            entry = follow(read(connection, lineage), _role(connection))
             row = {
                 "lineage": lineage,
-                "number": entry["number"],
-                "digest": fingerprint(entry),
-                "document": canonical_json(entry).decode(),
+                "number": entry.number,
+                "digest": entry.digest,
+                "document": canonical_json(entry.as_json()).decode(),
             }
             added = connection.execute(inserting(connection, entries).values(row).on_conflict_do_nothing())
             if added.rowcount == 1:

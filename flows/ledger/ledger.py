@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,8 +14,9 @@ from flows.ledger.errors import LogMovedError
 from flows.ledger.rows import Place
 from flows.ledger.store import Store, inserting
 from flows.ledger.tables import settled
-from flows.lineage.entries import chain_problems, next_entry, writer
-from flows.lineage.record import LineageError
+from flows.lineage.chain import chain_problems, entries_of
+from flows.lineage.entries import Details, Entry, next_entry, writer
+from flows.lineage.fields import LineageError
 
 __all__ = ["Ledger"]
 
@@ -33,7 +34,6 @@ class Ledger:
     def __init__(self, uri: str, lineage: str) -> None:
         self.uri, self.lineage = uri, lineage
         self._store = Store(uri)
-        self._valid: set[str] = set()  # digests of entries whose structure was found to be right
 
     def hold(
         self, on: str, what: str, *, lease: float, tell: Callable[[str], None] | None = None
@@ -53,16 +53,14 @@ class Ledger:
         """
         return holding(Place(store=self._store, lineage=self.lineage, kind=on), what, lease, tell)
 
-    def log(self) -> list[dict[str, Any]]:
+    def log(self) -> list[Entry]:
         """What happened to the versions after they were made, oldest first; structure and chain are checked.
 
         Raises:
             LineageError: it was altered.
             LedgerError: it cannot be read.
         """
-        entries = self.log_as_stored()
-        self._check(entries)
-        return entries
+        return self._checked(self.log_as_stored())
 
     def log_as_stored(self) -> list[Any]:
         """The log as it is stored; nothing is checked.
@@ -84,9 +82,9 @@ class Ledger:
         from_version: int | None = None,
         to_version: int | None = None,
         why: str | None = None,
-        details: Mapping[str, Any],
+        details: Details,
         after: int | None = None,
-    ) -> dict[str, Any]:
+    ) -> Entry:
         """Append an entry to the log, see `flows.lineage.entries.next_entry`; anybody who may write may, at any time.
 
         Args:
@@ -102,8 +100,8 @@ class Ledger:
             LedgerError: it cannot be written.
         """
 
-        def follow(entries: Sequence[Any], role: str | None) -> dict[str, Any]:
-            self._check(entries)
+        def follow(stored: Sequence[Any], role: str | None) -> Entry:
+            entries = self._checked(stored)
             if after not in (None, len(entries)):
                 raise LogMovedError(f"the log of {self.lineage} has {len(entries)} entries, and not {after}")
             return next_entry(
@@ -142,7 +140,8 @@ class Ledger:
             key = [settled.c.lineage, settled.c.alias]
             connection.execute(insert.on_conflict_do_update(index_elements=key, set_={"entry": entry}, where=newer))
 
-    def _check(self, entries: Sequence[Any]) -> None:
-        problems = chain_problems(entries, self._valid)
+    def _checked(self, stored: Sequence[Any]) -> list[Entry]:
+        problems = chain_problems(stored)
         if problems:
             raise LineageError(f"the log of {self.lineage}: {problems[0]}")
+        return entries_of(stored)

@@ -1,6 +1,6 @@
 """What an auditor asks of a lineage, answered from its history alone; every answer is plain JSON. Pure.
 
-`used`: which versions hold a dataset. `data`: which data is in the champion, now or on a date. `diff`: what changed
+`used`: which versions hold a dataset. `data_in`: which data is in the champion, now or on a date. `diff`: what changed
 between two versions. `worse`: which domain got worse, when, and by which step. `whose`: whether a folder is a version.
 """
 
@@ -11,11 +11,20 @@ from datetime import UTC, date, datetime, time
 from typing import Any
 
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves
-from flows.lineage.history import History, HistoryError, evaluation_digests, find_version, since_newest, step_texts
-from flows.lineage.record import CONTRIBUTION_FOLDER, HASHED_FOLDERS, SUM_FOLDER, file_differences, flatten
+from flows.lineage.files import CONTRIBUTION_FOLDER, HASHED_FOLDERS, SUM_FOLDER, file_differences
+from flows.lineage.history import (
+    History,
+    HistoryError,
+    Version,
+    evaluation_digests,
+    find_version,
+    since_newest,
+    step_texts,
+)
+from flows.lineage.record import Domain, flatten
 
 __all__ = [
-    "data",
+    "data_in",
     "diff",
     "used",
     "whose",
@@ -39,7 +48,7 @@ def used(history: History, dataset: str) -> dict[str, Any]:
         {question, dataset, versions, spells}; a spell is {domain, dvc_md5, versions, came_in, left_in, how} with `how`
         one of "replaced" and "withdrawn", None (as `left_in`) where the newest version still holds it.
     """
-    names = {domain["name"] for version in history["versions"] for domain in version["record"]["domains"]}
+    names = {domain.name for version in history.versions for domain in version.record.domains}
     spells = [spell for spell in _spells(history) if _means(dataset, spell, names)]
     return {
         "question": "used",
@@ -49,7 +58,7 @@ def used(history: History, dataset: str) -> dict[str, Any]:
     }
 
 
-def data(history: History, wanted: str = "champion", on: str | None = None) -> dict[str, Any]:
+def data_in(history: History, wanted: str = "champion", on: str | None = None) -> dict[str, Any]:
     """Which data is in the version that `wanted` (an alias or a number) names now, or named on a date.
 
     Args:
@@ -65,19 +74,19 @@ def data(history: History, wanted: str = "champion", on: str | None = None) -> d
             of.
     """
     begin, end = (None, None) if on is None else _moment(on)
-    moves = [
-        {"when": entry["when"], "from": entry["from"], "to": entry["to"]}
-        for entry in alias_moves(history["log"], wanted)
+    moves: list[dict[str, Any]] = [
+        {"when": entry.when, "from": entry.from_version, "to": entry.to_version}
+        for entry in alias_moves(history.log, wanted)
     ]
     since = None
     if end is None:
         try:
-            version: dict[str, Any] | None = find_version(history, wanted)
+            version: Version | None = find_version(history, wanted)
         except HistoryError:
-            if wanted not in _ALIASES or not history["versions"]:
+            if wanted not in _ALIASES or not history.versions:
                 raise
             version = None
-        if version is not None and moves and moves[-1]["to"] == version["version"]:
+        if version is not None and moves and moves[-1]["to"] == version.number:
             since = moves[-1]["when"]
     else:
         version, since = _then(history, wanted, moves, end)
@@ -85,13 +94,13 @@ def data(history: History, wanted: str = "champion", on: str | None = None) -> d
         "question": "data",
         "wanted": wanted,
         "on": None if end is None else end.isoformat(timespec="seconds"),
-        "version": None if version is None else version["version"],
+        "version": None if version is None else version.number,
         "since": since,
         "moves": []
         if begin is None or end is None
         else [move for move in moves if begin <= _time(move["when"]) <= end],
-        "domains": [] if version is None else version["record"]["domains"],
-        "withdrawn": [] if version is None else version["record"]["withdrawn"],
+        "domains": [] if version is None else [domain.as_json() for domain in version.record.domains],
+        "withdrawn": [] if version is None else [gone.as_json() for gone in version.record.withdrawn],
     }
 
 
@@ -107,39 +116,40 @@ def diff(history: History, first: str, second: str) -> dict[str, Any]:
         HistoryError: there is no such version.
     """
     a, b = find_version(history, first), find_version(history, second)
-    before, after = a["record"], b["record"]
-    old = {domain["name"]: domain for domain in before["domains"]}
-    new = {domain["name"]: domain for domain in after["domains"]}
+    before, after = a.record, b.record
+    old = {domain.name: domain for domain in before.domains}
+    new = {domain.name: domain for domain in after.domains}
     both = sorted(old.keys() & new.keys())
     digests = evaluation_digests(a), evaluation_digests(b)
     perplexity = []
     for name in sorted(old.keys() | new.keys()):
-        one, other = before["perplexity"].get(name), after["perplexity"].get(name)
+        one, other = before.perplexity.get(name), after.perplexity.get(name)
         same = name in both and digests[0][name] == digests[1][name]
         change = other / one - 1 if same and one and other is not None else None
         perplexity.append({"domain": name, "a": one, "b": other, "change": change, "comparable": same})
+    was, now = before.as_json(), after.as_json()
     sections = ("settings", "code", "libraries", "hardware", "seeds", "sparsity")
-    files = before["files"], after["files"]
+    files = before.files, after.files
     shared = files[0].keys() & files[1].keys()
     return {
         "question": "diff",
-        "a": a["version"],
-        "b": b["version"],
+        "a": a.number,
+        "b": b.number,
         "domains": {
             "added": [_named(new[name]) for name in sorted(new.keys() - old.keys())],
             "removed": [_named(old[name]) for name in sorted(old.keys() - new.keys())],
             "replaced": [
-                {"domain": name, "a": old[name]["dvc_md5"], "b": new[name]["dvc_md5"]}
+                {"domain": name, "a": old[name].dvc_md5, "b": new[name].dvc_md5}
                 for name in both
-                if old[name]["dvc_md5"] != new[name]["dvc_md5"]
+                if old[name].dvc_md5 != new[name].dvc_md5
             ],
             "reweighted": [
-                {"domain": name, "a": old[name]["weight"], "b": new[name]["weight"]}
+                {"domain": name, "a": old[name].weight, "b": new[name].weight}
                 for name in both
-                if old[name]["weight"] != new[name]["weight"]
+                if old[name].weight != new[name].weight
             ],
         },
-        "changes": {section: _changed(before[section], after[section]) for section in sections},
+        "changes": {section: _changed(was[section], now[section]) for section in sections},
         "perplexity": perplexity,
         "files": {
             "same": sum(files[0][name] == files[1][name] for name in shared),
@@ -174,13 +184,13 @@ def worse(history: History, domain: str | None = None) -> dict[str, Any]:
     for name, first, after in since_newest(history):
         if domain not in (None, name):
             continue
-        later = [measure for measure in after if measure["digest"] == first["digest"]]
-        steps = [
+        later = [measure for measure in after if measure.digest == first.digest]
+        steps: list[dict[str, Any]] = [
             {
-                "version": measure["version"],
-                "step": steps_of[measure["version"]],
-                "perplexity": measure["perplexity"],
-                "change": measure["perplexity"] / before["perplexity"] - 1,
+                "version": measure.version,
+                "step": steps_of[measure.version],
+                "perplexity": measure.perplexity,
+                "change": measure.perplexity / before.perplexity - 1,
             }
             for before, measure in zip([first, *later], later, strict=False)
         ]
@@ -189,18 +199,18 @@ def worse(history: History, domain: str | None = None) -> dict[str, Any]:
         found.append(
             {
                 "domain": name,
-                "newest_in": first["version"],
-                "perplexity_when_newest": first["perplexity"],
-                "version": last["version"],
-                "perplexity": last["perplexity"],
-                "change": last["perplexity"] / first["perplexity"] - 1,
+                "newest_in": first.version,
+                "perplexity_when_newest": first.perplexity,
+                "version": last.version,
+                "perplexity": last.perplexity,
+                "change": last.perplexity / first.perplexity - 1,
                 "worst": max(rises, key=lambda step: step["change"], default=None),
                 "steps": steps,
-                "not_comparable": [m["version"] for m in after if m["digest"] != first["digest"]],
+                "not_comparable": [m.version for m in after if m.digest != first.digest],
             }
         )
     if domain is not None and not found:
-        raise HistoryError(f"no version of {history['model']} holds the domain {domain!r}")
+        raise HistoryError(f"no version of {history.model} holds the domain {domain!r}")
     return {"question": "worse", "domain": domain, "domains": sorted(found, key=lambda one: -one["change"])}
 
 
@@ -225,15 +235,15 @@ def whose(history: History, digests: Mapping[str, str], sizes: Mapping[str, int]
         raise HistoryError("the folder has no files; name a version's folder or an exported model")
     exact: list[tuple[int, str]] = []
     best: tuple[tuple[int, int, int], int, str, list[str]] | None = None
-    for version in history["versions"]:
+    for version in history.versions:
         for form, wanted, there in _forms(version, digests):
             same = [name for name in there if wanted.get(name) == there[name]]
             differences = file_differences(wanted, there, _dropped(version))
             if not differences and same:
-                exact.append((version["version"], form))
-            score = (sum(sizes[name] for name in same), len(same), version["version"])
+                exact.append((version.number, form))
+            score = (sum(sizes[name] for name in same), len(same), version.number)
             if same and (best is None or score > best[0]):
-                best = score, version["version"], form, differences
+                best = score, version.number, form, differences
     closest = best if best is not None and not exact else None
     return {
         "question": "whose",
@@ -248,11 +258,11 @@ def _spells(history: History) -> list[dict[str, Any]]:
     """Every time that a dataset was in the lineage, in the order they came."""
     spells: list[dict[str, Any]] = []
     running: dict[str, dict[str, Any]] = {}
-    for version in history["versions"]:
-        held = {domain["name"]: domain["dvc_md5"] for domain in version["record"]["domains"]}
+    for version in history.versions:
+        held = {domain.name: domain.dvc_md5 for domain in version.record.domains}
         for name, spell in list(running.items()):
             if held.get(name) != spell["dvc_md5"]:
-                spell["left_in"] = version["version"]
+                spell["left_in"] = version.number
                 spell["how"] = "replaced" if name in held else "withdrawn"
                 del running[name]
         for name, md5 in held.items():
@@ -261,12 +271,12 @@ def _spells(history: History) -> list[dict[str, Any]]:
                     "domain": name,
                     "dvc_md5": md5,
                     "versions": [],
-                    "came_in": version["version"],
+                    "came_in": version.number,
                     "left_in": None,
                     "how": None,
                 }
                 spells.append(running[name])
-            running[name]["versions"].append(version["version"])
+            running[name]["versions"].append(version.number)
     return spells
 
 
@@ -279,13 +289,13 @@ def _means(dataset: str, spell: Mapping[str, Any], names: set[str]) -> bool:
 
 def _then(
     history: History, wanted: str, moves: list[dict[str, Any]], end: datetime
-) -> tuple[dict[str, Any] | None, str | None]:
+) -> tuple[Version | None, str | None]:
     """The version that an alias named at a time, and since when."""
     if wanted == "latest":  # MLflow's own: no log tells of it, the times of the versions do
-        made = [version for version in history["versions"] if _time(version["record"]["created"]) <= end]
-        return (made[-1], made[-1]["record"]["created"]) if made else (None, None)
+        made = [version for version in history.versions if _time(version.record.created) <= end]
+        return (made[-1], made[-1].record.created) if made else (None, None)
     if wanted not in _ALIASES and not moves:
-        raise HistoryError(f"the log of {history['model']} tells no moves of {wanted!r}: ask a date of an alias in it")
+        raise HistoryError(f"the log of {history.model} tells no moves of {wanted!r}: ask a date of an alias in it")
     before = [move for move in moves if _time(move["when"]) <= end]
     if not before or before[-1]["to"] is None:
         return None, before[-1]["when"] if before else None
@@ -308,8 +318,8 @@ def _time(text: str) -> datetime:
     return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
-def _named(domain: Mapping[str, Any]) -> dict[str, Any]:
-    return {"domain": domain["name"], "dvc_md5": domain["dvc_md5"]}
+def _named(domain: Domain) -> dict[str, Any]:
+    return {"domain": domain.name, "dvc_md5": domain.dvc_md5}
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -321,11 +331,9 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[s
     ]
 
 
-def _forms(
-    version: Mapping[str, Any], digests: Mapping[str, str]
-) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
+def _forms(version: Version, digests: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
     """(form, the files that it should have, those of the folder that count)."""
-    wanted = version["record"]["files"]
+    wanted = version.record.files
     yield (
         "version",
         dict(wanted),
@@ -335,7 +343,7 @@ def _forms(
     yield "exported", model, {name: digest for name, digest in digests.items() if name not in (_CARD, _BASE_CARD)}
 
 
-def _dropped(version: Mapping[str, Any]) -> tuple[str, ...]:
+def _dropped(version: Version) -> tuple[str, ...]:
     """The folders of a version that were dropped: that a file of them is missing is no difference."""
     tags = {"copal.sum_dropped": SUM_FOLDER, "copal.contribution_dropped": CONTRIBUTION_FOLDER}
-    return tuple(folder for tag, folder in tags.items() if tag in version["tags"])
+    return tuple(folder for tag, folder in tags.items() if tag in version.tags)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from flows.lineage.history import geometric_mean, printable
-from flows.lineage.record import withdrawal_of
+from flows.lineage.entries import GatesEntry
+from flows.lineage.figures import geometric_mean, markdown_table, printable
+from flows.lineage.record import Record
 
-__all__ = ["LONGEST", "markdown_table", "model_description", "run_title", "version_description"]
+__all__ = ["LONGEST", "model_description", "run_title", "version_description"]
 
 LONGEST = 5000  # characters: the columns of MLflow's database take no more
 _HEADS = ("domain", "perplexity", "dense", "times dense", "DVC md5 of the data", "git revision")
@@ -39,68 +39,63 @@ def model_description(name: str, base: str) -> str:
     )
 
 
-def version_description(number: int | None, record: Mapping[str, Any], gates: Mapping[str, Any] | None) -> str:
+def version_description(number: int | None, record: Record, gates: GatesEntry | None) -> str:
     """The description of a version, at most `LONGEST` characters.
 
     Args:
         number: None before it has one.
         gates: the log entry with the results of its gates; None: they did not run yet.
     """
-    title = f"## {_cell(record['model'])}{'' if number is None else f', version {number}'}"
+    title = f"## {_cell(record.model)}{'' if number is None else f', version {number}'}"
     before = [title, _what(record), *_sparsity(record)]
-    after = [*([] if record["parent"] is None else [_gates(gates)]), _where(number)]
+    after = [*([] if record.parent is None else [_gates(gates)]), _where(number)]
     rows = _rows(record)
     room = LONGEST - sum(len(part) + 2 for part in (*before, *after))
     return "\n\n".join([*before, *_figures(record, rows, room), *after])
 
 
-def markdown_table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown; cells must hold no `|` and no end of line."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
-    return "\n".join([lines[0], "|---" * (lines[0].count("|") - 1) + "|", *lines[1:]])
+def _what(record: Record) -> str:
+    if record.parent is None:
+        return f"The dense base of the lineage, from {_source(record.base.source)}. Nothing in it is pruned."
+    parent = record.parent.version
+    if record.step is not None:
+        return f"Version {parent} adapted to **{_cell(record.step.name)}**."
+    gone = record.withdraws
+    assert gone is not None  # else there is a step
+    return f"Version {parent} without **{_cell(gone.name)}** (data `{_cell(gone.dvc_md5)}`), which was withdrawn."
 
 
-def _what(record: Mapping[str, Any]) -> str:
-    if record["parent"] is None:
-        return f"The dense base of the lineage, from {_source(record['base']['source'])}. Nothing in it is pruned."
-    step, parent = record["step"], record["parent"]["version"]
-    if step is not None:
-        return f"Version {parent} adapted to **{_cell(step['name'])}**."
-    gone = withdrawal_of(record) or {"name": "a domain", "dvc_md5": "-"}
-    return f"Version {parent} without **{_cell(gone['name'])}** (data `{_cell(gone['dvc_md5'])}`), which was withdrawn."
-
-
-def _sparsity(record: Mapping[str, Any]) -> list[str]:
-    if record["parent"] is None:
+def _sparsity(record: Record) -> list[str]:
+    if record.parent is None:
         return []
-    target, counted = record["sparsity"]["target"], record["sparsity"]["counted"]
+    target, counted = record.sparsity.target, record.sparsity.counted
     wanted = target if isinstance(target, str) else f"{target:.4g} of each row"
-    back = record["weights_back"]
+    back = record.weights_back
     returned = "" if back is None else f"; {back:,} weights that were zero in its parent are not any more"
     return [f"Sparsity as counted: **{counted:.2%}** (wanted: {wanted}){returned}."]
 
 
-def _rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _rows(record: Record) -> list[tuple[str, ...]]:
     """A row a domain, that of the step first."""
-    newest = (record["step"] or {}).get("name")
+    newest = record.step and record.step.name
     rows: list[tuple[str, ...]] = []
-    for domain in sorted(record["domains"], key=lambda domain: (domain["name"] != newest, domain["name"])):
-        name = domain["name"]
-        perplexity, dense = record["perplexity"].get(name), record["dense_perplexity"].get(name)
+    for domain in sorted(record.domains, key=lambda domain: (domain.name != newest, domain.name)):
+        name = domain.name
+        perplexity, dense = record.perplexity.get(name), record.dense_perplexity.get(name)
         figures = ("-", "-", "-")
         if perplexity is not None and dense is not None:
             figures = (f"{perplexity:.2f}", f"{dense:.2f}", f"{perplexity / dense:.3f}")
         shown = f"**{_cell(name)}**" if name == newest else _cell(name)
-        rows.append((shown, *figures, f"`{_cell(domain['dvc_md5'])}`", f"`{_cell(domain['git_rev'][:12])}`"))
+        rows.append((shown, *figures, f"`{_cell(domain.dvc_md5)}`", f"`{_cell(domain.git_rev[:12])}`"))
     return rows
 
 
-def _figures(record: Mapping[str, Any], rows: Sequence[tuple[str, ...]], room: int) -> list[str]:
+def _figures(record: Record, rows: Sequence[tuple[str, ...]], room: int) -> list[str]:
     """The table of the domains, with as many rows as there is room for, and what it is a table of."""
     if not rows:
         return []
     said = "Perplexity on windows that no calibration saw; *dense* is the base on the same windows."
-    mean, dense = (geometric_mean(list(record[name].values())) for name in ("perplexity", "dense_perplexity"))
+    mean, dense = (geometric_mean(list(found.values())) for found in (record.perplexity, record.dense_perplexity))
     if len(rows) > 1 and mean is not None and dense is not None:
         said += f" Geometric mean: **{mean:.2f}** (dense {dense:.2f})."
     room -= len(said) + 2 + 40  # 40: how many are left out
@@ -114,16 +109,16 @@ def _figures(record: Mapping[str, Any], rows: Sequence[tuple[str, ...]], room: i
     ]
 
 
-def _gates(entry: Mapping[str, Any] | None) -> str:
+def _gates(entry: GatesEntry | None) -> str:
     if entry is None:
         return "Gates: they have not run yet."
-    gates = entry["details"]["gates"]
-    failed = [_cell(gate["name"]) for gate in gates if not gate["passed"]]
-    if entry["details"]["passed"]:
+    gates = entry.details.gates
+    failed = [_cell(gate.name) for gate in entry.details.failed]
+    if entry.details.passed:
         verdict = f"all {len(gates)} **passed**"
     else:
         verdict = f"**failed**: {', '.join(failed)} ({len(failed)} of {len(gates)})"
-    return f"Gates: {verdict}; entry {entry['number']} of the log, of {entry['when']}, and `gates.json` of the run."
+    return f"Gates: {verdict}; entry {entry.number} of the log, of {entry.when}, and `gates.json` of the run."
 
 
 def _where(number: int | None) -> str:

@@ -7,13 +7,13 @@ digest of its record, so that an export made again names the same runs.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from flows.lineage.history import History, step_texts
+from flows.lineage.record import Domain
 
 __all__ = ["events"]
 
@@ -26,29 +26,29 @@ def events(history: History) -> list[dict[str, Any]]:
     """A START and a COMPLETE event for each version, oldest first."""
     found = []
     steps = step_texts(history)
-    for version in history["versions"]:
-        record = version["record"]
-        producer = f"urn:copal:{quote(record['code']['version'], safe='')}"
-        ended = datetime.fromisoformat(record["created"])
-        began = ended - timedelta(seconds=sum(record["seconds"].values()))
-        inputs = [_data(domain, producer) for domain in record["domains"]]
-        if record["parent"] is not None:
-            inputs.append(_model(history["model"], record["parent"]["version"], record["parent"]["digest"], producer))
-        made = _model(history["model"], version["version"], version["digest"], producer)
+    for version in history.versions:
+        record = version.record
+        producer = f"urn:copal:{quote(record.code.version, safe='')}"
+        ended = datetime.fromisoformat(record.created)
+        began = ended - timedelta(seconds=record.seconds.total)
+        inputs = [_data(domain, producer) for domain in record.domains]
+        if record.parent is not None:
+            inputs.append(_model(history.model, record.parent.version, record.parent.digest, producer))
+        made = _model(history.model, version.number, version.digest, producer)
         for kind, when in (("START", began), ("COMPLETE", ended)):
             found.append(
                 {
                     "eventType": kind,
                     "eventTime": when.isoformat(),
-                    "run": {"runId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"urn:copal:record:{version['digest']}"))},
+                    "run": {"runId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"urn:copal:record:{version.digest}"))},
                     "job": {
                         "namespace": _NAMESPACE,
-                        "name": f"{history['model']}.adapt",
+                        "name": f"{history.model}.adapt",
                         "facets": {
                             "documentation": _facet(
                                 producer,
                                 "1-1-0/DocumentationJobFacet",
-                                description=f"version {version['version']}: {steps[version['version']]}",
+                                description=f"version {version.number}: {steps[version.number]}",
                             )
                         },
                     },
@@ -61,14 +61,14 @@ def events(history: History) -> list[dict[str, Any]]:
     return found
 
 
-def _data(domain: Mapping[str, Any], producer: str) -> dict[str, Any]:
-    uri = _uri(domain["repository"])
+def _data(domain: Domain, producer: str) -> dict[str, Any]:
+    uri = _uri(domain.repository)
     return {
         "namespace": uri,
-        "name": domain["path"],
+        "name": domain.path,
         "facets": {
-            "version": _facet(producer, "1-0-1/DatasetVersionDatasetFacet", datasetVersion=domain["dvc_md5"]),
-            "dataSource": _facet(producer, "1-0-1/DatasourceDatasetFacet", name=domain["repository"], uri=uri),
+            "version": _facet(producer, "1-0-1/DatasetVersionDatasetFacet", datasetVersion=domain.dvc_md5),
+            "dataSource": _facet(producer, "1-0-1/DatasourceDatasetFacet", name=domain.repository, uri=uri),
         },
     }
 

@@ -70,19 +70,19 @@ def _matrix(history: History, found: Mapping[str, Sequence[Measure]]) -> Figure:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     steps = step_texts(history)
-    numbers = [version["version"] for version in history["versions"] if version["parent"] is not None]
+    numbers = [version.number for version in history.versions if version.parent is not None]
     rows = numbers[: -_ROWS - 1 : -1]
-    known = {name: row for name, row in found.items() if any(measure["version"] in rows for measure in row)}
+    known = {name: row for name, row in found.items() if any(measure.version in rows for measure in row)}
     shown = dict(list(known.items())[-_COLUMNS:])
     wide = len(shown) <= 5
     ratios = np.full((len(rows), len(shown)), np.nan)
     cells = {}
     for column, row in enumerate(shown.values()):
         for measure in row:
-            if measure["version"] in rows:
-                place = rows.index(measure["version"])
+            if measure.version in rows:
+                place = rows.index(measure.version)
                 cells[place, column] = measure
-                ratios[place, column] = measure["perplexity"] / measure["dense"]
+                ratios[place, column] = measure.perplexity / measure.dense
     figure, axes = _figure(1.9 + 0.3 * len(rows))
     axes.set_facecolor("#eeeeee")
     image = axes.imshow(ratios, cmap="cividis_r", norm=LogNorm(1, _WORST, clip=True), aspect="auto")
@@ -97,7 +97,7 @@ def _matrix(history: History, found: Mapping[str, Sequence[Measure]]) -> Figure:
         )
     labels = [_cut(name, 12) for name in shown]
     if wide:
-        labels = [f"{label}\ndense {row[-1]['dense']:.4g}" for label, row in zip(labels, shown.values(), strict=True)]
+        labels = [f"{label}\ndense {row[-1].dense:.4g}" for label, row in zip(labels, shown.values(), strict=True)]
     axes.set_xticks(range(len(shown)), labels, rotation=0 if wide else 90)
     axes.set_yticks(range(len(rows)), [f"{number}: {_cut(steps[number], 14)}" for number in rows])
     axes.tick_params(length=0)
@@ -107,7 +107,7 @@ def _matrix(history: History, found: Mapping[str, Sequence[Measure]]) -> Figure:
     ]
     axes.set_title("\n".join(["Perplexity by version and domain", *filter(None, left_out)]))
     notes = "white frame: the version adapted to it"
-    if not all(measure["comparable"] for measure in cells.values()):
+    if not all(measure.comparable for measure in cells.values()):
         notes += "; ′: on other data than now"
     axes.set_xlabel(notes, fontsize=8)
     ticks = [1, 1.25, 1.5, 2, 3]
@@ -121,9 +121,9 @@ def _cell(axes: Axes, place: int, column: int, measure: Measure, *, digits: int,
     from matplotlib.patches import Rectangle
 
     if digits:
-        text = f"{measure['perplexity']:.{digits}g}{'' if measure['comparable'] else '′'}"
+        text = f"{measure.perplexity:.{digits}g}{'' if measure.comparable else '′'}"
         axes.text(column, place, text, ha="center", va="center", color="white" if dark else "black")
-    if measure["newest_in"] == measure["version"]:
+    if measure.newest_in == measure.version:
         box = Rectangle((column - 0.44, place - 0.44), 0.88, 0.88, fill=False, edgecolor="white", linewidth=1.6)
         axes.add_patch(box)
 
@@ -132,11 +132,11 @@ def _changes(history: History) -> list[tuple[str, list[tuple[int, float]]]]:
     """(domain, (version, change of its perplexity since the version that adapted to it)), the most forgotten first."""
     changes, spells = [], list(since_newest(history))
     for name, first, after in spells:
-        later = [measure for measure in after if measure["digest"] == first["digest"]]
+        later = [measure for measure in after if measure.digest == first.digest]
         if later:
-            points = [(one["version"], one["perplexity"] / first["perplexity"] - 1) for one in (first, *later)]
+            points = [(one.version, one.perplexity / first.perplexity - 1) for one in (first, *later)]
             again = sum(other == name for other, *_ in spells) > 1
-            changes.append((f"{_cut(name, 12)} of {first['version']}" if again else name, points))
+            changes.append((f"{_cut(name, 12)} of {first.version}" if again else name, points))
     return sorted(changes, key=lambda change: -change[1][-1][1])
 
 
@@ -144,7 +144,7 @@ def _forgetting(history: History, changes: Sequence[tuple[str, list[tuple[int, f
     """A line for each domain, from the version that adapted to it."""
     from matplotlib.ticker import PercentFormatter
 
-    order = [version["version"] for version in history["versions"] if version["parent"] is not None]
+    order = [version.number for version in history.versions if version.parent is not None]
     figure, axes = _figure(3.6)
     axes.axhline(0, color="#555555", linewidth=1)
     for place, (name, points) in enumerate(changes[:_LINES]):

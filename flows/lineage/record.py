@@ -1,62 +1,68 @@
 """The record of a model version: which base, data, settings and code made it, and what came out.
 
-A record is a plain JSON object, written once as `lineage.json` beside the weights. Its digest goes into the registry
-and into the record of every child, so records form a hash chain: whoever alters one breaks the digests after it. It
-does not hold what comes later (gates, aliases, its own version number). Pure: knows of no registry and no data tool.
+A record is written once, as `lineage.json` beside the weights. Its digest goes into the registry and into the record of
+every child, so records form a hash chain: whoever alters one breaks the digests after it. It does not hold what comes
+later (gates, aliases, its own version number). Pure: knows of no registry and no data tool.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
-from copal.config import canonical_json, fingerprint
-from copal.errors import CopalError
-from copal.files import json_text, sha256_file, write_atomic
-from flows.lineage.schema import problem_with, shown
+from pydantic import AfterValidator, ConfigDict, Field
+
+from copal.config import fingerprint
+from copal.files import json_text, write_atomic
+from flows.lineage.fields import (
+    Frozen,
+    JsonObject,
+    LineageError,
+    Must,
+    Number,
+    NumberOrNull,
+    Perplexities,
+    Sha256,
+    Sha256OrNull,
+    Text,
+    TextOrNull,
+    UtcTime,
+    Whole,
+    WholeOrNull,
+    must_be,
+    parse,
+    shown,
+)
 
 __all__ = [
-    "CONTRIBUTION_FOLDER",
-    "HASHED_FOLDERS",
     "RECORD_FILE",
     "SCHEMA",
-    "SIGNATURE_FILE",
-    "SUM_FOLDER",
-    "DomainRecord",
+    "Base",
+    "Code",
+    "Domain",
+    "Layer",
     "LineageError",
-    "build_record",
-    "domain_records",
-    "file_differences",
-    "file_digests",
+    "MatrixRow",
+    "Parent",
+    "Record",
+    "Seconds",
+    "Sparsity",
+    "Withdrawn",
     "flatten",
+    "parse_record",
     "read_record",
-    "record_digest",
-    "step_key",
-    "validate",
-    "verify_files",
-    "version_files",
-    "withdrawal_key",
-    "withdrawal_of",
     "write_record",
 ]
 
-SCHEMA = "copal.lineage/2"  # 2: withdrawn, matrix; damping and tokens of a layer
+SCHEMA: Final = "copal.lineage/2"
 RECORD_FILE = "lineage.json"
-SIGNATURE_FILE = "model.sig"  # see flows.lineage.signing
-SUM_FOLDER = "state/sum"  # the part of a version that can be made again, see copal.state
-CONTRIBUTION_FOLDER = "state/contribution"  # what a version keeps of its own domain; deleted by a purge alone
-HASHED_FOLDERS = ("model", "components", "state")  # where a file that the record does not name could change a model
+_INSIDE = r"^(?!/)(?!(.*/)?\.\.(/|$))."  # of a relative path that stays where it is
 
 
-class LineageError(CopalError):
-    """A lineage record is damaged, altered, of another schema, or was built from unusable values."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DomainRecord:
+class Domain(Frozen):
     """One domain of the sensitivity state, at the data version that the state holds.
 
     Attributes:
@@ -69,246 +75,227 @@ class DomainRecord:
         evaluation_digest, evaluation_tokens: which tokens the perplexity was measured on (SHA-256), how many predicted.
     """
 
-    name: str
-    path: str
-    dvc_md5: str
-    git_rev: str
-    repository: str
-    weight: float
-    tokens: int
-    windows: int
-    contribution_version: int | None
-    evaluation_digest: str
-    evaluation_tokens: int
+    name: Text
+    path: Text
+    dvc_md5: Text
+    git_rev: Text
+    repository: Text
+    weight: Number
+    tokens: Whole
+    windows: Whole
+    contribution_version: WholeOrNull
+    evaluation_digest: Text
+    evaluation_tokens: Whole
+
+    def made_in(self, version: int) -> int:
+        """The version whose state holds the contribution, of a domain in the record of `version`."""
+        return version if self.contribution_version is None else self.contribution_version
 
 
-def build_record(
-    *,
-    model: str,
-    parent: Mapping[str, Any] | None,
-    base: Mapping[str, Any],
-    key: str | None,
-    step: DomainRecord | None,
-    domains: Sequence[DomainRecord],
-    withdrawn: Sequence[Mapping[str, str]],
-    settings: Mapping[str, Any],
-    settings_fingerprint: str,
-    sparsity: Mapping[str, Any],
-    weights_back: int | None,
-    perplexity: Mapping[str, float],
-    dense_perplexity: Mapping[str, float],
-    matrix: Sequence[Mapping[str, Any]],
-    perplexity_before: float | None,
-    backward_transfer: float | None,
-    seconds: Mapping[str, float],
-    layers: Sequence[Mapping[str, Any]],
-    code: Mapping[str, Any],
-    libraries: Mapping[str, str],
-    hardware: Mapping[str, Any],
-    seeds: Mapping[str, Any],
-    created: str,
-    files: Mapping[str, str],
-) -> dict[str, Any]:
-    """The validated record of a version, as plain JSON values.
+class Parent(Frozen):
+    """The version that a step built on, and the digest of its record."""
 
-    Args:
+    version: Whole
+    digest: Sha256
+
+
+class Base(Frozen):
+    """The dense base checkpoint, and where it came from."""
+
+    fingerprint: Text
+    source: Text
+
+
+class Withdrawn(Frozen):
+    """A dataset version that was withdrawn and may not come back by itself."""
+
+    name: Text
+    dvc_md5: Text
+
+
+class Sparsity(Frozen):
+    """Share of zeros in the pruned linears.
+
+    Attributes:
+        target: a share, or a pattern such as "2:4"; None where nothing was pruned yet.
+    """
+
+    target: Annotated[Number | Text | None, Must("a share, a pattern or null")]
+    counted: Number
+
+
+class Seconds(Frozen):
+    """What the parts of a step took."""
+
+    statistics: Number
+    solve: Number
+    evaluate: Number
+
+    @property
+    def total(self) -> float:
+        """Of all parts."""
+        return self.statistics + self.solve + self.evaluate
+
+
+class MatrixRow(Frozen):
+    """Perplexities of a version by domain; `version` None: the version of this record."""
+
+    version: WholeOrNull
+    perplexity: Perplexities
+
+
+class Layer(Frozen):
+    """What a step did to one pruned linear; see `copal.step.LayerReport`.
+
+    Attributes:
+        weights_back: weights that were zero in the parent and are not now; None where the parent is dense.
+        tokens: of the new domain that it read.
+    """
+
+    name: Text
+    sparsity: Number
+    layer_error_before: NumberOrNull
+    layer_error_after: NumberOrNull
+    response_shift: NumberOrNull
+    damping: NumberOrNull
+    tokens: Whole
+    weights_back: WholeOrNull
+
+
+class Code(Frozen):
+    """The version of copal; where it ran from its git checkout, the commit and whether files were changed."""
+
+    version: Text
+    git_commit: TextOrNull
+    dirty: Annotated[bool | None, Must("true, false or null")]
+
+
+def _all_inside(files: Mapping[str, str]) -> Mapping[str, str]:
+    if not all(re.search(_INSIDE, path) for path in files):
+        raise must_be("paths of files inside the version's folder, each with its SHA-256")
+    return files
+
+
+class Record(Frozen):
+    """The record of a version.
+
+    Attributes:
         model: registered model name.
-        parent: {version, digest} of the parent; None for the root of the lineage, which has no `key` and `step` either.
-        base: {fingerprint, source} of the dense base checkpoint.
-        key: `step_key` of the step.
-        step: the domain that this step added or replaced; None where it withdrew one. `domains`: every domain in the
-            state.
-        withdrawn: {name, dvc_md5} of dataset versions that were withdrawn and may not come back by themselves; in a
-            record without a step, the last one is what this version withdrew.
-        sparsity: {target, counted}; target is a share or a pattern such as "2:4", None where nothing was pruned yet.
+        parent: None for the root of the lineage, which has no `key` and `step` either.
+        key: names the step, see `flows.lineage.keys`.
+        step: the domain that this step added or replaced; None where it withdrew one.
+        domains: every domain in the state, by name.
+        withdrawn: in a record without a step, the last one is what this version withdrew.
         weights_back: weights that were zero in the parent and are not now; None when the parent is the dense root.
-        perplexity, dense_perplexity: {domain: value} of this version and of the dense base.
-        matrix: {version, perplexity} of every pruned version up to this one, oldest first; the version of the last is
-            None: this one.
+        perplexity, dense_perplexity: of this version and of the dense base, by domain.
+        matrix: of every pruned version up to this one, oldest first.
         perplexity_before: of the new domain on the parent, before the step.
-        seconds: {statistics, solve, evaluate}.
-        layers: a dict per pruned linear: name, sparsity, layer_error_before, layer_error_after, response_shift,
-            weights_back (None where the parent is dense), damping, tokens (of the new domain that it read).
-        code: {version, git_commit, dirty}; libraries: {name: version}.
         created: UTC time in ISO 8601.
-        files: {path relative to the version's folder: SHA-256}, see `version_files`.
-
-    Raises:
-        LineageError: a field is missing, of the wrong type, NaN or infinite (the field is named).
+        files: SHA-256 by path relative to the version's folder, see `flows.lineage.files.version_files`.
     """
-    ordered = sorted(domains, key=lambda domain: domain.name)
-    record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "model": model,
-        "parent": parent,
-        "base": base,
-        "key": key,
-        "step": None if step is None else asdict(step),
-        "domains": [asdict(domain) for domain in ordered],
-        "withdrawn": withdrawn,
-        "settings": settings,
-        "settings_fingerprint": settings_fingerprint,
-        "sparsity": sparsity,
-        "weights_back": weights_back,
-        "perplexity": perplexity,
-        "dense_perplexity": dense_perplexity,
-        "matrix": matrix,
-        "perplexity_before": perplexity_before,
-        "backward_transfer": backward_transfer,
-        "seconds": seconds,
-        "layers": layers,
-        "code": code,
-        "libraries": libraries,
-        "hardware": hardware,
-        "seeds": seeds,
-        "created": created,
-        "files": files,
-    }
-    for name, value in record.items():
-        try:
-            record[name] = json.loads(canonical_json(value))  # tuples to lists, and nothing shared with the caller
-        except (TypeError, ValueError) as error:
-            raise LineageError(f"lineage record: {name} cannot be written as JSON: {error}") from error
-    validate(record)
-    return record
 
+    model_config = ConfigDict(title="lineage record")
 
-def validate(record: object, where: str = "lineage record") -> None:
-    """Check the structure of a record.
+    schema_: Annotated[Literal["copal.lineage/2"], Must(f"{SCHEMA!r}")] = Field(default=SCHEMA, alias="schema")
+    model: Text
+    parent: Annotated[Parent | None, Must("a JSON object with version and digest, or null")]
+    base: Base
+    key: Sha256OrNull
+    step: Annotated[Domain | None, Must("a JSON object of a domain, or null")]
+    domains: Annotated[tuple[Domain, ...], Field(strict=False), Must("a list of domains")]
+    withdrawn: Annotated[tuple[Withdrawn, ...], Field(strict=False), Must("a list of dataset versions")]
+    settings: JsonObject
+    settings_fingerprint: Text
+    sparsity: Sparsity
+    weights_back: WholeOrNull
+    perplexity: Perplexities
+    dense_perplexity: Perplexities
+    matrix: Annotated[tuple[MatrixRow, ...], Field(strict=False), Must("a list of versions with their perplexities")]
+    perplexity_before: NumberOrNull
+    backward_transfer: NumberOrNull
+    seconds: Seconds
+    layers: Annotated[tuple[Layer, ...], Field(strict=False), Must("a list of layers")]
+    code: Code
+    libraries: Annotated[Mapping[str, Text], Must("a JSON object of versions by library")]
+    hardware: JsonObject
+    seeds: JsonObject
+    created: UtcTime
+    files: Annotated[
+        Mapping[str, Sha256],
+        Must("a JSON object of SHA-256 by path"),
+        AfterValidator(_all_inside),
+        Field(json_schema_extra={"propertyNames": {"pattern": _INSIDE}}),
+    ]
 
-    Raises:
-        LineageError: names `where` and the field, and says what the field should be.
-    """
-    if isinstance(record, dict) and record.get("schema") != SCHEMA:
-        raise LineageError(
-            f"{where}: schema is {record.get('schema')!r}, this copal reads {SCHEMA!r}; use the copal that wrote it"
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of the record's canonical JSON: the same before writing and after reading."""
+        return fingerprint(self.as_json())
+
+    @property
+    def withdraws(self) -> Withdrawn | None:
+        """What this version withdrew; None where it withdrew nothing."""
+        return self.withdrawn[-1] if self.parent is not None and self.step is None and self.withdrawn else None
+
+    def domains_at(self, version: int) -> tuple[Domain, ...]:
+        """The domains of this record of model version `version`, ready for the record of a child.
+
+        `contribution_version` None ("this version") becomes `version`.
+        """
+        return tuple(
+            domain.model_copy(update={"contribution_version": domain.made_in(version)}) for domain in self.domains
         )
-    problem = problem_with(record, SCHEMA)
-    if problem:
-        raise LineageError(f"{where}: {problem}")
-    assert isinstance(record, dict)
-    names = [domain["name"] for domain in record["domains"]]
-    if names != sorted(set(names)):
-        raise LineageError(f"{where}: domains must be sorted by name, each name once, not {shown(names)}")
-    if record["step"] is not None and record["step"] not in record["domains"]:
-        raise LineageError(f"{where}: step must be one of the domains, and {record['step']['name']!r} is not")
-    if set(record["perplexity"]) != set(record["dense_perplexity"]):
-        raise LineageError(f"{where}: perplexity and dense_perplexity must name the same domains")
-    if record["parent"] is None and (record["key"] is not None or record["step"] is not None):
-        raise LineageError(f"{where}: key and step must be null where parent is (the root of a lineage)")
-    if record["parent"] is not None and record["key"] is None:
-        raise LineageError(f"{where}: key must be there where parent is")
-    gone = withdrawal_of(record)
-    if record["parent"] is not None and record["step"] is None and (gone is None or gone["name"] in names):
-        raise LineageError(f"{where}: without a step, the last of withdrawn must be a domain that is not in domains")
+
+    def _problem(self) -> str | None:
+        names = [domain.name for domain in self.domains]
+        if names != sorted(set(names)):
+            return f"domains must be sorted by name, each name once, not {shown(names)}"
+        if self.step is not None and self.step not in self.domains:
+            return f"step must be one of the domains, and {self.step.name!r} is not"
+        if set(self.perplexity) != set(self.dense_perplexity):
+            return "perplexity and dense_perplexity must name the same domains"
+        if self.parent is None:
+            rooted = self.key is None and self.step is None
+            return None if rooted else "key and step must be null where parent is (the root of a lineage)"
+        if self.key is None:
+            return "key must be there where parent is"
+        gone = self.withdraws
+        if self.step is None and (gone is None or gone.name in names):
+            return "without a step, the last of withdrawn must be a domain that is not in domains"
+        return None
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write `record` as pretty JSON with sorted keys, whole or not at all.
+def parse_record(value: object, where: str) -> Record:
+    """The record that was read as plain JSON.
 
     Raises:
-        LineageError: the record is not valid.
+        LineageError: it is of another schema, or a field is missing or wrong; names `where` and the field.
     """
-    validate(record, str(path))
-    write_atomic(path, json_text(record))
+    if isinstance(value, dict) and value.get("schema") != SCHEMA:
+        raise LineageError(
+            f"{where}: schema is {value.get('schema')!r}, this copal reads {SCHEMA!r}; use the copal that wrote it"
+        )
+    return parse(Record, value, where)
 
 
-def read_record(path: Path, valid: set[str] | None = None) -> dict[str, Any]:
-    """Read a record and check its structure.
-
-    Args:
-        valid: digests of records whose structure was found to be right before; this one's is added.
+def read_record(path: Path) -> Record:
+    """Read a record and check it.
 
     Raises:
-        LineageError: no file, no JSON, another schema, or a field that is missing or of the wrong type.
+        LineageError: no file, no JSON, another schema, or a field that is missing or wrong.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LineageError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # also text that is not UTF-8
         raise LineageError(f"{path}: is not JSON: {error}") from error
-    try:
-        digest = fingerprint(record)
-    except ValueError:  # NaN
-        digest = ""
-    if valid is None or digest not in valid:
-        validate(record, str(path))
-    if valid is not None:
-        valid.add(digest)
-    return dict(record)
+    return parse_record(value, str(path))
 
 
-def record_digest(record: Mapping[str, Any]) -> str:
-    """SHA-256 (hexadecimal) of the record's canonical JSON: the same before writing and after reading."""
-    return fingerprint(record)
-
-
-def withdrawal_of(record: Mapping[str, Any]) -> dict[str, str] | None:
-    """{name, dvc_md5} of the domain that this version withdrew; None where it withdrew none."""
-    if record["parent"] is None or record["step"] is not None or not record["withdrawn"]:
-        return None
-    return dict(record["withdrawn"][-1])
-
-
-def domain_records(record: Mapping[str, Any], version: int) -> list[DomainRecord]:
-    """The domains of the record of model version `version`, ready for the record of a child.
-
-    `contribution_version` None ("this version") becomes `version`.
-    """
-    found = [DomainRecord(**domain) for domain in record["domains"]]
-    return [replace(d, contribution_version=version) if d.contribution_version is None else d for d in found]
-
-
-def file_digests(folder: Path, relative_to: Path) -> dict[str, str]:
-    """SHA-256 of every file below `folder`, by POSIX path relative to `relative_to`; {} where there is no folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(relative_to).as_posix(): sha256_file(path) for path in paths}
-
-
-def version_files(folder: Path) -> dict[str, str]:
-    """`file_digests` of a version's folder: of all in it but the record itself and the signature."""
-    found = file_digests(folder, folder)
-    return {name: digest for name, digest in found.items() if name not in (RECORD_FILE, SIGNATURE_FILE)}
-
-
-def verify_files(
-    record: Mapping[str, Any], folder: Path, *, sum_dropped: bool = False, contribution_dropped: bool = False
-) -> list[str]:
-    """What differs between a version's folder and its record: `missing: F`, `changed: F`, `extra: F`; [] if nothing.
-
-    Extra are files in `HASHED_FOLDERS` that the record does not name; other files beside them are not looked at.
-    `sum_dropped`, `contribution_dropped`: that part of the version's state was dropped, so that a file of it may be
-    missing, though not changed.
-    """
-    dropped = [
-        *([SUM_FOLDER] if sum_dropped else []),
-        *([CONTRIBUTION_FOLDER] if contribution_dropped else []),
-    ]
-    found: dict[str, str] = {}
-    for name in HASHED_FOLDERS:
-        found |= file_digests(folder / name, folder)
-    for name in set(record["files"]) - set(found):
-        if (folder / name).is_file():
-            found[name] = sha256_file(folder / name)
-    return file_differences(record["files"], found, dropped)
-
-
-def file_differences(wanted: Mapping[str, str], found: Mapping[str, str], dropped: Iterable[str]) -> list[str]:
-    """`missing: F`, `changed: F`, `extra: F` between {file: SHA-256} as wanted and as found; files of the folders
-    `dropped` may be missing.
-    """
-    folders = tuple(f"{folder}/" for folder in dropped)
-    differences = []
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            if not name.startswith(folders):
-                differences.append(f"missing: {name}")
-        elif name not in wanted:
-            differences.append(f"extra: {name}")
-        elif found[name] != wanted[name]:
-            differences.append(f"changed: {name}")
-    return differences
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as pretty JSON with sorted keys, whole or not at all."""
+    write_atomic(path, json_text(record.as_json()))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -318,13 +305,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def step_key(parent_version: int, domain: str, dvc_md5: str, settings_fingerprint: str) -> str:
-    """SHA-256 that names a step: the same parent, data and settings give the same key, and never two versions."""
-    return fingerprint([parent_version, domain, dvc_md5, settings_fingerprint])
-
-
-def withdrawal_key(parent_version: int, domain: str, dvc_md5: str, settings_fingerprint: str) -> str:
-    """SHA-256 that names the step that takes a domain out; never that of a `step_key`."""
-    return fingerprint([parent_version, domain, dvc_md5, settings_fingerprint, "withdrawn"])

@@ -1,75 +1,61 @@
-"""The published JSON Schemas of records and log entries (`flows/schemas/`), and one clear line on what breaks one.
+"""The published JSON Schemas of records and log entries, `schemas/*.json`: generated from the models.
 
-In those files every `description` completes the words "must be": error messages are made of it.
+To write them anew: `python -m flows.lineage.schema`. Of a field, the description completes the words "must be".
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import math
-from collections.abc import Iterable
-from datetime import datetime, timedelta
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-__all__ = ["problem_with", "schema_of", "shown"]
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
+
+from flows.lineage import entries, record
+from flows.lineage.entries import Entry
+from flows.lineage.record import Record
+
+__all__ = ["FOLDER", "published_schemas"]
+
+FOLDER = Path(__file__).with_name("schemas")
+
+_RECORD = (
+    "The record of a model version, lineage.json. Beside this, copal checks that whole numbers are written without a "
+    "fraction, that domains are sorted by name and each is there once, that step is one of them, that perplexity and "
+    "dense_perplexity name the same domains, and that key is there where parent is."
+)
+_ENTRY = (
+    "An entry of the log of a lineage. Beside this, number counts from 1, and previous is the SHA-256 of the canonical "
+    "JSON of the entry before it."
+)
 
 
-def schema_of(name: str) -> dict[str, Any]:
-    """The JSON Schema called `name`, as "copal.lineage/2"."""
-    text = (files("flows.lineage") / "schemas" / f"{name.replace('/', '.')}.json").read_text(encoding="utf-8")
-    return dict(json.loads(text))
+class _Untitled(GenerateJsonSchema):
+    """Without a title for every field, which would only repeat its name."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
 
 
-def problem_with(value: object, name: str) -> str | None:
-    """The first thing in `value` that breaks the schema `name`, as "field must be ..., not ..."; None where none does.
-
-    A number must be finite, which JSON itself sees to, and 1.0 is no integer: both have digests of their own.
-    """
-    error = next(_validator(name).iter_errors(value), None)
-    if error is None:
-        return None
-    if error.validator == "required":
-        missing = next(field for field in error.validator_value if field not in error.instance)
-        return f"{_path([*error.absolute_path, missing])} is missing"
-    if error.validator == "additionalProperties":
-        unknown = min(set(error.instance) - set(error.schema["properties"]))
-        return f"{_path([*error.absolute_path, unknown])} is not a field of {name}"
-    must_be = f"must be {error.schema['description']}, not {shown(error.instance)}"
-    return f"{_path(error.absolute_path)} {must_be}".lstrip()
-
-
-def shown(value: object) -> str:
-    """`repr`, cut to a length that a message can bear."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def published_schemas() -> dict[str, str]:
+    """The text of each schema by the name of its file in `FOLDER`."""
+    found: dict[str, tuple[str, TypeAdapter[Any]]] = {
+        record.SCHEMA: (_RECORD, TypeAdapter(Record)),
+        entries.SCHEMA: (_ENTRY, TypeAdapter(Entry)),
+    }
+    texts = {}
+    for name, (comment, adapter) in found.items():
+        head = {
+            "$schema": GenerateJsonSchema.schema_dialect,
+            "$id": f"urn:{name.replace('.', ':').replace('/', ':')}",
+            "$comment": f"{comment} Of a field, the description completes the words: must be.",
+        }
+        made = adapter.json_schema(mode="serialization", schema_generator=_Untitled)
+        texts[f"{name.replace('/', '.')}.json"] = json.dumps(head | made | {"title": name}, indent=2) + "\n"
+    return texts
 
 
-@functools.cache
-def _validator(name: str) -> Any:
-    from jsonschema import Draft202012Validator, FormatChecker
-    from jsonschema.validators import extend
-
-    types = Draft202012Validator.TYPE_CHECKER.redefine_many(
-        {"integer": lambda _, value: _is_whole(value), "number": lambda _, value: _is_finite(value)}
-    )
-    formats = FormatChecker(formats=())
-    formats.checks("date-time", raises=ValueError)(_is_utc)
-    return extend(Draft202012Validator, type_checker=types)(schema_of(name), format_checker=formats)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _is_utc(value: object) -> bool:
-    return not isinstance(value, str) or datetime.fromisoformat(value).utcoffset() == timedelta(0)
-
-
-def _path(parts: Iterable[str | int]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+if __name__ == "__main__":
+    for file, text in published_schemas().items():
+        (FOLDER / file).write_text(text, encoding="utf-8")

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from copal.errors import CopalError
-from flows.lineage.record import CONTRIBUTION_FOLDER, SIGNATURE_FILE, SUM_FOLDER
+from flows.lineage.files import CONTRIBUTION_FOLDER, SIGNATURE_FILE, SUM_FOLDER
 
 __all__ = ["SigningError", "check_key", "sign", "signature_problem"]
 

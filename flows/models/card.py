@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from flows.lineage.description import markdown_table
-from flows.lineage.record import record_digest
+from flows.lineage.figures import markdown_table
+from flows.lineage.record import Record
 
 __all__ = ["CARD_FILE", "license_of", "model_card"]
 
@@ -16,7 +14,7 @@ CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@([0-9a-f]{40})")
 
 
-def model_card(version: int, record: Mapping[str, Any], license_name: str | None) -> str:
+def model_card(version: int, record: Record, license_name: str | None) -> str:
     """The text of a version's card.
 
     Args:
@@ -24,15 +22,15 @@ def model_card(version: int, record: Mapping[str, Any], license_name: str | None
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    hub = _HUB_ID.fullmatch(record["base"]["source"])
+    hub = _HUB_ID.fullmatch(record.base.source)
     data = ModelCardData(
         base_model=hub[1] if hub else None,
         library_name="transformers",
         license=license_name,
         pipeline_tag="text-generation",
-        tags=["copal", "pruned"] if record["domains"] else ["copal"],
+        tags=["copal", "pruned"] if record.domains else ["copal"],
     )
-    title = f"# {record['model']}, version {version}"
+    title = f"# {record.model}, version {version}"
     parts = [title, _what(record), "## Domains", _domains(record), "## Sparsity", _sparsity(record)]
     parts += ["## Lineage", _lineage(version, record)]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
@@ -53,36 +51,36 @@ def license_of(folder: Path) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def _what(record: Mapping[str, Any]) -> str:
-    base = f"{_source(record)} (fingerprint `{record['base']['fingerprint']}`)"
-    if record["parent"] is None:
+def _what(record: Record) -> str:
+    base = f"{_source(record)} (fingerprint `{record.base.fingerprint}`)"
+    if record.parent is None:
         return f"The dense base model of a lineage of pruned models, from {base}. Nothing in it is pruned."
-    names = ", ".join(domain["name"] for domain in record["domains"]) or "no domain"
+    names = ", ".join(domain.name for domain in record.domains) or "no domain"
     return (
         f"A causal language model, pruned without retraining by copal for {names}. The base is {base}: masks are "
         "decided from its dense weights, with the statistics of all domains, and the weights that stay are solved for."
     )
 
 
-def _source(record: Mapping[str, Any]) -> str:
-    source = record["base"]["source"]
+def _source(record: Record) -> str:
+    source = record.base.source
     return "a local folder" if Path(source).is_absolute() else f"`{source}`"  # a path is nobody else's business
 
 
-def _domains(record: Mapping[str, Any]) -> str:
-    if not record["domains"]:
+def _domains(record: Record) -> str:
+    if not record.domains:
         return "None: no data but that of the base has gone into this version."
     rows = [
         (
-            domain["name"],
-            f"{record['perplexity'][domain['name']]:.2f}",
-            f"{record['dense_perplexity'][domain['name']]:.2f}",
-            f"{domain['evaluation_tokens']:,}",
-            f"{domain['tokens']:,}",
-            f"`{domain['dvc_md5']}`",
-            f"`{domain['git_rev']}`",
+            domain.name,
+            f"{record.perplexity[domain.name]:.2f}",
+            f"{record.dense_perplexity[domain.name]:.2f}",
+            f"{domain.evaluation_tokens:,}",
+            f"{domain.tokens:,}",
+            f"`{domain.dvc_md5}`",
+            f"`{domain.git_rev}`",
         )
-        for domain in record["domains"]
+        for domain in record.domains
     ]
     heads = ("domain", "perplexity", "dense", "predicted tokens", "calibration tokens", "DVC md5", "git revision")
     return (
@@ -92,9 +90,9 @@ def _domains(record: Mapping[str, Any]) -> str:
     )
 
 
-def _sparsity(record: Mapping[str, Any]) -> str:
-    target, counted = record["sparsity"]["target"], record["sparsity"]["counted"]
-    if record["parent"] is None:
+def _sparsity(record: Record) -> str:
+    target, counted = record.sparsity.target, record.sparsity.counted
+    if record.parent is None:
         return "The model is dense."
     said = [
         f"Of the weights of the decoder's linear layers {counted:.2%} are zero, as counted (embeddings and head are "
@@ -115,16 +113,16 @@ def _sparsity(record: Mapping[str, Any]) -> str:
     return " ".join(said)
 
 
-def _lineage(version: int, record: Mapping[str, Any]) -> str:
-    parent = record["parent"]
+def _lineage(version: int, record: Record) -> str:
+    parent = record.parent
     rows = [
         ("version", str(version)),
-        ("SHA-256 of its record", f"`{record_digest(record)}`"),
-        ("parent", "none" if parent is None else f"version {parent['version']}, record `{parent['digest']}`"),
-        ("made", f"{record['created']} by copal {record['code']['version']}"),
+        ("SHA-256 of its record", f"`{record.digest}`"),
+        ("parent", "none" if parent is None else f"version {parent.version}, record `{parent.digest}`"),
+        ("made", f"{record.created} by copal {record.code.version}"),
     ]
     return (
         f"{markdown_table(('', ''), rows)}\n\n"
-        f"`copal verify {version}` in the workspace of {record['model']} checks files, records, log, data "
+        f"`copal verify {version}` in the workspace of {record.model} checks files, records, log, data "
         "and signature."
     )

@@ -37,7 +37,7 @@ def export(registry: Registry, version: ModelVersion, target: Path, progress: Pr
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} exists and is not an empty folder; name a new one")
     record = registry.record(version)
-    digests = record["files"]
+    digests = record.files
     folder = registry.folder(version)
     names = sorted(name for name in digests if name.startswith("model/"))
     sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}

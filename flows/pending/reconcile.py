@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from copal.errors import DataError
-from flows.lineage.record import domain_records
 from flows.pending.waiting import Waiting, waiting
 from flows.project import Project
 from flows.settings import check_domain_name
@@ -63,8 +62,8 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
     now = now or datetime.now(UTC)
     head = registry.head()
     record = registry.record(head) if head else None
-    known = {entry.name: entry for entry in domain_records(record, head.number)} if head and record else {}
-    withdrawn = {(entry["name"], entry["dvc_md5"]) for entry in record["withdrawn"]} if record else set()
+    known = {entry.name: entry for entry in record.domains_at(head.number)} if head and record else {}
+    withdrawn = {(entry.name, entry.dvc_md5) for entry in record.withdrawn} if record else set()
     root, branch = data_root(workspace, settings.watch), settings.watch.branch or "HEAD"
     desired = dataset_versions(root, branch)
     missing = waiting(workspace, settings.model.name)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.project import Project, read_log
 
 if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
+    from flows.lineage.entries import Entry
+    from flows.lineage.record import Record
     from flows.registry.versions import ModelVersion
 
 __all__ = [
@@ -67,7 +69,7 @@ def lineages(project: Project) -> list[dict[str, Any]]:
                 "model": registry.model_name,
                 "head": head.number,
                 "versions": [version.number for version in versions],
-                "domains": [domain["name"] for domain in registry.record(head)["domains"]],
+                "domains": [domain.name for domain in registry.record(head).domains],
                 "aliases": {alias: version.number for version in versions for alias in version.aliases},
             }
         )
@@ -78,25 +80,25 @@ def _dataset(version: DatasetVersion) -> dict[str, Any]:
     return {"domain": version.domain, "dvc_md5": version.md5, "git_rev": version.git_rev}
 
 
-def _version(version: ModelVersion, record: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _version(version: ModelVersion, record: Record, entries: Sequence[Entry]) -> dict[str, Any]:
     from flows.gates.champion import gates_entry
 
-    step = record["step"] or {}
+    step = record.step
     entry = gates_entry(version, entries)
-    gates = entry["details"]["gates"] if entry else []
+    failed = entry.details.failed if entry else ()
     return {
         "version": version.number,
         "parent": version.parent,
-        "domain": step.get("name"),
-        "dvc_md5": step.get("dvc_md5"),
-        "git_rev": step.get("git_rev"),
+        "domain": step and step.name,
+        "dvc_md5": step and step.dvc_md5,
+        "git_rev": step and step.git_rev,
         "withdrawn": version.withdrawn,
-        "sparsity": record["sparsity"]["counted"],
-        "weights_back": record["weights_back"],
-        "perplexity": record["perplexity"],
-        "dense_perplexity": record["dense_perplexity"],
-        "seconds": record["seconds"],
+        "sparsity": record.sparsity.counted,
+        "weights_back": record.weights_back,
+        "perplexity": dict(record.perplexity),
+        "dense_perplexity": dict(record.dense_perplexity),
+        "seconds": record.seconds.as_json(),
         "gates": version.gates,
-        "failed": {gate["name"]: gate["detail"] for gate in gates if not gate["passed"]},
+        "failed": {gate.name: gate.detail for gate in failed},
         "aliases": list(version.aliases),
     }

@@ -7,9 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from flows.lineage.record import RECORD_FILE, LineageError, read_record, record_digest, verify_files, write_record
+from flows.lineage.files import verify_files
+from flows.lineage.record import RECORD_FILE, LineageError, Record, read_record, write_record
 from flows.registry.errors import RegistryError
 from flows.registry.store import Store, local_path
 from flows.registry.versions import DROPPED, ModelVersion
@@ -22,7 +22,7 @@ class Artifacts:
 
     def __init__(self, store: Store, cache: Path) -> None:
         self._store, self._cache = store, cache / store.model_name
-        self._records: dict[str, dict[str, Any]] = {}  # by digest, which is checked when one is read
+        self._records: dict[str, Record] = {}  # by digest, which is checked when one is read
 
     def folder(self, version: ModelVersion) -> Path:
         """See `Registry.folder`."""
@@ -48,13 +48,13 @@ class Artifacts:
                     folder.rename(target)
         return target
 
-    def record(self, version: ModelVersion) -> dict[str, Any]:
+    def record(self, version: ModelVersion) -> Record:
         """See `Registry.record`."""
         if version.digest not in self._records:
             self._records[version.digest] = self._read_record(version)
         return self._records[version.digest]
 
-    def _read_record(self, version: ModelVersion) -> dict[str, Any]:
+    def _read_record(self, version: ModelVersion) -> Record:
         local = local_path(version.location)
         if local is not None:
             return self._checked(version, local / RECORD_FILE)
@@ -126,9 +126,9 @@ class Artifacts:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _checked(self, version: ModelVersion, path: Path) -> dict[str, Any]:
+    def _checked(self, version: ModelVersion, path: Path) -> Record:
         record = read_record(path)
-        if record_digest(record) != version.digest:
+        if record.digest != version.digest:
             raise LineageError(
                 f"{path}: is not the record that version {version.number} of {self._store.model_name} was registered "
                 "with (its digest differs): it was altered, bring the original back"

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from copal.files import sha256_file
 from flows.lineage.description import model_description, run_title, version_description
-from flows.lineage.record import RECORD_FILE, SIGNATURE_FILE, verify_files, write_record
+from flows.lineage.files import SIGNATURE_FILE, verify_files
+from flows.lineage.record import RECORD_FILE, Record, write_record
 from flows.lineage.signing import sign
 from flows.registry.errors import HeadMovedError, LineageConflictError, RegistryError
 from flows.registry.runs import DomainMetrics, log_results, run_name, run_start, run_tags
@@ -35,7 +36,7 @@ __all__ = ["adopt", "check_base", "check_head", "publish", "sealed_files", "swee
 _LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
 
 
-def sealed_files(folder: Path, record: Mapping[str, Any], key: Path | None) -> dict[str, str]:
+def sealed_files(folder: Path, record: Record, key: Path | None) -> dict[str, str]:
     """Complete the folder of a version: write its record and, with a `key`, its signature.
 
     Returns:
@@ -60,7 +61,7 @@ def sealed_files(folder: Path, record: Mapping[str, Any], key: Path | None) -> d
 def publish(
     store: Store,
     folder: Path,
-    record: Mapping[str, Any],
+    record: Record,
     tags: Mapping[str, str],
     *,
     metrics: Sequence[DomainMetrics],
@@ -147,13 +148,13 @@ def sweep(store: Store, seen: Snapshot) -> None:
             _sweep(store, client, store.experiment(client), seen, shown[-1])
 
 
-def check_base(model_name: str, record: Mapping[str, Any], version: ModelVersion) -> None:
+def check_base(model_name: str, record: Record, version: ModelVersion) -> None:
     """Check that a record is of the same dense base as a version.
 
     Raises:
         LineageConflictError: it is not.
     """
-    ours, theirs = record["base"]["fingerprint"], version.tags["copal.base_fingerprint"]
+    ours, theirs = record.base.fingerprint, version.tags["copal.base_fingerprint"]
     if ours != theirs:
         raise LineageConflictError(
             f"another base under the same model name: {model_name} was started from base {theirs}, "
@@ -175,12 +176,12 @@ def check_head(model_name: str, versions: Sequence[ModelVersion], expected: int 
         )
 
 
-def _make_name(store: Store, client: MlflowClient, record: Mapping[str, Any]) -> None:
+def _make_name(store: Store, client: MlflowClient, record: Record) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
         client.create_registered_model(
-            store.model_name, description=model_description(store.model_name, record["base"]["source"])
+            store.model_name, description=model_description(store.model_name, record.base.source)
         )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -231,7 +232,7 @@ def _undo(store: Store, client: MlflowClient, run_id: str, model: Any) -> None:
         end_run(client, run_id, "FAILED")
 
 
-def _tell_number(store: Store, client: MlflowClient, version: ModelVersion, record: Mapping[str, Any]) -> None:
+def _tell_number(store: Store, client: MlflowClient, version: ModelVersion, record: Record) -> None:
     """Tell the number of the dense base in the name of its run and in its description."""
     assert version.run_id is not None
     client.update_run(version.run_id, name=run_title(version.number, None, None))

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flows.lineage.record import CONTRIBUTION_FOLDER, SUM_FOLDER, validate
+from flows.lineage.entries import GatesEntry
+from flows.lineage.files import CONTRIBUTION_FOLDER, SUM_FOLDER
+from flows.lineage.record import Record
 from flows.lineage.signing import check_key
 from flows.registry.artifacts import Artifacts
 from flows.registry.errors import AliasMovedError, LineageConflictError, RegistryError
@@ -181,7 +183,7 @@ class Registry:
         """
         return self._artifacts.folder(version)
 
-    def record(self, version: ModelVersion) -> dict[str, Any]:
+    def record(self, version: ModelVersion) -> Record:
         """The version's lineage record, checked against the digest in the registry. Fetches no weights.
 
         Raises:
@@ -251,8 +253,8 @@ class Registry:
             LineageConflictError: `head` was pruned to another one.
         """
         record = self.record(head)
-        before = record["sparsity"]["target"]
-        if record["parent"] is not None and before != target:  # the root is dense, it has no pattern
+        before = record.sparsity.target
+        if record.parent is not None and before != target:  # the root is dense, it has no pattern
             raise LineageConflictError(
                 f"another sparsity under the same model name: {self.model_name} is pruned to {before}, not to "
                 f"{target}; set prune.sparsity back, or choose another model.name"
@@ -261,7 +263,7 @@ class Registry:
     def register(
         self,
         folder: Path,
-        record: Mapping[str, Any],
+        record: Record,
         *,
         metrics: Sequence[DomainMetrics],
         parent: ModelVersion | None,
@@ -287,13 +289,11 @@ class Registry:
         Raises:
             HeadMovedError: the head is not `expected_head` any more.
             LineageConflictError: another base or sparsity pattern under the same model name.
-            LineageError: the record is not valid.
             RegistryError: the files are not those of the record, or the store fails.
             SigningError: the version cannot be signed.
         """
-        validate(record)
-        if record["model"] != self.model_name:
-            raise RegistryError(f"the record is of model {record['model']!r}, model.name is {self.model_name!r}")
+        if record.model != self.model_name:
+            raise RegistryError(f"the record is of model {record.model!r}, model.name is {self.model_name!r}")
         versions = self.versions()
         if parent is None and versions:
             check_base(self.model_name, record, versions[0])
@@ -315,14 +315,16 @@ class Registry:
         )
         return version
 
-    def _check_parent(self, record: Mapping[str, Any], parent: ModelVersion | None) -> None:
+    def _check_parent(self, record: Record, parent: ModelVersion | None) -> None:
         digest = {"version": parent.number, "digest": parent.digest} if parent else None
-        if record["parent"] != digest:
-            raise RegistryError(f"the record's parent is {record['parent']}, the version's parent is {digest}")
+        named = record.parent.as_json() if record.parent else None
+        if named != digest:
+            raise RegistryError(f"the record's parent is {named}, the version's parent is {digest}")
         if parent is None:
             return
         check_base(self.model_name, record, parent)
-        self.check_sparsity(parent, record["sparsity"]["target"])
+        assert record.sparsity.target is not None  # only a root has none
+        self.check_sparsity(parent, record.sparsity.target)
 
     def adopt(self, logged_model: str) -> None:
         """Publish the artifacts that a process had sealed before it died; nothing where they are published or void.
@@ -390,7 +392,7 @@ class Registry:
                 client.delete_registered_model_alias(self.model_name, name)
         self._seen = self._look().with_alias(name, number)
 
-    def show_gates(self, version: ModelVersion, entry: Mapping[str, Any], files: Path, description: str | None) -> None:
+    def show_gates(self, version: ModelVersion, entry: GatesEntry, files: Path, description: str | None) -> None:
         """Show the gates of a version on it and on its run; the tag `copal.gates` is set last.
 
         Args:
@@ -402,11 +404,11 @@ class Registry:
             RegistryError: the store fails.
         """
         with self._store.client() as client:
-            log_gates(client, version, entry["details"]["gates"], files)
+            log_gates(client, version, entry.details.gates, files)
             if description is not None:
                 client.update_model_version(self.model_name, str(version.number), description)
-        verdict = "passed" if entry["details"]["passed"] else "failed"
-        self._tag_version(version.number, {LOG_ENTRY: str(entry["number"]), GATES: verdict})
+        verdict = "passed" if entry.details.passed else "failed"
+        self._tag_version(version.number, {LOG_ENTRY: str(entry.number), GATES: verdict})
 
     def log_page(self, version: ModelVersion, html: str) -> None:
         """Keep the page of the lineage with the run that made a version, as `lineage.html`.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.lineage.description import run_title
-from flows.lineage.record import flatten, withdrawal_of
+from flows.lineage.entries import GateResult
+from flows.lineage.record import Record, flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,19 +38,20 @@ class DomainMetrics:
     tokens: int
 
 
-def run_name(record: Mapping[str, Any]) -> str:
+def run_name(record: Record) -> str:
     """What the step of a record did, in two words; the number of its version is told once it has one."""
-    return run_title(None, (record["step"] or {}).get("name"), (withdrawal_of(record) or {}).get("name"))
+    gone = record.withdraws
+    return run_title(None, record.step.name if record.step else None, gone.name if gone else None)
 
 
-def run_start(record: Mapping[str, Any]) -> int:
+def run_start(record: Record) -> int:
     """When a run that ends now began (ms), for it to last as long as the step worked, earlier processes included."""
-    return int(1000 * (time.time() - sum(record["seconds"].values())))
+    return int(1000 * (time.time() - record.seconds.total))
 
 
-def run_tags(record: Mapping[str, Any]) -> dict[str, str]:
+def run_tags(record: Record) -> dict[str, str]:
     """The tags of a run by which MLflow's UI shows where it comes from."""
-    commit = record["code"]["git_commit"]
+    commit = record.code.git_commit
     # Both are documented by MLflow; only `mlflow.start_run` sets them by itself, to the repository of the caller.
     return {"mlflow.source.name": "copal", **({"mlflow.source.git.commit": commit} if commit else {})}
 
@@ -59,7 +61,7 @@ def log_results(
     run_id: str,
     model_id: str,
     parent: ModelVersion | None,
-    record: Mapping[str, Any],
+    record: Record,
     metrics: Sequence[DomainMetrics],
 ) -> None:
     """Log a step's settings and figures, and link its run to the data, the parent and the model: three calls."""
@@ -71,7 +73,7 @@ def log_results(
         client.log_inputs(run_id, datasets=inputs, models=parents)
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     logged = _figures(run_id, model_id, record, metrics)
-    params = [Param(name, _param(value)) for name, value in flatten(record["settings"])]
+    params = [Param(name, _param(value)) for name, value in flatten(record.settings)]
     client.log_batch(run_id, metrics=logged[:_METRICS_PER_BATCH], params=params, synchronous=True)
     for start in range(_METRICS_PER_BATCH, len(logged), _METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=logged[start : start + _METRICS_PER_BATCH], synchronous=True)
@@ -84,7 +86,7 @@ def _dataset(domain: DomainMetrics) -> Dataset:
     return Dataset(domain.domain, domain.dvc_md5, source_type="dvc", source=json.dumps(source))
 
 
-def _figures(run_id: str, model_id: str, record: Mapping[str, Any], metrics: Sequence[DomainMetrics]) -> list[Metric]:
+def _figures(run_id: str, model_id: str, record: Record, metrics: Sequence[DomainMetrics]) -> list[Metric]:
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -111,12 +113,12 @@ def _figures(run_id: str, model_id: str, record: Mapping[str, Any], metrics: Seq
         ]
         logged.append(Metric(f"perplexity.{domain.domain}", domain.perplexity, now, 0, run_id=run_id))
     flat = {
-        "sparsity": record["sparsity"]["counted"],
-        "weights_back": record["weights_back"],
-        "perplexity_before": record["perplexity_before"],
-        "backward_transfer": record["backward_transfer"],
-        "seconds": sum(record["seconds"].values()),
-        **{f"seconds.{name}": value for name, value in record["seconds"].items()},
+        "sparsity": record.sparsity.counted,
+        "weights_back": record.weights_back,
+        "perplexity_before": record.perplexity_before,
+        "backward_transfer": record.backward_transfer,
+        "seconds": record.seconds.total,
+        **{f"seconds.{name}": value for name, value in record.seconds.as_json().items()},
     }
     logged += [
         Metric(name, value, now, 0, model_id=model_id, run_id=run_id)
@@ -126,7 +128,7 @@ def _figures(run_id: str, model_id: str, record: Mapping[str, Any], metrics: Seq
     return logged
 
 
-def log_gates(client: MlflowClient, version: ModelVersion, gates: Sequence[Mapping[str, Any]], files: Path) -> None:
+def log_gates(client: MlflowClient, version: ModelVersion, gates: Sequence[GateResult], files: Path) -> None:
     """Show gate results on the run that made a version, as metrics, keep the files in a folder as its artifacts, and
     give it the version's number: two calls.
     """
@@ -135,8 +137,8 @@ def log_gates(client: MlflowClient, version: ModelVersion, gates: Sequence[Mappi
     if version.run_id is None:
         return
     now = int(time.time() * 1000)
-    figures = {f"gate.{gate['name']}.passed": float(gate["passed"]) for gate in gates}
-    figures |= {f"gate.{gate['name']}": gate["value"] for gate in gates if gate["value"] is not None}
+    figures = {f"gate.{gate.name}.passed": float(gate.passed) for gate in gates}
+    figures |= {f"gate.{gate.name}": gate.value for gate in gates if gate.value is not None}
     tags = {
         "mlflow.runName": run_title(version.number, version.tags.get("copal.domain"), version.withdrawn),
         # By hand, for `log_table` would add to the rows of an earlier judgement, and costs three calls.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flows.lineage.record import CONTRIBUTION_FOLDER, SUM_FOLDER, record_digest, withdrawal_of
+from flows.lineage.files import CONTRIBUTION_FOLDER, SUM_FOLDER
+from flows.lineage.record import Record
 from flows.registry.store import pages
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class ModelVersion:
 
     @property
     def dropped(self) -> dict[str, bool]:
-        """What `flows.lineage.record.verify_files` has to know of what was dropped."""
+        """What `flows.lineage.files.verify_files` has to know of what was dropped."""
         return {"sum_dropped": self.sum_dropped, "contribution_dropped": self.contribution_dropped}
 
     @property
@@ -189,19 +190,19 @@ def published(versions: Sequence[ModelVersion]) -> list[ModelVersion]:
     return shown
 
 
-def tags_of(record: Mapping[str, Any]) -> dict[str, str]:
+def tags_of(record: Record) -> dict[str, str]:
     """The tags of a version that say what its record says."""
-    step, parent = record["step"] or {}, record["parent"] or {}
+    step, gone = record.step, record.withdraws
     tags = {
-        "copal.domain": step.get("name"),
-        "copal.dvc_md5": step.get("dvc_md5"),
-        "copal.git_rev": step.get("git_rev"),
-        _WITHDRAWN: (withdrawal_of(record) or {}).get("name"),
-        "copal.parent_version": parent.get("version"),
-        "copal.key": record["key"],
-        "copal.settings_fingerprint": record["settings_fingerprint"],
-        "copal.sparsity": record["sparsity"]["counted"],
-        "copal.base_fingerprint": record["base"]["fingerprint"],
-        "copal.lineage_digest": record_digest(record),
+        "copal.domain": step and step.name,
+        "copal.dvc_md5": step and step.dvc_md5,
+        "copal.git_rev": step and step.git_rev,
+        _WITHDRAWN: gone and gone.name,
+        "copal.parent_version": record.parent and record.parent.version,
+        "copal.key": record.key,
+        "copal.settings_fingerprint": record.settings_fingerprint,
+        "copal.sparsity": record.sparsity.counted,
+        "copal.base_fingerprint": record.base.fingerprint,
+        "copal.lineage_digest": record.digest,
     }
     return {name: str(value) for name, value in tags.items() if value is not None}

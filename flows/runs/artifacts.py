@@ -14,7 +14,8 @@ from prefect.exceptions import PrefectException
 from prefect.logging import get_logger
 
 from copal.progress import Progress
-from flows.gates.judge import GateResult, failed, four_digits
+from flows.gates.judge import GateResult, failed
+from flows.lineage.figures import four_digits
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from copal.files import freed_bytes
 from flows.data.fetch import drop_copies
+from flows.lineage.entries import PurgeDetails
 from flows.project import Project, append_log, read_log
 from flows.step.staging import run_folders
 
@@ -52,25 +53,25 @@ def purge_domain(project: Project, domain: str, why: str) -> Purged:
     registry = project.registry
     head = registry.head()
     assert head is not None
-    gone = next(entry for entry in reversed(registry.record(head)["withdrawn"]) if entry["name"] == domain)
+    gone = next(entry for entry in reversed(registry.record(head).withdrawn) if entry.name == domain)
     deleted, traces, size = [], [], 0
     for folder in run_folders(project):
         size += freed_bytes(folder)
         shutil.rmtree(folder)
     for version in registry.versions():
         record = registry.record(version)
-        held = next((entry for entry in record["domains"] if entry["name"] == domain), None)
+        held = next((entry for entry in record.domains if entry.name == domain), None)
         if held is None:
             continue
         traces.append(version.number)
         size += registry.drop_sum(version)
-        if held["contribution_version"] is None:
+        if held.contribution_version is None:
             deleted.append(version.number)
             size += registry.drop_contribution(version)
     heads = [lineage.record(newest) for lineage in registry.lineages() if (newest := lineage.head())]
-    size += drop_copies(project.workspace.cache, {entry["dvc_md5"] for record in heads for entry in record["domains"]})
+    size += drop_copies(project.workspace.cache, {entry.dvc_md5 for record in heads for entry in record.domains})
     registry.sweep()
-    details = {"domain": domain, "dvc_md5": gone["dvc_md5"], "deleted": deleted, "traces": traces}
-    if not any(entry["kind"] == "purge" and entry["details"] == details for entry in read_log(project)):
+    details = PurgeDetails(domain=domain, dvc_md5=gone.dvc_md5, deleted=tuple(deleted), traces=tuple(traces))
+    if not any(entry.kind == "purge" and entry.details == details for entry in read_log(project)):
         append_log(project, "purge", why=why, details=details)
     return Purged(domain=domain, deleted=tuple(deleted), traces=tuple(traces), size=size)

@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from copal.progress import Progress, silent
-from flows.lineage.record import DomainRecord, build_record, record_digest, version_files
+from flows.lineage.files import version_files
+from flows.lineage.record import Base, Code, Domain, Layer, MatrixRow, Parent, Record, Seconds, Sparsity, Withdrawn
 from flows.machine import surroundings
 from flows.project import Project, hold_lineage
 from flows.registry.flavor import write_flavor
@@ -57,40 +58,40 @@ def register_step(
     when_newest = _perplexity_when_newest(registry, step.earlier)
     now = {name: evaluation.perplexity[name] for name in when_newest}
     write_flavor(step.out)
-    data = {"name": step.version.domain, "dvc_md5": step.version.md5}  # of a domain's other data the tombstone stays
-    withdrawn = [entry for entry in parent_record["withdrawn"] if entry != data] + ([data] if step.withdraws else [])
-    record = build_record(
+    data = Withdrawn(name=step.version.domain, dvc_md5=step.version.md5)  # of a domain's other data the tombstone stays
+    withdrawn = (*(entry for entry in parent_record.withdrawn if entry != data), *([data] if step.withdraws else []))
+    record = Record(
         model=settings.model.name,
-        parent={"version": step.head, "digest": record_digest(parent_record)},
-        base=parent_record["base"],
+        parent=Parent(version=step.head, digest=parent_record.digest),
+        base=parent_record.base,
         key=step.key,
         step=next((domain for domain in evaluation.domains if domain.contribution_version is None), None),
         domains=evaluation.domains,
         withdrawn=withdrawn,
         settings=_recorded(settings),
         settings_fingerprint=settings.fingerprint(),
-        sparsity={"target": settings.prune.sparsity, "counted": report.sparsity},
+        sparsity=Sparsity(target=settings.prune.sparsity, counted=report.sparsity),
         weights_back=report.weights_back if step.parent else None,
         perplexity=evaluation.perplexity,
         dense_perplexity=evaluation.dense,
         matrix=_matrix(parent_record, step.head, evaluation.perplexity),
         perplexity_before=evaluation.before,
         backward_transfer=backward_transfer(when_newest, now),
-        seconds={**report.seconds, "evaluate": evaluation.seconds},
-        layers=[
-            {
-                "name": layer.name,
-                "tokens": layer.tokens,
-                "sparsity": layer.zeros / layer.weights,
-                "weights_back": layer.weights_back if step.parent else None,
-                "layer_error_before": layer.error_before,
-                "layer_error_after": layer.error_after,
-                "response_shift": layer.response_shift,
-                "damping": layer.damping,
-            }
+        seconds=Seconds(**report.seconds, evaluate=evaluation.seconds),
+        layers=tuple(
+            Layer(
+                name=layer.name,
+                tokens=layer.tokens,
+                sparsity=layer.zeros / layer.weights,
+                weights_back=layer.weights_back if step.parent else None,
+                layer_error_before=layer.error_before,
+                layer_error_after=layer.error_after,
+                response_shift=layer.response_shift,
+                damping=layer.damping,
+            )
             for layer in report.layers
-        ],
-        **surroundings(settings),
+        ),
+        **_surroundings(settings),
         files=version_files(step.out),
     )
     metrics = [
@@ -127,26 +128,26 @@ def register_root(project: Project, base: BaseModel, progress: Progress = silent
         staged = Path(folder)
         shutil.copytree(base.folder, staged / "model", copy_function=_link_or_copy)
         write_flavor(staged)
-        record = build_record(
+        record = Record(
             model=settings.model.name,
             parent=None,
-            base={"fingerprint": base.fingerprint, "source": base.source},
+            base=Base(fingerprint=base.fingerprint, source=base.source),
             key=None,
             step=None,
             domains=(),
             withdrawn=(),
             settings=_recorded(settings),
             settings_fingerprint=settings.fingerprint(),
-            sparsity={"target": None, "counted": 0.0},
+            sparsity=Sparsity(target=None, counted=0.0),
             weights_back=None,
             perplexity={},
             dense_perplexity={},
             matrix=(),
             perplexity_before=None,
             backward_transfer=None,
-            seconds={"statistics": 0.0, "solve": 0.0, "evaluate": 0.0},
+            seconds=Seconds(statistics=0.0, solve=0.0, evaluate=0.0),
             layers=(),
-            **surroundings(settings),
+            **_surroundings(settings),
             files=version_files(staged),
         )
         registered = project.registry.register(
@@ -165,21 +166,24 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _perplexity_when_newest(registry: Registry, earlier: tuple[DomainRecord, ...]) -> dict[str, float]:
+def _perplexity_when_newest(registry: Registry, earlier: tuple[Domain, ...]) -> dict[str, float]:
     """For each earlier domain its perplexity in the version that its data version made, on the same windows."""
     found = {}
     for entry in earlier:
         assert entry.contribution_version is not None
         record = registry.record(registry.version(entry.contribution_version))
-        if record["step"]["evaluation_digest"] == entry.evaluation_digest:
-            found[entry.name] = record["perplexity"][entry.name]
+        if record.step is not None and record.step.evaluation_digest == entry.evaluation_digest:
+            found[entry.name] = record.perplexity[entry.name]
     return found
 
 
-def _matrix(parent: Mapping[str, Any], number: int, perplexity: Mapping[str, float]) -> list[dict[str, Any]]:
+def _matrix(parent: Record, number: int, perplexity: Mapping[str, float]) -> tuple[MatrixRow, ...]:
     """The parent's rows of perplexities, its own with its number now, and the new version's."""
-    rows = [row if row["version"] is not None else {**row, "version": number} for row in parent["matrix"]]
-    return [*rows, {"version": None, "perplexity": perplexity}]
+    rows = [
+        MatrixRow(version=number if row.version is None else row.version, perplexity=row.perplexity)
+        for row in parent.matrix
+    ]
+    return (*rows, MatrixRow(version=None, perplexity=perplexity))
 
 
 def _recorded(settings: Settings) -> dict[str, Any]:
@@ -188,3 +192,8 @@ def _recorded(settings: Settings) -> dict[str, Any]:
         section: {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
         for section, values in settings.as_dict().items()
     }
+
+
+def _surroundings(settings: Settings) -> dict[str, Any]:
+    found = surroundings(settings)
+    return {**found, "code": Code(**found["code"])}

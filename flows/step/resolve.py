@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from copal.errors import CopalError
 from flows.data.recorded import dataset_of
-from flows.lineage.record import DomainRecord, domain_records, step_key, withdrawal_key
+from flows.lineage.keys import step_key, withdrawal_key
+from flows.lineage.record import Domain
 from flows.project import Project
 from flows.settings import check_domain_name
 
@@ -67,7 +68,7 @@ class Step:
     run: Path
     version: DatasetVersion
     key: str
-    earlier: tuple[DomainRecord, ...]
+    earlier: tuple[Domain, ...]
     withdraws: bool = False
     why: str | None = None
 
@@ -110,10 +111,10 @@ def find_step(project: Project, domain: str, rev: str | None) -> tuple[ModelVers
     version = dataset_version(data_root(project.workspace, watch, rev), domain, rev or watch.branch or "HEAD")
     head = _head(project)
     record = project.registry.record(head)
-    known = {entry.name: entry for entry in domain_records(record, head.number)}
+    known = {entry.name: entry for entry in record.domains_at(head.number)}
     settings_fingerprint = project.settings.fingerprint()
     same_data = domain in known and known[domain].dvc_md5 == version.md5
-    if same_data and record["settings_fingerprint"] == settings_fingerprint:
+    if same_data and record.settings_fingerprint == settings_fingerprint:
         return None
     return head, version, step_key(head.number, domain, version.md5, settings_fingerprint)
 
@@ -132,9 +133,9 @@ def resolve_withdrawal(project: Project, domain: str, why: str) -> Step | None:
         raise WithdrawError(f"say why {domain} is withdrawn, in 1 to {_LONGEST_WHY} characters: the log keeps it")
     head = _head(project)
     record = project.registry.record(head)
-    known = {entry.name: entry for entry in domain_records(record, head.number)}
+    known = {entry.name: entry for entry in record.domains_at(head.number)}
     if domain not in known:
-        if any(entry["name"] == domain for entry in record["withdrawn"]):
+        if any(entry.name == domain for entry in record.withdrawn):
             return None
         raise WithdrawError(
             f"version {head.number} of {project.name} does not know {domain}; "
@@ -183,12 +184,12 @@ def step_on(
     root = registry.root()
     assert root is not None
     record = registry.record(parent)
-    known = domain_records(record, parent.number)
+    known = record.domains_at(parent.number)
     versions = {entry.contribution_version for entry in known if entry.contribution_version is not None}
     return Step(
         head=parent.number,
         base=registry.folder(root) / "model",
-        base_fingerprint=record["base"]["fingerprint"],
+        base_fingerprint=record.base.fingerprint,
         parent=registry.folder(parent) if known else None,
         states={number: registry.folder(registry.version(number)) / "state" for number in sorted(versions)},
         model=registry.model_name,

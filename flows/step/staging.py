@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.errors import StateError
 from copal.files import write_atomic
-from flows.lineage.record import DomainRecord
+from flows.lineage.record import Domain
 from flows.machine import code_version
 from flows.project import Project
 from flows.step.resolve import Step
@@ -30,6 +30,7 @@ __all__ = [
     "EVALUATION_FILE",
     "Evaluation",
     "discard",
+    "evaluation_text",
     "prepare",
     "run_folders",
     "staged_evaluation",
@@ -47,7 +48,7 @@ class Evaluation:
     perplexity: Mapping[str, float]
     dense: Mapping[str, float]
     before: float | None
-    domains: tuple[DomainRecord, ...]
+    domains: tuple[Domain, ...]
     seconds: float
 
 
@@ -90,7 +91,12 @@ def staged_evaluation(step: Step) -> Evaluation | None:
     if not path.is_file():
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
-    return Evaluation(**values | {"domains": tuple(DomainRecord(**domain) for domain in values["domains"])})
+    return Evaluation(**values | {"domains": tuple(Domain(**domain) for domain in values["domains"])})
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """What `staged_evaluation` reads."""
+    return json.dumps(asdict(evaluation) | {"domains": [domain.as_json() for domain in evaluation.domains]})
 
 
 def run_folders(project: Project) -> dict[Path, int | None]:

@@ -5,10 +5,8 @@ They take and give paths, ids and small values, never tensors.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +14,12 @@ from copal.errors import DataError
 from copal.files import write_atomic
 from copal.progress import Progress, silent
 from flows.data.recorded import dataset_of
-from flows.lineage.record import DomainRecord
+from flows.lineage.record import Domain
 from flows.machine import device_and_dtype
 from flows.project import Project
 from flows.settings import Settings
 from flows.step.resolve import Step
-from flows.step.staging import EVALUATION_FILE, Evaluation
+from flows.step.staging import EVALUATION_FILE, Evaluation, evaluation_text
 
 if TYPE_CHECKING:
     from copal.calibration import DomainWindows
@@ -114,7 +112,7 @@ def evaluate_step(
     windows = {name: windows_of(step, name, Path(folder), settings) for name, folder in sorted(data.items())}
     tokens = {name: found.evaluation for name, found in windows.items()}
 
-    recorded = registry.record(registry.version(step.head))["dense_perplexity"]
+    recorded = registry.record(registry.version(step.head)).dense_perplexity
     unchanged = {
         entry.name for entry in step.earlier if entry.evaluation_digest == windows[entry.name].evaluation_digest
     }
@@ -136,17 +134,18 @@ def evaluate_step(
     dense |= found.get("dense", {})
     before = None if new is None else found.get("before", dense)[new]
     domains = [
-        replace(
-            entry,
-            evaluation_digest=windows[entry.name].evaluation_digest,
-            evaluation_tokens=_predicted(windows[entry.name]),
+        entry.model_copy(
+            update={
+                "evaluation_digest": windows[entry.name].evaluation_digest,
+                "evaluation_tokens": _predicted(windows[entry.name]),
+            }
         )
         for entry in step.earlier
     ]
     if new is not None:
         own = next(entry for entry in report.manifest.domains if entry.name == new)
         domains.append(
-            DomainRecord(
+            Domain(
                 name=new,
                 path=step.version.path,
                 dvc_md5=step.version.md5,
@@ -167,7 +166,7 @@ def evaluate_step(
         domains=tuple(sorted(domains, key=lambda domain: domain.name)),
         seconds=time.perf_counter() - began,
     )
-    write_atomic(step.run / EVALUATION_FILE, json.dumps(asdict(evaluation)))
+    write_atomic(step.run / EVALUATION_FILE, evaluation_text(evaluation))
     return evaluation
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.lineage.history import printable
+from flows.lineage.figures import figure, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -101,8 +101,8 @@ def _show_diff(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
         [
             (
                 one["domain"],
-                _figure(one["a"]),
-                _figure(one["b"]),
+                figure(one["a"], nothing=""),
+                figure(one["b"], nothing=""),
                 _percent(one["change"])
                 if one["comparable"]
                 else ("other tokens" if None not in (one["a"], one["b"]) else ""),
@@ -122,9 +122,9 @@ def _show_worse(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
             (
                 one["domain"],
                 f"version {one['newest_in']}",
-                _figure(one["perplexity_when_newest"]),
+                figure(one["perplexity_when_newest"]),
                 f"version {one['version']}",
-                _figure(one["perplexity"]),
+                figure(one["perplexity"]),
                 _percent(one["change"]),
                 f"version {one['worst']['version']} ({one['worst']['step']}), {_percent(one['worst']['change'])}"
                 if one["worst"]
@@ -154,10 +154,6 @@ def _show_whose(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
 
 def _numbers(numbers: Sequence[int]) -> str:
     return f"version{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def _percent(share: float | None) -> str:

@@ -13,7 +13,8 @@ from copal.errors import CopalError
 from copal.progress import Progress, silent
 from flows.data.fetch import fetch_version
 from flows.data.recorded import dataset_of
-from flows.lineage.record import DomainRecord, domain_records, verify_files, withdrawal_of
+from flows.lineage.files import verify_files
+from flows.lineage.record import Record
 from flows.machine import surroundings
 from flows.params import recorded_settings
 from flows.project import Project
@@ -77,7 +78,7 @@ def replay(
     """
     workspace, registry = project.workspace, project.registry
     record = registry.record(version)
-    if record["parent"] is None:
+    if record.parent is None:
         raise ReplayError(f"version {version.number} is the dense base: nothing was computed")
     if keep is not None and keep.exists():
         raise ReplayError(f"{keep} exists; name a new folder")
@@ -85,7 +86,7 @@ def replay(
     problems = [line for line in verify_files(record, folder, **version.dropped) if ": model/" in line]
     if problems:
         raise ReplayError(f"version {version.number}: {problems[0]}; bring the stored model back from a copy first")
-    settings = recorded_settings(record["settings"], f"the record of version {version.number}")
+    settings = recorded_settings(record.settings, f"the record of version {version.number}")
     watch = project.settings.watch
     workspace.runs.mkdir(parents=True, exist_ok=True)
     with exclusive(workspace), TemporaryDirectory(prefix="replay-", dir=workspace.runs) as scratch:
@@ -104,12 +105,12 @@ def replay(
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(made, keep)
-    now = surroundings(settings)
+    then, now = record.as_json(), surroundings(settings)
     differ = {
-        f"{part}.{name}": (str(record[part].get(name)), str(now[part].get(name)))
+        f"{part}.{name}": (str(then[part].get(name)), str(now[part].get(name)))
         for part in ("libraries", "hardware", "code")
-        for name in sorted({*record[part], *now[part]})
-        if record[part].get(name) != now[part].get(name)
+        for name in sorted({*then[part], *now[part]})
+        if then[part].get(name) != now[part].get(name)
     }
     return Replay(
         version=version.number,
@@ -129,22 +130,22 @@ def _from_data(
     """
     record, root = registry.record(version), registry.root()
     assert root is not None
-    entries = sorted(domain_records(record, version.number), key=lambda entry: entry.contribution_version or 0)
+    entries = sorted(record.domains_at(version.number), key=lambda entry: entry.contribution_version or 0)
     cheap = replace(settings.prune, rounds=(1.0,), iterations=1)
     parent = None
     for place, entry in enumerate(entries, start=1):
         came = registry.record(registry.version(entry.contribution_version or version.number))
-        then = recorded_settings(came["settings"], f"the record of version {entry.contribution_version}")
+        then = recorded_settings(came.settings, f"the record of version {entry.contribution_version}")
         step = Step(
             model=registry.model_name,
             head=place,
             base=registry.folder(root) / "model",
-            base_fingerprint=record["base"]["fingerprint"],
+            base_fingerprint=record.base.fingerprint,
             parent=parent,
             states={},
             run=scratch / entry.name,
             version=dataset_of(entry),
-            key=record["key"],
+            key=_key(record),
             earlier=tuple(entries[: place - 1]),
         )
         yield then.model_copy(update={"prune": settings.prune if place == len(entries) else cheap}), step
@@ -156,13 +157,18 @@ def _last_step(
 ) -> Iterator[tuple[Settings, Step]]:
     """The step that made the version, on its parent."""
     record = registry.record(version)
-    parent = registry.version(record["parent"]["version"])
-    gone = withdrawal_of(record)
-    entry = record["step"]
+    assert record.parent is not None
+    parent = registry.version(record.parent.version)
+    gone, entry = record.withdraws, record.step
     if gone is not None:
-        entry = next(each for each in registry.record(parent)["domains"] if each["name"] == gone["name"])
-    dataset = dataset_of(DomainRecord(**entry))
-    yield settings, step_on(registry, parent, dataset, record["key"], scratch, withdraws=gone is not None)
+        entry = next(each for each in registry.record(parent).domains if each.name == gone.name)
+    assert entry is not None
+    yield settings, step_on(registry, parent, dataset_of(entry), _key(record), scratch, withdraws=gone is not None)
+
+
+def _key(record: Record) -> str:
+    assert record.key is not None  # only the root has none
+    return record.key
 
 
 def _compare(made: Path, stored: Path) -> tuple[int, float]:

@@ -7,17 +7,19 @@ the public key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from copal.errors import CopalError
 from copal.files import json_text, sha256_file
 from flows.gates.champion import named, unsettled
 from flows.ledger import LedgerError
-from flows.lineage.entries import CHALLENGER, CHAMPION, log_problems, logged_alias, not_anchored
-from flows.lineage.record import RECORD_FILE, SIGNATURE_FILE, LineageError, domain_records, read_record, verify_files
+from flows.lineage.chain import entries_of, log_problems, not_anchored
+from flows.lineage.entries import CHALLENGER, CHAMPION, Entry, logged_alias
+from flows.lineage.files import SIGNATURE_FILE, verify_files
+from flows.lineage.record import RECORD_FILE, LineageError, Record, read_record
 from flows.lineage.signing import signature_problem
 from flows.project import Project
 from flows.registry.errors import RegistryError
@@ -65,15 +67,15 @@ def verify(project: Project, version: ModelVersion, *, data: bool = True) -> Ver
     workspace, settings, registry = project.workspace, project.settings, project.registry
     findings: list[str] = []
     checked, skipped = [], []
-    record: dict[str, Any] | None = None
+    record: Record | None = None
     try:
         with registry.stored(version) as folder:
             record, found = folder_problems(version, folder)
             findings += found
-            checked.append(f"{len(record['files']) if record else 0} files and {RECORD_FILE}")
+            checked.append(f"{len(record.files) if record else 0} files and {RECORD_FILE}")
             signed = (folder / SIGNATURE_FILE).is_file()
             key, public_key = workspace.path(settings.signing.key), workspace.path(settings.signing.public_key)
-            if not signed and record is not None and record["settings"].get("signing", {}).get("key"):
+            if not signed and record is not None and record.settings.get("signing", {}).get("key"):
                 findings.append("signature: there is none, and by its record the version was signed")
             elif not signed:
                 skipped.append("signature: there is none")
@@ -92,7 +94,7 @@ def verify(project: Project, version: ModelVersion, *, data: bool = True) -> Ver
     try:
         entries, anchor = project.ledger.log_as_stored(), registry.log_anchor()
         found = log_problems(entries, anchor)
-        findings += found or _shown_otherwise(project, entries)
+        findings += found or _shown_otherwise(project, entries_of(entries))
         checked.append(f"{len(entries)} log entries")
         late = not_anchored(entries, anchor)
         if late and not found:
@@ -103,13 +105,13 @@ def verify(project: Project, version: ModelVersion, *, data: bool = True) -> Ver
         skipped.append("data")
     elif record is not None:
         findings += _data_problems(project, version, record)
-        checked.append(f"data of {len(record['domains'])} domains")
+        checked.append(f"data of {len(record.domains)} domains")
     return Verification(
         version=version.number, findings=tuple(findings), checked=tuple(checked), skipped=tuple(skipped)
     )
 
 
-def folder_problems(version: ModelVersion, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def folder_problems(version: ModelVersion, folder: Path) -> tuple[Record | None, list[str]]:
     """The record in a version's folder (None where it cannot be read), and how the folder differs from the registry
     and the record. Leaves out what takes a key, other versions, or data.
     """
@@ -130,14 +132,16 @@ def folder_problems(version: ModelVersion, folder: Path) -> tuple[dict[str, Any]
     return record, findings
 
 
-def record_problems(version: ModelVersion, path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def record_problems(version: ModelVersion, path: Path) -> tuple[Record | None, list[str]]:
     """The record of a version in the file `path`, None where it cannot be read, and what is wrong with it."""
     try:
         record = read_record(path)
     except LineageError as error:
         return None, [str(error)]
     # Two spellings may be one value (1e-5 and 1E-5) and so have one digest: what was written has one spelling only.
-    differs = [] if path.read_bytes() == json_text(record).encode() else [f"changed: {RECORD_FILE}: its spelling"]
+    differs = (
+        [] if path.read_bytes() == json_text(record.as_json()).encode() else [f"changed: {RECORD_FILE}: its spelling"]
+    )
     ours, theirs = tags_of(record), version.tags
     differs += [
         f"{RECORD_FILE} and the registry differ: {tag} is {ours.get(tag)!r} here and {theirs.get(tag)!r} there"
@@ -147,67 +151,69 @@ def record_problems(version: ModelVersion, path: Path) -> tuple[dict[str, Any] |
     return record, differs
 
 
-def _ancestry_problems(
-    registry: Registry, version: ModelVersion, record: Mapping[str, Any] | None
-) -> tuple[int, list[str]]:
+def _ancestry_problems(registry: Registry, version: ModelVersion, record: Record | None) -> tuple[int, list[str]]:
     """How many ancestors there are, and where the chain of records up to the root is broken."""
     there = {other.number: other for other in registry.versions()}
     findings = []
     count = 0
-    while version.parent is not None or (record is not None and record["parent"] is not None):
-        number = version.parent if version.parent is not None else record["parent"]["version"] if record else 0
+    while version.parent is not None or (record is not None and record.parent is not None):
+        named_parent = record.parent if record is not None else None
+        number = version.parent if version.parent is not None else named_parent.version if named_parent else 0
         parent = there.get(number)
         if parent is None or number >= version.number:
             findings.append(f"version {version.number}: its parent {number} is no version of {registry.model_name}")
             break
         registered = {"version": number, "digest": parent.tags["copal.lineage_digest"]}
-        if record is not None and record["parent"] != registered:
-            findings.append(f"version {version.number}: its record's parent is {record['parent']}, not {registered}")
-        base = record["base"] if record is not None else None
+        recorded = named_parent.as_json() if named_parent else None
+        if record is not None and recorded != registered:
+            findings.append(f"version {version.number}: its record's parent is {recorded}, not {registered}")
+        base = record.base if record is not None else None
         try:
             with registry.stored(parent, RECORD_FILE) as folder:
                 record, found = record_problems(parent, folder / RECORD_FILE)
         except RegistryError as error:
             record, found = None, [str(error)]
         findings += [f"version {number}: {problem}" for problem in found]
-        if base is not None and record is not None and record["base"] != base:
+        if base is not None and record is not None and record.base != base:
             findings.append(f"version {number}: its base is not that of version {version.number}")
         version = parent
         count += 1
     return count, findings
 
 
-def _shown_otherwise(project: Project, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _shown_otherwise(project: Project, entries: Sequence[Entry]) -> Iterator[str]:
     """Where the registry shows what a whole log does not tell: entries were cut off, or somebody moved an alias."""
     registry = project.registry
     versions = registry.versions()
-    purged = {number for entry in entries if entry["kind"] == "purge" for number in entry["details"]["deleted"]}
+    purged = {number for entry in entries if entry.kind == "purge" for number in entry.details.deleted}
     for version in versions:
         number = version.log_entry
         if version.gates is not None:
             entry = entries[number - 1] if 0 < number <= len(entries) else None
-            details = {} if entry is None or entry["kind"] != "gates" else entry["details"]
-            if details.get("record") != version.digest or details.get("passed") != (version.gates == "passed"):
+            told = (entry.details.record, entry.details.passed) if entry and entry.kind == "gates" else None
+            if told != (version.digest, version.gates == "passed"):
                 yield f"log: its entry {number} is not that of the gates of version {version.number} ({version.gates})"
-        withdrawn = any(entry["kind"] == "withdrawal" and entry["version"] == version.number for entry in entries)
+        withdrawn = any(entry.kind == "withdrawal" and entry.version == version.number for entry in entries)
         if version.withdrawn and not withdrawn and version != versions[-1]:  # the head's may come yet
             yield f"log: no entry tells that version {version.number} withdrew {version.withdrawn}"
         if version.contribution_dropped and version.number not in purged:
             yield f"log: no entry tells that the contribution of version {version.number} was purged"
     unfinished = {
-        alias for alias, entry, actual in unsettled(project, entries) if actual in (entry["from"], entry["to"])
+        alias
+        for alias, entry, actual in unsettled(project, entries)
+        if actual in (entry.from_version, entry.to_version)
     }
     for alias in (CHALLENGER, CHAMPION):
-        told, actual = logged_alias(entries, alias), registry.alias(alias)
-        if told != actual and alias not in unfinished:
-            yield f"log: {alias} names {named(actual)}, the log says {named(told)}"
+        logged, actual = logged_alias(entries, alias), registry.alias(alias)
+        if logged != actual and alias not in unfinished:
+            yield f"log: {alias} names {named(actual)}, the log says {named(logged)}"
 
 
-def _data_problems(project: Project, version: ModelVersion, record: Mapping[str, Any]) -> Iterator[str]:
+def _data_problems(project: Project, version: ModelVersion, record: Record) -> Iterator[str]:
     from flows.data.dataset import DatasetVersion
     from flows.data.fetch import check_stored
 
-    for domain in domain_records(record, version.number):
+    for domain in record.domains_at(version.number):
         wanted = DatasetVersion(
             domain=domain.name,
             path=domain.path,

@@ -35,15 +35,16 @@ def test_three_commits_end_in_three_versions_in_the_order_of_the_commits(bench):
     assert pending(bench) == []
     registry = bench.registry
     records = [registry.record(version) for version in registry.versions()]
-    assert [record["step"] and record["step"]["name"] for record in records] == [None, "zoo", "code", "legal"]
-    assert [[d["name"] for d in record["domains"]] for record in records][3] == ["code", "legal", "zoo"]
-    assert [d["contribution_version"] for d in records[3]["domains"]] == [3, None, 2]
-    assert records[3]["parent"]["version"] == 3
-    assert records[3]["perplexity"].keys() == records[3]["dense_perplexity"].keys() == {"zoo", "code", "legal"}
-    assert records[3]["sparsity"] == {"target": 0.5, "counted": pytest.approx(0.5, abs=1e-6)}
-    assert records[1]["weights_back"] is None
-    assert records[3]["weights_back"] > 0
-    assert records[3]["backward_transfer"] is not None
+    assert [record.step and record.step.name for record in records] == [None, "zoo", "code", "legal"]
+    assert [[d.name for d in record.domains] for record in records][3] == ["code", "legal", "zoo"]
+    assert [d.contribution_version for d in records[3].domains] == [3, None, 2]
+    assert records[3].parent.version == 3
+    assert records[3].perplexity.keys() == records[3].dense_perplexity.keys() == {"zoo", "code", "legal"}
+    assert records[3].sparsity.target == 0.5
+    assert records[3].sparsity.counted == pytest.approx(0.5, abs=1e-6)
+    assert records[1].weights_back is None
+    assert records[3].weights_back > 0
+    assert records[3].backward_transfer is not None
     assert registry.head().number == 4
     assert not list(bench.workspace.runs.iterdir())
 
@@ -64,9 +65,9 @@ def test_the_registered_figures_are_those_of_the_registered_model(bench):
     )
     score = evaluate(folder, {"code": windows.evaluation}, device=torch.device("cpu"), dtype=torch.float32)["code"]
     record = bench.registry.record(bench.registry.head())
-    assert record["perplexity"]["code"] == pytest.approx(score.perplexity, rel=1e-6)
-    assert record["step"]["evaluation_tokens"] == score.tokens
-    assert record["perplexity_before"] == record["dense_perplexity"]["code"]  # the parent is the dense base
+    assert record.perplexity["code"] == pytest.approx(score.perplexity, rel=1e-6)
+    assert record.step.evaluation_tokens == score.tokens
+    assert record.perplexity_before == record.dense_perplexity["code"]  # the parent is the dense base
 
 
 def test_two_orders_end_with_the_same_model(bench):
@@ -81,7 +82,7 @@ def test_two_orders_end_with_the_same_model(bench):
         for domain in order:
             adapt(str(bench.root), domain)
         head = bench.registry.head()
-        ends.append((weights(bench, head.number), bench.registry.record(head)["perplexity"]))
+        ends.append((weights(bench, head.number), bench.registry.record(head).perplexity))
     (one, figures), (other, other_figures) = ends
     assert other_masks(one, other) <= 1e-4
     assert figures == pytest.approx(other_figures, rel=1e-3)
@@ -100,21 +101,21 @@ def test_a_new_version_replaces_the_old_one_and_going_back_works_too(bench):
     watch(str(bench.root))
     assert other_masks(first, weights(bench, 5)) <= 1e-4
     records = [bench.registry.record(version) for version in bench.registry.versions()]
-    assert [record["step"]["dvc_md5"] for record in records[1:]] == [
-        records[1]["step"]["dvc_md5"], records[2]["step"]["dvc_md5"],
-        records[3]["step"]["dvc_md5"], records[1]["step"]["dvc_md5"],
+    assert [record.step.dvc_md5 for record in records[1:]] == [
+        records[1].step.dvc_md5, records[2].step.dvc_md5,
+        records[3].step.dvc_md5, records[1].step.dvc_md5,
     ]  # fmt: skip
 
 
 def test_earlier_domains_are_evaluated_at_the_data_version_of_the_lineage(bench):
     bench.commit("code", seed=0)
     watch(str(bench.root))
-    known = bench.registry.record(bench.registry.head())["domains"][0]
+    known = bench.registry.record(bench.registry.head()).domains[0]
     bench.commit("code", seed=2)
     bench.commit("legal", seed=1)
     adapt(str(bench.root), "legal")  # by hand, before the watcher took the new code
-    code = next(d for d in bench.registry.record(bench.registry.head())["domains"] if d["name"] == "code")
-    assert (code["dvc_md5"], code["evaluation_digest"]) == (known["dvc_md5"], known["evaluation_digest"])
+    code = next(d for d in bench.registry.record(bench.registry.head()).domains if d.name == "code")
+    assert (code.dvc_md5, code.evaluation_digest) == (known.dvc_md5, known.evaluation_digest)
     assert pending(bench) == ["code"]
 
 
@@ -129,7 +130,7 @@ def test_an_older_revision_can_be_asked_for(bench):
     old = bench.commit("code", 0)
     bench.commit("code", 1)
     assert adapt(str(bench.root), "code", old) == 2
-    assert bench.registry.record(bench.registry.head())["step"]["git_rev"] == old
+    assert bench.registry.record(bench.registry.head()).step.git_rev == old
 
 
 def test_a_step_never_touches_the_work_tree(bench):
@@ -239,7 +240,7 @@ def test_one_bad_dataset_does_not_keep_the_others_waiting(bench):
     bench.commit("code", 2)
     with pytest.raises(RefusedError, match=r"WrongName.*cannot name a domain.*data/bad has .* needed"):
         watch(str(bench.root))
-    assert [bench.registry.record(v)["step"] and v.tags["copal.domain"] for v in bench.registry.versions()] == [
+    assert [bench.registry.record(v).step and v.tags["copal.domain"] for v in bench.registry.versions()] == [
         None,
         "code",
     ]
@@ -294,4 +295,4 @@ def test_gates_that_a_run_did_not_come_to_are_run_by_the_next(bench, monkeypatch
     assert not bench.registry.head().concluded
     assert adapt(str(bench.root), "code") is None
     assert bench.registry.head().concluded
-    assert [entry["kind"] for entry in bench.log] == ["gates"]
+    assert [entry.kind for entry in bench.log] == ["gates"]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from histories import ADA, MOVED
 from mlflow import MlflowClient
 from test_registry import a_record, a_registry, staged
 from toys import expire_claims, step
@@ -19,10 +20,11 @@ from flows.cli import main
 from flows.gates import champion as module
 from flows.gates.champion import PromotionError, judged, make_champion, restore_champion, settle
 from flows.ledger import ClaimLostError, Ledger
-from flows.lineage.entries import champions
+from flows.lineage.entries import Entry, GateResult, GatesDetails, MoveEntry, champions, next_entry
 from flows.project import Project, append_log, hold_lineage, read_log
 from flows.registry.errors import AliasMovedError
 from flows.registry.registry import Registry
+from flows.registry.versions import ModelVersion
 from flows.settings import ModelSettings, Settings
 from flows.step.run import plain_tasks, run_step
 from flows.workspace import Workspace
@@ -42,10 +44,13 @@ def project(tmp_path: Path, mlflow_template: Path) -> Project:
         head = parent.number if parent else None
         version = registry.register(folder, record, metrics=[], parent=parent, expected_head=head)
         if 1 < number < 6:
-            gates = [{"name": "dense", "passed": number < 5}]
-            details = {"record": version.digest, "passed": number < 5, "gates": gates}
-            append_log(made, "gates", version=number, details=details)
+            append_log(made, "gates", version=number, details=results_of(version, number < 5))
     return made
+
+
+def results_of(version: ModelVersion, passed: bool) -> GatesDetails:
+    gates = (GateResult(name="dense", passed=passed, value=1.5, limit=2.0, detail="fine"),)
+    return GatesDetails(record=version.digest, passed=passed, promote="manual", gates=gates)
 
 
 def opened_anew(project: Project) -> Project:
@@ -67,7 +72,7 @@ def by_hand(project: Project, alias: str, number: int) -> None:
 
 def moves(project: Project) -> list[tuple]:
     kinds = ("promotion", "rollback")
-    return [(e["kind"], e["from"], e["to"]) for e in read_log(opened_anew(project)) if e["kind"] in kinds]
+    return [(e.kind, e.from_version, e.to_version) for e in read_log(opened_anew(project)) if e.kind in kinds]
 
 
 def test_rollback_goes_back_again_and_again(project):
@@ -89,7 +94,7 @@ def test_rollback_goes_back_again_and_again(project):
         ("promotion", None, 1), ("promotion", 1, 2), ("promotion", 2, 4), ("rollback", 4, 2), ("rollback", 2, 1),
         ("promotion", 1, 3), ("rollback", 3, 1),
     ]  # fmt: skip
-    assert next(e["why"] for e in read_log(opened_anew(project)) if e["kind"] == "rollback") == "4 is slow"
+    assert next(e.why for e in read_log(opened_anew(project)) if e.kind == "rollback") == "4 is slow"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +109,7 @@ def test_a_version_without_passed_gates_needs_force_and_a_reason(project, number
         make_champion(project, number, force=True, why="  ")
     assert (named_by(project, "champion"), moves(project)) == (None, [])
     entry = make_champion(project, number, force=True, why="the customer waits")
-    assert (entry["details"]["forced"], entry["why"], named_by(project, "champion")) == (
+    assert (entry.details.forced, entry.why, named_by(project, "champion")) == (
         True,
         "the customer waits",
         number,
@@ -175,10 +180,10 @@ def test_of_promotions_at_the_same_time_one_wins_and_the_other_is_told(project, 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(work, (2, 3)))
     (error,) = [one for one in found if isinstance(one, AliasMovedError)]
-    (entry,) = [one for one in found if isinstance(one, dict)]
-    assert f"was moved to version {entry['to']} by" in str(error)
-    assert moves(project) == [("promotion", None, entry["to"])]
-    assert named_by(project, "champion") == entry["to"]
+    (entry,) = [one for one in found if isinstance(one, MoveEntry)]
+    assert f"was moved to version {entry.to_version} in the meantime by" in str(error)
+    assert moves(project) == [("promotion", None, entry.to_version)]
+    assert named_by(project, "champion") == entry.to_version
 
 
 def test_an_alias_is_not_moved_from_where_it_is_not(project):
@@ -215,11 +220,9 @@ def test_a_promoter_that_was_paused_logs_no_move_when_others_have_moved(project,
     assert named_by(project, "champion") == 3
 
 
-def judge_again(project: Project, number: int, passed: bool) -> dict:
+def judge_again(project: Project, number: int, passed: bool) -> Entry:
     version = project.registry.version(number)
-    gates = [{"name": "dense", "passed": passed}]
-    details = {"record": version.digest, "passed": passed, "gates": gates}
-    entry = judged(project, version, details, read_log(project))
+    entry = judged(project, version, results_of(version, passed), read_log(project))
     settle(project, read_log(project))
     return entry
 
@@ -254,14 +257,16 @@ def test_the_newest_version_that_passes_is_the_challenger_also_when_judged_again
         entry = judge_again(project, number, passed)
         assert named_by(project, "challenger") == challenger, (number, passed)
         moved = (before, challenger) if before != challenger else (None, None)
-        assert (entry["from"], entry["to"]) == moved
+        assert (entry.from_version, entry.to_version) == moved
     with pytest.raises(PromotionError, match=r"version 2 of .* failed its gates"):
         make_champion(project, 2)
 
 
 def test_champions_by_the_log():
-    def entry(kind: str, before: int | None, to: int) -> dict:
-        return {"kind": kind, "from": before, "to": to}
+    def entry(kind: str, before: int | None, to: int) -> Entry:
+        judged = GatesDetails(record="0" * 64, passed=True, promote="manual", gates=())
+        details = MOVED if kind == "promotion" else judged
+        return next_entry((), kind=kind, who=ADA, version=to, from_version=before, to_version=to, details=details)
 
     assert champions([]) == []
     assert champions([entry("gates", None, 2)]) == []

@@ -19,8 +19,8 @@ from crashes import POINTS, Point, start
 from mlflow import MlflowClient
 
 from copal.checkpoint import Checkpoint
-from flows.lineage.entries import anchor_of
-from flows.lineage.record import verify_files
+from flows.lineage.chain import anchor_of
+from flows.lineage.files import verify_files
 from flows.pending.reconcile import plan
 from flows.step.gc import collect
 
@@ -108,11 +108,11 @@ class Trials:
         made = [version.number for version in registry.versions()[1:]]
         entries = self.bench.log
         for kind in ("gates", "promotion"):
-            assert [entry["version"] for entry in entries if entry["kind"] == kind] == made
+            assert [entry.version for entry in entries if entry.kind == kind] == made
         assert [version.gates for version in registry.versions()[1:]] == ["passed"] * len(made)
         assert registry.alias("challenger") == registry.alias("champion") == made[-1]
         ledger = self.bench.project.ledger
-        assert ledger.settled("champion") == entries[-1]["number"] == ledger.settled("challenger") + 1
+        assert ledger.settled("champion") == entries[-1].number == ledger.settled("challenger") + 1
         assert registry.log_anchor() == anchor_of(entries)
 
     def leftovers(self) -> list[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
+from histories import a_history, gates, md5, three_domains
 
 from flows.lineage.description import LONGEST, model_description, run_title, version_description
-from tests.flows.histories import a_history, gates, md5, three_domains
+from flows.lineage.entries import GatesEntry
+from flows.lineage.history import History
 
 
-def described(history: dict[str, Any], number: int, gates_entry: dict[str, Any] | None = None) -> str:
-    return version_description(number, history["versions"][number - 1]["record"], gates_entry)
+def described(history: History, number: int, gates_entry: GatesEntry | None = None) -> str:
+    return version_description(number, history.versions[number - 1].record, gates_entry)
 
 
 def rows(text: str) -> list[list[str]]:
@@ -23,12 +24,12 @@ def rows(text: str) -> list[list[str]]:
 
 def test_a_version_is_described_by_figures_gates_data_and_where_its_page_is() -> None:
     history = three_domains()
-    text = described(history, 5, history["log"][-2])
-    record = history["versions"][4]["record"]
+    text = described(history, 5, history.log[-2])
+    record = history.versions[4].record
     assert text.startswith("## tiny, version 5\n")
     assert "Version 4 adapted to **med**." in text
     assert "**49.98%** (wanted: 0.5 of each row)" in text
-    revisions = {domain["name"]: domain["git_rev"][:12] for domain in record["domains"]}
+    revisions = {domain.name: domain.git_rev[:12] for domain in record.domains}
     assert rows(text) == [
         ["**med**", "7.00", "6.00", "1.167", f"`{md5('med')}`", f"`{revisions['med']}`"],
         ["code", "8.20", "6.00", "1.367", f"`{md5('code')}`", f"`{revisions['code']}`"],
@@ -41,7 +42,7 @@ def test_a_version_is_described_by_figures_gates_data_and_where_its_page_is() ->
 
 def test_failed_gates_are_named_and_missing_ones_are_told() -> None:
     history = three_domains()
-    assert "**failed**: forgetting (1 of 2); entry 7" in described(history, 6, history["log"][-1])
+    assert "**failed**: forgetting (1 of 2); entry 7" in described(history, 6, history.log[-1])
     assert "they have not run yet" in described(history, 6)
 
 
@@ -60,7 +61,7 @@ def test_the_base_has_neither_gates_nor_figures() -> None:
 
 
 def test_before_it_has_a_number_none_is_told() -> None:
-    record = three_domains()["versions"][4]["record"]
+    record = three_domains().versions[4].record
     text = version_description(None, record, None)
     assert text.startswith("## tiny\n")
     assert "None" not in text
@@ -71,7 +72,7 @@ def test_however_many_domains_there_are_the_database_takes_it() -> None:
     steps = [{"add": name, "perplexity": dict.fromkeys(names[: place + 1], 8.0)} for place, name in enumerate(names)]
     history = a_history(steps)
     gates(history, 121, forgetting=True)
-    text = described(history, 121, history["log"][-1])
+    text = described(history, 121, history.log[-1])
     assert LONGEST - 250 < len(text) <= LONGEST == 5000
     shown = rows(text)
     assert shown[0][0] == f"**{names[-1]}**"

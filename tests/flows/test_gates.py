@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from histories import a_domain, a_layer, a_record, a_root
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.gates.judge import GateResult, failed, judge
+from flows.lineage.record import Domain, Parent, Record, Seconds, Sparsity
 from flows.settings import GateSettings
 from flows.step import run
 from flows.step.run import plain_tasks, run_step
@@ -31,32 +33,36 @@ IGNORANT = {
 OFF = GateSettings(forgetting=None, champion=None, dense=None, improvement=False, generation=False)
 
 
-def entry(name: str, made_in: int | None) -> dict:
-    return {"name": name, "contribution_version": made_in, "evaluation_digest": f"windows of {name}"}
+def entry(name: str, made_in: int | None) -> Domain:
+    return a_domain(name, made_in).model_copy(update={"evaluation_digest": f"windows of {name}"})
 
 
-def record(version: int, perplexity: dict[str, float], before: float | None = None) -> dict:
+def record(version: int, perplexity: dict[str, float], before: float | None = None) -> Record:
     """The record of version 2, 3, 4, which each brought the domain that the one before it has not."""
     names = list(DEMO[4])[: version - 1]
     domains = [entry(name, made_in if made_in < version else None) for made_in, name in enumerate(names, start=2)]
-    return {
-        "parent": {"version": version - 1, "digest": "0" * 64},
-        "step": domains[-1],
-        "domains": domains,
-        "sparsity": {"target": 0.5, "counted": 0.5},
-        "layers": [{"name": "q", "sparsity": 0.5}, {"name": "k", "sparsity": 0.5}],
-        "perplexity": perplexity,
-        "dense_perplexity": {name: DENSE[name] for name in perplexity},
-        "perplexity_before": 30.0 if before is None else before,
-    }
+    return a_record(
+        parent=Parent(version=version - 1, digest="0" * 64),
+        step=domains[-1],
+        domains=tuple(domains),
+        sparsity=Sparsity(target=0.5, counted=0.5),
+        layers=(a_layer(name="q"), a_layer(name="k")),
+        perplexity=perplexity,
+        dense_perplexity={name: DENSE[name] for name in perplexity},
+        perplexity_before=30.0 if before is None else before,
+    )
 
 
-ROOT = {"parent": None, "step": None, "domains": [], "perplexity": {}, "sparsity": {"target": None, "counted": 0.0}}
-OTHERS = {1: ROOT, 2: record(2, DEMO[2]), 3: record(3, DEMO[3])}
+def altered(made: Record, **changes: Any) -> Record:
+    """With values that no record may hold, too."""
+    return made.model_copy(update=changes)
 
 
-def judged(made: dict, *, settings: GateSettings | None = None, champion: int | None = 3, **more) -> dict:
-    arguments = {"rounding": 1e-3, "generation": dict.fromkeys(made["perplexity"]), "problems": []} | more
+OTHERS = {1: a_root(), 2: record(2, DEMO[2]), 3: record(3, DEMO[3])}
+
+
+def judged(made: Record, *, settings: GateSettings | None = None, champion: int | None = 3, **more) -> dict:
+    arguments = {"rounding": 1e-3, "generation": dict.fromkeys(made.perplexity), "problems": []} | more
     results = judge(made, OTHERS, champion, settings or GateSettings(), **arguments)
     return {result.name: result for result in results}
 
@@ -96,11 +102,12 @@ def test_the_champion_has_a_limit_of_its_own():
 
 def test_figures_on_other_windows_do_not_compare():
     made = record(4, DEMO[4] | {"code": 100.0, "legal": 15.0})
-    made["domains"][0]["evaluation_digest"] = "others"
+    others = [domain.model_copy(update={"evaluation_digest": "others"}) for domain in made.domains]
+    made = altered(made, domains=(others[0], *made.domains[1:]))
     results = judged(made, settings=GateSettings(dense=None))
     assert failing(results) == []
     assert results["forgetting"].detail.endswith("; not comparable (other windows): code")
-    made["domains"][1]["evaluation_digest"] = "others"
+    made = altered(made, domains=(*others[:2], made.domains[2]))
     assert judged(made)["forgetting"].detail == "not comparable (other windows): code, legal"
 
 
@@ -109,16 +116,16 @@ def test_the_new_domain_is_better_than_in_the_parent():
     assert failing(judged(record(4, DEMO[4], before=9.98))) == []
     assert judged(record(2, DEMO[2], before=1.0))["improvement"].detail == "the parent is the dense base"
     made = record(4, DEMO[4], before=1.0)
-    assert judged(made | {"step": None})["improvement"].detail == "no domain was added"  # it withdrew one
+    assert judged(altered(made, step=None))["improvement"].detail == "no domain was added"  # it withdrew one
     assert judged(made, settings=GateSettings(improvement=False))["improvement"].detail == "turned off"
 
 
 def test_new_data_of_a_known_domain_may_be_no_better_but_not_much_worse():
     made = record(4, DEMO[4], before=15.0)
-    made["step"] = made["domains"][1] | {"contribution_version": None, "evaluation_digest": "of new data"}
-    made["domains"][1] = made["step"]
+    new = entry("legal", None).model_copy(update={"evaluation_digest": "of new data"})
+    made = altered(made, step=new, domains=(made.domains[0], new, made.domains[2]))
     assert failing(judged(made)) == []  # 15.76 after 15.0
-    assert failing(judged(made | {"perplexity_before": 13.0})) == ["improvement"]
+    assert failing(judged(altered(made, perplexity_before=13.0))) == ["improvement"]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +144,11 @@ def test_new_data_of_a_known_domain_may_be_no_better_but_not_much_worse():
     ],
 )
 def test_sparsity_is_the_one_wanted_in_the_whole_and_in_every_layer(target, counted, layer, passes):
-    made = record(4, DEMO[4])
-    made["sparsity"] = {"target": target, "counted": counted}
-    made["layers"][1]["sparsity"] = layer
+    made = altered(
+        record(4, DEMO[4]),
+        sparsity=Sparsity(target=target, counted=0.5).model_copy(update={"counted": counted}),
+        layers=(a_layer(sparsity=0.5), a_layer(sparsity=layer)),
+    )
     result = judged(made)["sparsity"]
     assert result.passed == passes
     if not math.isnan(counted):
@@ -155,13 +164,12 @@ def test_perplexity_has_a_limit_against_the_dense_base():
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf])
 def test_no_figure_is_nan(figure):
-    made = record(4, DEMO[4])
-    made["seconds"] = {"solve": figure}
+    made = altered(record(4, DEMO[4]), seconds=Seconds.model_construct(solve=figure))
     assert failing(judged(made)) == ["finite"]
     assert judged(made)["finite"].detail == "NaN or infinity: seconds.solve"
-    made["perplexity"] = DEMO[4] | {"code": figure}
+    made = altered(made, perplexity=DEMO[4] | {"code": figure})
     assert failing(judged(made)) == ["forgetting", "champion", "dense", "finite"]
-    assert all(result.as_dict()["value"] is None for result in judged(made).values() if result.name == "forgetting")
+    assert all(result.value is None for result in judged(made).values() if result.name == "forgetting")
 
 
 def test_text_and_files_have_gates():
@@ -187,9 +195,9 @@ def test_what_is_off_passes_and_what_cannot_be_turned_off_stays():
 )
 def test_the_order_of_the_domains_does_not_matter(figures, order, champion):
     made = record(4, dict(zip(DEMO[4], figures, strict=True)))
-    shuffled = copy.deepcopy(made)
-    shuffled["domains"] = [made["domains"][place] for place in order]
-    shuffled["perplexity"] = {domain["name"]: made["perplexity"][domain["name"]] for domain in shuffled["domains"]}
+    domains = tuple(made.domains[place] for place in order)
+    perplexity = {domain.name: made.perplexity[domain.name] for domain in domains}
+    shuffled = altered(made, domains=domains, perplexity=perplexity)
     assert judged(shuffled, champion=champion) == judged(made, champion=champion)
 
 

@@ -9,18 +9,17 @@ from datetime import datetime
 from urllib.parse import urlsplit
 
 import pytest
+from histories import MOVED, a_history, altered, md5, three_domains
 from rich.console import Console
 
 from flows.cli import main
-from flows.lineage.history import HistoryError, find_version, measures, step_texts, summary, up_to
+from flows.lineage.history import History, HistoryError, find_version, measures, step_texts, summary, up_to
 from flows.lineage.openlineage import events
-from flows.lineage.record import record_digest
 from flows.project import append_log, read_history
 from flows.terminal.chain import render_history
-from tests.flows.histories import a_history, md5, three_domains
 
 
-def shown(history: dict) -> str:
+def shown(history: History) -> str:
     stream = io.StringIO()
     Console(file=stream, width=160).print(render_history(history))
     return stream.getvalue()
@@ -28,18 +27,28 @@ def shown(history: dict) -> str:
 
 def test_the_history_of_a_real_registry_is_plain_json(bench):
     project = bench.project
-    entry = append_log(project, "promotion", to_version=1, why="first", details={"alias": "champion"})
+    entry = append_log(project, "promotion", version=1, to_version=1, why="first", details=MOVED)
     history = read_history(project)
-    assert json.loads(json.dumps(history)) == history
-    (version,) = history["versions"]
-    assert (history["model"], version["version"], version["parent"], version["aliases"]) == (
-        "tiny",
-        1,
-        None,
-        ["latest"],
-    )
-    assert version["digest"] == record_digest(version["record"]) == version["tags"]["copal.lineage_digest"]
-    assert history["log"] == [entry]
+    assert json.loads(json.dumps(history.as_json())) == history.as_json()
+    (version,) = history.versions
+    assert (history.model, version.number, version.parent, version.aliases) == ("tiny", 1, None, ("latest",))
+    assert version.digest == version.record.digest == version.tags["copal.lineage_digest"]
+    assert history.log == (entry,)
+
+
+def test_the_history_as_json_has_the_fields_that_programs_read():
+    found = three_domains().as_json()
+    assert list(found) == ["model", "versions", "log"]
+    version = found["versions"][4]
+    assert list(version) == ["version", "parent", "aliases", "tags", "digest", "record", "signature"]
+    assert (version["version"], version["parent"], version["aliases"]) == (5, 4, ["champion"])
+    assert version["record"]["domains"][0]["name"] == "code"
+    assert found["log"][0] == {
+        "schema": "copal.log/1", "number": 1, "previous": None, "kind": "promotion",
+        "when": "2026-03-01T09:00:00+00:00", "who": {"role": None, "user": "ada", "host": "host"}, "why": "first",
+        "version": 2, "from": None, "to": 2,
+        "details": {"alias": "champion", "forced": False, "gates": None, "logged_before": None},
+    }  # fmt: skip
 
 
 def test_the_tree_has_a_branch_a_version():
@@ -70,20 +79,19 @@ def test_what_others_wrote_neither_styles_nor_steers_the_terminal():
 
 
 def test_a_tree_without_versions():
-    assert "no versions yet" in shown({"model": "tiny", "versions": [], "log": []})
+    assert "no versions yet" in shown(History(model="tiny", versions=(), log=()))
 
 
 def test_a_record_that_names_another_parent_shows():
-    history = three_domains()
-    history["versions"][2]["digest"] = "0" * 64
-    assert [line["chained"] for line in summary(history)] == [None, True, True, False, True, True]
+    history = altered(three_domains(), 3, digest="0" * 64)
+    assert [line.chained for line in summary(history)] == [None, True, True, False, True, True]
     assert "another digest than that of its parent" in shown(history)
 
 
 def test_figures_compare_where_the_tokens_are_the_same():
     found = measures(three_domains())
     assert list(found) == ["legal", "code", "med"]
-    assert [(m["version"], m["newest_in"], m["comparable"]) for m in found["legal"]] == [
+    assert [(m.version, m.newest_in, m.comparable) for m in found["legal"]] == [
         (2, 2, False),
         (3, 2, False),
         (4, 4, True),
@@ -94,8 +102,8 @@ def test_figures_compare_where_the_tokens_are_the_same():
 
 def test_a_version_has_a_number_or_an_alias():
     history = three_domains()
-    assert find_version(history, "champion")["version"] == 5
-    assert [version["version"] for version in up_to(history, "3")["versions"]] == [1, 2, 3]
+    assert find_version(history, "champion").number == 5
+    assert [version.number for version in up_to(history, "3").versions] == [1, 2, 3]
     assert step_texts(history) == {1: "dense base", 2: "legal", 3: "code", 4: "legal", 5: "med", 6: "without code"}
     with pytest.raises(HistoryError):
         up_to(history, "best")
@@ -166,7 +174,7 @@ def test_the_command_on_a_real_registry(bench, capsys, tmp_path):
         return capsys.readouterr().out
 
     assert "version 1" in lineage()
-    assert json.loads(lineage("latest", "--json")) == read_history(bench.project)
+    assert json.loads(lineage("latest", "--json")) == read_history(bench.project).as_json()
     page, run_events = tmp_path / "page.html", tmp_path / "events.jsonl"
     lineage("1", "--html", str(page))
     assert "<title>Lineage of tiny</title>" in page.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from histories import MOVED
 from mlflow import MlflowClient
 from toys import holder, step
 
@@ -45,10 +46,10 @@ def test_versions_logs_and_sums_of_two_names_are_apart(two, other):
         (3, "legal"),
     ]
     assert [(v.number, v.tags.get("copal.domain")) for v in other.registry.versions()] == [(1, None), (2, "legal")]
-    append_log(two.project, "promotion", to_version=3, details={"alias": "champion"})
-    assert [entry["kind"] for entry in read_log(other)] == ["gates"]
-    append_log(other, "promotion", to_version=2, why="of the other", details={"alias": "champion"})
-    promotions = [[e["to"] for e in read_log(one) if e["kind"] == "promotion"] for one in (two.project, other)]
+    append_log(two.project, "promotion", version=3, to_version=3, details=MOVED)
+    assert [entry.kind for entry in read_log(other)] == ["gates"]
+    append_log(other, "promotion", version=2, to_version=2, why="of the other", details=MOVED)
+    promotions = [[e.to_version for e in read_log(one) if e.kind == "promotion"] for one in (two.project, other)]
     assert promotions == [[3], [2]]
 
     before = {

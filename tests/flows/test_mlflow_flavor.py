@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.gates.champion import make_champion
 from flows.lineage.description import version_description
-from flows.lineage.record import version_files
+from flows.lineage.files import version_files
 from flows.project import read_log
 from flows.registry.flavor import write_flavor
 from flows.verification.verify import verify

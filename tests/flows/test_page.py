@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from histories import MOVED, a_history, altered, layers, logged, three_domains, with_gates
 
-from flows.lineage.history import up_to
+from flows.lineage.history import History, up_to
 from flows.lineage.page.page import render_page
-from tests.flows.histories import a_history, gates, layers, log, three_domains
 
 HOSTILE = (
     "</title><script>document.title='owned';console.error('owned')</script>\"' onload=x <img src=https://evil.example/>"
@@ -44,7 +44,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def big(versions: int = 50, domains: int = 30) -> dict:
+def big(versions: int = 50, domains: int = 30) -> History:
     perplexity: dict[str, float] = {}
     steps = []
     for number in range(versions - 1):
@@ -56,20 +56,20 @@ def big(versions: int = 50, domains: int = 30) -> dict:
     return a_history(steps)
 
 
-def hostile() -> dict:
+def hostile() -> History:
     step = {
         "add": HOSTILE,
         "repository": HOSTILE,
         "perplexity": {HOSTILE: 7.0},
         "settings": {HOSTILE: HOSTILE},
-        "layers": [layers()[0] | {"name": HOSTILE}],
+        "layers": (layers()[0].model_copy(update={"name": HOSTILE}),),
         "aliases": [HOSTILE],
     }
     history = a_history([step, step | {"data": 2}], model=HOSTILE)
-    history["versions"][1]["signature"] = HOSTILE
-    log(history, "promotion", "2026-03-01T00:00:00+00:00", to_version=2, why=HOSTILE, details={"alias": HOSTILE})
-    gates(history, 2, **{HOSTILE: False})
-    return history
+    history = altered(history, 2, signature=HOSTILE)
+    moved = MOVED.model_copy(update={"alias": HOSTILE})
+    history = logged(history, "promotion", "2026-03-01T00:00:00+00:00", to_version=2, why=HOSTILE, details=moved)
+    return with_gates(history, 2, **{HOSTILE: False})
 
 
 def test_every_part_is_on_the_page():
@@ -130,7 +130,7 @@ def test_the_page_is_whole_accessible_and_loads_nothing(make):
 
 
 def test_a_page_without_versions():
-    assert "No versions yet" in render_page({"model": "tiny", "versions": [], "log": []})
+    assert "No versions yet" in render_page(History(model="tiny", versions=(), log=()))
 
 
 def test_fifty_versions_and_thirty_domains_stay_small():
@@ -165,7 +165,7 @@ def test_a_browser_shows_the_elements_and_has_no_complaint(chromium, tmp_path, m
     history = make()
     page.write_text(render_page(history))
     dom = browse(chromium, page, "--dump-dom").stdout
-    assert len(re.findall('<circle class="node', dom)) == len(history["versions"])
+    assert len(re.findall('<circle class="node', dom)) == len(history.versions)
     assert '<table class="heat" id="heat">' in dom
     assert "<title>Lineage of" in dom
     assert "<script" not in dom

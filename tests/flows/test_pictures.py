@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from histories import a_history, three_domains
 from PIL import Image
 
 from flows.lineage.pictures import draw_pictures
-from tests.flows.histories import a_history, three_domains
 
 
 def texts(svg: Path) -> list[str]:

@@ -21,7 +21,7 @@ def test_the_flows_promote_and_roll_back(prefect, make_learnt_bench, tmp_path) -
     assert promote(here, "2") is None
     assert rollback(here, why="it is slow") == 4
     assert bench.registry.alias("champion") == 1
-    assert [entry["why"] for entry in bench.log[1:]] == [None, "ticket 12", "it is slow"]
+    assert [entry.why for entry in bench.log[1:]] == [None, "ticket 12", "it is slow"]
     with get_client(sync_client=True) as client:
         shown = client.request(
             "POST", "/artifacts/latest/filter", json={"artifacts": {"key": {"any_": ["tiny-champion"]}}}

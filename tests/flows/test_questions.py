@@ -7,15 +7,16 @@ import json
 import shutil
 
 import pytest
+from histories import MOVED, a_history, altered, logged, md5, three_domains
 from rich.console import Console
 
 from flows.cli import main
-from flows.lineage.answers import data, diff, used, whose, worse
-from flows.lineage.history import HistoryError, find_version
-from flows.lineage.record import file_digests
+from flows.lineage.answers import data_in, diff, used, whose, worse
+from flows.lineage.entries import GatesDetails
+from flows.lineage.files import file_digests
+from flows.lineage.history import History, HistoryError, find_version
 from flows.project import append_log
 from flows.terminal.answers import render_answer
-from tests.flows.histories import a_history, log, md5, three_domains
 
 
 def shown(answer: dict) -> str:
@@ -57,11 +58,11 @@ def test_data_that_comes_back_has_a_spell_for_each_time():
     assert [spell["versions"] for spell in used(history, "a")["spells"]] == [[2], [4, 5]]
 
 
-# --- data
+# --- data_in
 
 
 def test_the_data_of_the_champion_now():
-    answer = data(three_domains())
+    answer = data_in(three_domains())
     assert (answer["version"], answer["since"]) == (5, "2026-04-01T09:00:00+00:00")
     assert [domain["name"] for domain in answer["domains"]] == ["code", "legal", "med"]
     assert md5("legal", 2) in shown(answer)
@@ -84,7 +85,7 @@ def test_the_data_of_the_champion_now():
     ],
 )
 def test_the_data_of_the_champion_on_a_date(on, version, moves):
-    answer = data(three_domains(), on=on)
+    answer = data_in(three_domains(), on=on)
     assert (answer["version"], len(answer["moves"])) == (version, moves)
     assert bool(answer["domains"]) == (version is not None)
     assert ("none had been promoted" in shown(answer)) == (version is None)
@@ -93,40 +94,41 @@ def test_the_data_of_the_champion_on_a_date(on, version, moves):
 
 def test_the_data_of_a_number_and_of_other_aliases():
     history = three_domains()
-    assert data(history, "2")["domains"][0]["dvc_md5"] == md5("legal", 1)
-    answer = data(history, "latest")
+    assert data_in(history, "2")["domains"][0]["dvc_md5"] == md5("legal", 1)
+    answer = data_in(history, "latest")
     assert answer["withdrawn"] == [{"name": "code", "dvc_md5": md5("code")}]
     assert "withdrawn: code" in shown(answer)
-    assert data(history, "challenger")["version"] == 6
-    assert data(history, "challenger", "2026-05-01")["version"] is None  # the log tells of no move of it
-    assert data(history, "latest", "2026-01-01T02:30:00Z")["version"] == 3
-    assert data(history, "1")["domains"] == []
-    assert "dense base" in shown(data(history, "1"))
+    assert data_in(history, "challenger")["version"] == 6
+    assert data_in(history, "challenger", "2026-05-01")["version"] is None  # the log tells of no move of it
+    assert data_in(history, "latest", "2026-01-01T02:30:00Z")["version"] == 3
+    assert data_in(history, "1")["domains"] == []
+    assert "dense base" in shown(data_in(history, "1"))
 
 
 def test_gate_results_move_the_challenger_and_no_champion():
     history = a_history([{"add": "a"}, {"add": "b"}])
     for day, version, before, to in ((1, 2, None, 2), (2, 3, None, None), (3, 2, 2, None)):
-        entry = {"version": version, "from_version": before, "to_version": to, "details": {"record": "", "gates": []}}
-        log(history, "gates", f"2026-03-0{day}T00:00:00+00:00", **entry)
-    named = [data(history, "challenger", f"2026-03-0{day}")["version"] for day in (1, 2, 3)]
+        details = GatesDetails(record="0" * 64, passed=True, promote="manual", gates=())
+        entry = {"version": version, "from_version": before, "to_version": to, "details": details}
+        history = logged(history, "gates", f"2026-03-0{day}T00:00:00+00:00", **entry)
+    named = [data_in(history, "challenger", f"2026-03-0{day}")["version"] for day in (1, 2, 3)]
     assert named == [2, 2, None]
-    assert data(history, on="2026-04-01")["version"] is None
+    assert data_in(history, on="2026-04-01")["version"] is None
 
 
 @pytest.mark.parametrize("on", ["yesterday", "2026-02-30", "", "2026-01-01T25:00:00"])
 def test_what_is_no_date_is_refused(on):
     with pytest.raises(HistoryError, match="is no date; write 2026-01-31"):
-        data(three_domains(), on=on)
+        data_in(three_domains(), on=on)
 
 
 def test_unknown_versions_and_aliases_are_refused():
     with pytest.raises(HistoryError, match=r"no version or alias '7'; there are: 1, 2, 3, 4, 5, 6, challenger"):
-        data(three_domains(), "7")
+        data_in(three_domains(), "7")
     with pytest.raises(HistoryError, match="tells no moves of '3'"):
-        data(three_domains(), "3", "2026-04-01")
+        data_in(three_domains(), "3", "2026-04-01")
     with pytest.raises(HistoryError, match="no versions yet"):
-        data({"model": "tiny", "versions": [], "log": []})
+        data_in(History(model="tiny", versions=(), log=()))
 
 
 # --- diff
@@ -204,14 +206,14 @@ def test_figures_on_other_tokens_are_not_compared():
 # --- whose
 
 
-def files(history: dict, wanted: str, exported: bool) -> dict[str, str]:
-    found = find_version(history, wanted)["record"]["files"]
+def files(history: History, wanted: str, exported: bool) -> dict[str, str]:
+    found = find_version(history, wanted).record.files
     if not exported:
         return dict(found)
     return {n.removeprefix("model/"): digest for n, digest in found.items() if n.startswith("model/")}
 
 
-def ask(history: dict, digests: dict[str, str], big: str = "safetensors") -> dict:
+def ask(history: History, digests: dict[str, str], big: str = "safetensors") -> dict:
     return whose(history, digests, {name: 1000 if name.endswith(big) else 10 for name in digests})
 
 
@@ -250,8 +252,8 @@ def test_a_running_sum_may_be_missing_only_where_it_was_dropped():
     digests = files(history, "4", exported=False)
     del digests["state/sum/0"]
     assert ask(history, digests)["differences"] == ["missing: state/sum/0"]
-    history["versions"][3]["tags"]["copal.sum_dropped"] = "true"
-    assert ask(history, digests)["versions"] == [4]
+    dropped = altered(history, 4, tags={"copal.sum_dropped": "true"})
+    assert ask(dropped, digests)["versions"] == [4]
 
 
 # --- the commands
@@ -262,7 +264,7 @@ def test_the_commands_on_a_real_registry(bench, capsys, tmp_path):
         assert main(["audit", *arguments, "--workspace", str(bench.root), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    append_log(bench.project, "promotion", to_version=1, details={"alias": "champion"})
+    append_log(bench.project, "promotion", version=1, to_version=1, details=MOVED)
     assert asked("used", "code")["versions"] == []
     assert asked("data", "--alias", "latest")["version"] == 1
     assert asked("data")["version"] is None  # the alias itself was not set

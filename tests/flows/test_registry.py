@@ -17,15 +17,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from flows.lineage.record import (
-    DomainRecord,
-    LineageError,
-    build_record,
-    file_digests,
-    record_digest,
-    step_key,
-    verify_files,
-)
+from flows.lineage.files import file_digests, verify_files
+from flows.lineage.keys import step_key
+from flows.lineage.record import Base, Code, Domain, LineageError, Parent, Record, Seconds, Sparsity
 from flows.registry.errors import HeadMovedError, LineageConflictError, RegistryError
 from flows.registry.registry import Registry
 from flows.registry.runs import DomainMetrics
@@ -66,8 +60,8 @@ def staged(folder: Path, text: str) -> Path:
     return folder
 
 
-def a_domain(name: str) -> DomainRecord:
-    return DomainRecord(
+def a_domain(name: str) -> Domain:
+    return Domain(
         name=name,
         path=f"data/{name}",
         dvc_md5=name[0] * 32 + ".dir",
@@ -82,29 +76,29 @@ def a_domain(name: str) -> DomainRecord:
     )
 
 
-def a_record(folder: Path, parent: ModelVersion | None, domains: list[str], **changes: Any) -> dict[str, Any]:
+def a_record(folder: Path, parent: ModelVersion | None, domains: list[str], **changes: Any) -> Record:
     """The record of `folder`: the step that adds the last of `domains`."""
     step = a_domain(domains[-1]) if domains else None
     values: dict[str, Any] = {
         "model": "tiny",
-        "parent": None if parent is None else {"version": parent.number, "digest": parent.tags["copal.lineage_digest"]},
-        "base": {"fingerprint": BASE, "source": "a folder"},
+        "parent": None if parent is None else Parent(version=parent.number, digest=parent.tags["copal.lineage_digest"]),
+        "base": Base(fingerprint=BASE, source="a folder"),
         "key": None if parent is None or step is None else step_key(parent.number, step.name, step.dvc_md5, "f" * 64),
         "step": step,
-        "domains": [a_domain(name) for name in domains],
-        "withdrawn": [],
+        "domains": tuple(a_domain(name) for name in sorted(domains)),
+        "withdrawn": (),
         "settings": {"prune": {"sparsity": 0.5, "rounds": [0.6, 1.0], "criterion": "output"}},
         "settings_fingerprint": "f" * 64,
-        "sparsity": {"target": 0.5 if domains else None, "counted": 0.4998 if domains else 0.0},
+        "sparsity": Sparsity(target=0.5 if domains else None, counted=0.4998 if domains else 0.0),
         "weights_back": 7 if len(domains) > 1 else None,
         "perplexity": {name: 8.0 + i for i, name in enumerate(domains)},
         "dense_perplexity": dict.fromkeys(domains, 6.0),
-        "matrix": [],
+        "matrix": (),
         "perplexity_before": None,
         "backward_transfer": -0.25 if len(domains) > 1 else None,
-        "seconds": {"statistics": 1.0, "solve": 2.0, "evaluate": 3.0},
-        "layers": [],
-        "code": {"version": "0.1.0", "git_commit": "9" * 40, "dirty": False},
+        "seconds": Seconds(statistics=1.0, solve=2.0, evaluate=3.0),
+        "layers": (),
+        "code": Code(version="0.1.0", git_commit="9" * 40, dirty=False),
         "libraries": {"torch": "2.13.0"},
         "hardware": {"device": "cpu"},
         "seeds": {"calibration": 0},
@@ -112,22 +106,22 @@ def a_record(folder: Path, parent: ModelVersion | None, domains: list[str], **ch
         "files": file_digests(folder / "model", folder) | file_digests(folder / "state", folder),
         **changes,
     }
-    return build_record(**values)
+    return Record(**values)
 
 
-def metrics_of(record: dict[str, Any]) -> list[DomainMetrics]:
+def metrics_of(record: Record) -> list[DomainMetrics]:
     return [
         DomainMetrics(
-            domain=domain["name"],
-            dvc_md5=domain["dvc_md5"],
-            git_rev=domain["git_rev"],
-            path=domain["path"],
-            repository=domain["repository"],
-            perplexity=record["perplexity"][domain["name"]],
-            dense_perplexity=record["dense_perplexity"][domain["name"]],
-            tokens=domain["evaluation_tokens"],
+            domain=domain.name,
+            dvc_md5=domain.dvc_md5,
+            git_rev=domain.git_rev,
+            path=domain.path,
+            repository=domain.repository,
+            perplexity=record.perplexity[domain.name],
+            dense_perplexity=record.dense_perplexity[domain.name],
+            tokens=domain.evaluation_tokens,
         )
-        for domain in record["domains"]
+        for domain in record.domains
     ]
 
 
@@ -178,9 +172,9 @@ def test_records_form_a_chain_of_digests(registry: Registry, tmp_path: Path) -> 
     versions = lineage_of_three(registry, tmp_path)
     records = [registry.record(version) for version in versions]
     for version, record in zip(versions, records, strict=True):
-        assert record_digest(record) == version.tags["copal.lineage_digest"]
+        assert record.digest == version.tags["copal.lineage_digest"]
     for parent, child, record in zip(versions, versions[1:], records[1:], strict=False):
-        assert record["parent"] == {"version": parent.number, "digest": parent.tags["copal.lineage_digest"]}
+        assert record.parent == Parent(version=parent.number, digest=parent.tags["copal.lineage_digest"])
         assert child.parent == parent.number
 
 
@@ -546,7 +540,7 @@ def test_two_models_share_a_store(registry: Registry, workspace: Path, tmp_path:
     other = a_registry(workspace, "tiny-1.5B")
     assert other.head() is None
     folder = staged(tmp_path / "1", "")
-    record = a_record(folder, None, [], model="tiny-1.5B", base={"fingerprint": "0" * 64, "source": "x"})
+    record = a_record(folder, None, [], model="tiny-1.5B", base=Base(fingerprint="0" * 64, source="x"))
     assert other.register(folder, record, metrics=[], parent=None, expected_head=None).number == 1
 
 

@@ -43,9 +43,9 @@ def test_a_replay_is_identical_tells_what_differs_and_needs_the_data(bench, caps
 
     def altered(self, version):
         record = real(self, version)
-        record["settings"]["prune"]["exponent"] = 0.9
-        record["libraries"]["torch"] = "1.0"
-        return record
+        prune = record.settings["prune"] | {"exponent": 0.9}
+        changes = {"settings": record.settings | {"prune": prune}, "libraries": record.libraries | {"torch": "1.0"}}
+        return record.model_copy(update=changes)
 
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "record", altered)

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from flows.terminal import progress as terminal
 from flows.terminal.progress import console, progress_bar
-from flows.terminal.progress import progress as terminal
 
 
 class Screen(io.StringIO):

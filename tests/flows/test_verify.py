@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from histories import MOVED
 from mlflow import MlflowClient
 from toys import altered_entry, documents, step
 
+from copal.config import fingerprint
 from copal.files import json_text
 from flows.cli import main
-from flows.lineage.entries import anchor_of, log_problems
-from flows.lineage.record import record_digest
+from flows.lineage.chain import anchor_of, log_problems
+from flows.lineage.entries import GatesEntry, PurgeDetails
 from flows.lineage.signing import SigningError, signature_problem
 from flows.project import append_log, hold_lineage
 from flows.step.run import finish, plain_tasks, run_step
@@ -108,7 +110,7 @@ def test_nothing_differs_in_a_version_as_it_was_registered(signed):
     found = verified(signed, data=True)
     assert found.findings == ()
     assert found.skipped == ()
-    files = len(signed.registry.record(signed.registry.version(3))["files"])
+    files = len(signed.registry.record(signed.registry.version(3)).files)
     assert found.checked == (
         f"{files} files and lineage.json", "signature", "2 ancestors", "2 log entries", "data of 2 domains",
     )  # fmt: skip
@@ -117,7 +119,7 @@ def test_nothing_differs_in_a_version_as_it_was_registered(signed):
 
 def test_the_record_names_every_file_of_a_version(signed):
     files = {path.relative_to(folder_of(signed)).as_posix() for path in folder_of(signed).rglob("*") if path.is_file()}
-    recorded = set(signed.registry.record(signed.registry.version(3))["files"])
+    recorded = set(signed.registry.record(signed.registry.version(3)).files)
     assert files - recorded == {"lineage.json", "model.sig"}
 
 
@@ -145,7 +147,7 @@ def test_a_record_that_was_replaced_with_its_tag_breaks_the_chain_of_its_child(s
     record = json.loads(path.read_text()) | {"weights_back": 5}
     with (
         altered(path, json_text(record).encode()),
-        retagged(signed, "copal.lineage_digest", record_digest(record), number=2),
+        retagged(signed, "copal.lineage_digest", fingerprint(record), number=2),
     ):
         chain, log = verified(signed).findings
     assert chain.startswith("version 3: its record's parent is {")
@@ -205,12 +207,13 @@ def test_a_contribution_is_missed_unless_the_log_tells_of_its_purge(bench):
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     client.set_model_version_tag("tiny", "2", "copal.contribution_dropped", "true")
     assert verified(bench, 2).findings == ("log: no entry tells that the contribution of version 2 was purged",)
-    append_log(bench.project, "purge", details={"deleted": [2]})
+    purged = PurgeDetails(domain="code", dvc_md5="a" * 32, deleted=(2,), traces=(2,))
+    append_log(bench.project, "purge", details=purged)
     assert verified(bench, 2).findings == ()
 
 
-def first_word(entry: dict[str, Any]) -> str:
-    return "passed" if entry["details"]["passed"] else "failed"
+def first_word(entry: GatesEntry) -> str:
+    return "passed" if entry.details.passed else "failed"
 
 
 def test_an_alias_that_was_moved_by_hand_is_found(signed):
@@ -228,7 +231,7 @@ def test_an_alias_that_was_moved_by_hand_after_a_killed_promotion_is_found(bench
     bench.commit("code", 0)
     step(bench, "code")
     entries = bench.log
-    append_log(bench.project, "promotion", to_version=1, details={})
+    append_log(bench.project, "promotion", version=1, to_version=1, details=MOVED)
     assert verified(bench, 2).findings == ()  # the move may come yet
     uri = bench.registry.tracking_uri
     MlflowClient(tracking_uri=uri, registry_uri=uri).set_registered_model_alias("tiny", "champion", "2")
@@ -450,8 +453,8 @@ def test_a_mutation_of_any_field_of_a_record_is_found(signed):
 
 
 def test_a_mutation_of_any_field_of_the_log_is_found(signed):
-    entries = signed.log
-    anchor = anchor_of(entries)
+    entries, anchor = signed.project.ledger.log_as_stored(), signed.registry.log_anchor()
+    assert anchor == anchor_of(signed.log)
     mutated = [altered for _, altered in mutations(entries)]
     assert len(mutated) > 50
     assert all(altered != entries and log_problems(altered, anchor) for altered in mutated)

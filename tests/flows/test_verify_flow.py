@@ -10,7 +10,7 @@ from toys import step
 
 from flows.gates.champion import make_champion
 from flows.registry.errors import RegistryError
-from flows.verification.verify import VerifyError, verify
+from flows.verify import VerifyError, verify
 
 
 def artifact() -> dict[str, tuple[str, str]]:

@@ -94,8 +94,8 @@ def test_data_that_comes_back_while_a_step_runs_is_taken_up_again(bench):
         return number
 
     assert take(bench, one=slow) == [2, 3, 4]
-    records = [bench.registry.record(version)["step"] for version in bench.registry.versions()]
-    assert records[1]["dvc_md5"] == records[3]["dvc_md5"] != records[2]["dvc_md5"]
+    records = [bench.registry.record(version).step for version in bench.registry.versions()]
+    assert records[1].dvc_md5 == records[3].dvc_md5 != records[2].dvc_md5
 
 
 def test_a_step_that_changes_nothing_is_not_run_for_ever(bench):
@@ -254,8 +254,8 @@ def test_the_main_job_with_the_data_in_another_repository(bench, team, kind, cap
     bench.commit("other", 3)  # the workspace's own domains do not count
     assert take(bench) == [2]
     record = bench.registry.record(bench.registry.head())
-    assert (record["step"]["name"], record["step"]["git_rev"]) == ("code", first)
-    assert record["step"]["repository"] == (str(team.root) if kind == "path" else f"file://{team.root}")
+    assert (record.step.name, record.step.git_rev) == ("code", first)
+    assert record.step.repository == (str(team.root) if kind == "path" else f"file://{team.root}")
     assert (team.snapshot(), git(team.root, "status", "--porcelain"), git(team.root, "for-each-ref")) == before
 
     team.commit("legal", 1)
@@ -295,7 +295,7 @@ def test_a_history_that_was_rewritten_makes_a_new_version_and_keeps_the_old(benc
         shutil.rmtree(folder)
     assert take(bench) == [4]  # legal is fetched again, at a commit that the remote does not have any more
     assert look(bench) == ([], [], [gone])
-    assert bench.registry.record(bench.registry.version(3))["step"]["git_rev"] == old
+    assert bench.registry.record(bench.registry.version(3)).step.git_rev == old
 
 
 def test_a_rewritten_workspace_whose_old_commit_is_gone_is_noted_too(bench):
@@ -358,8 +358,8 @@ def test_no_password_gets_into_a_record_or_a_status(bench, team, capsys, monkeyp
     monkeypatch.setenv("GIT_CONFIG_VALUE_0", secret)
     assert take(bench) == [2]
     record = bench.registry.record(bench.registry.head())
-    assert record["step"]["repository"] == "https://example.invalid/team.git"
-    assert "s3cret" not in json.dumps(record)
+    assert record.step.repository == "https://example.invalid/team.git"
+    assert "s3cret" not in json.dumps(record.as_json())
     assert "s3cret" not in told(bench, capsys, "status", "--json")[1]
     files = [path for path in bench.workspace.private.rglob("*") if path.is_file()]
     assert not [path for path in files if b"s3cret" in path.read_bytes()]

@@ -13,8 +13,10 @@ from toys import other_masks, weights
 from copal.errors import DataError, StateError
 from flows.cli import main
 from flows.data.fetch import fetch
-from flows.lineage.entries import log_problems
-from flows.lineage.record import verify_files, withdrawal_of
+from flows.lineage.chain import log_problems
+from flows.lineage.entries import PurgeDetails, WithdrawalDetails
+from flows.lineage.files import verify_files
+from flows.lineage.record import Withdrawn
 from flows.pending.reconcile import plan
 from flows.pending.status import status
 from flows.project import hold_lineage
@@ -41,11 +43,11 @@ def pending(bench) -> list[str]:
 def told(bench) -> list[dict]:
     """The log without the gates."""
     assert log_problems(bench.project.ledger.log_as_stored(), bench.registry.log_anchor()) == []
-    return [entry for entry in bench.log if entry["kind"] != "gates"]
+    return [entry for entry in bench.log if entry.kind != "gates"]
 
 
 def kinds(bench) -> list[tuple[str, int | None]]:
-    return [(entry["kind"], entry["version"]) for entry in told(bench)]
+    return [(entry.kind, entry.version) for entry in told(bench)]
 
 
 def no_damage(bench) -> None:
@@ -89,22 +91,22 @@ def test_the_version_is_that_of_a_lineage_that_never_had_the_domain(lineage, mon
     assert set(fetched) == {"code", "medical"}  # no text of the domain is needed
     version = lineage.registry.head()
     record = lineage.registry.record(version)
-    md5 = next(domain["dvc_md5"] for domain in before["domains"] if domain["name"] == "legal")
-    assert (record["step"], record["parent"]["version"]) == (None, 4)
-    assert record["withdrawn"] == [{"name": "legal", "dvc_md5": md5}]
-    assert withdrawal_of(record) == record["withdrawn"][0]
-    assert [(d["name"], d["contribution_version"]) for d in record["domains"]] == [("code", 2), ("medical", 4)]
-    assert record["perplexity"].keys() == record["dense_perplexity"].keys() == {"code", "medical"}
-    assert record["perplexity_before"] is None
-    assert record["weights_back"] > 0
-    assert [row["version"] for row in record["matrix"]] == [2, 3, 4, None]
+    md5 = next(domain.dvc_md5 for domain in before.domains if domain.name == "legal")
+    assert (record.step, record.parent.version) == (None, 4)
+    assert record.withdrawn == (Withdrawn(name="legal", dvc_md5=md5),)
+    assert record.withdraws == record.withdrawn[0]
+    assert [(d.name, d.contribution_version) for d in record.domains] == [("code", 2), ("medical", 4)]
+    assert record.perplexity.keys() == record.dense_perplexity.keys() == {"code", "medical"}
+    assert record.perplexity_before is None
+    assert record.weights_back > 0
+    assert [row.version for row in record.matrix] == [2, 3, 4, None]
     assert version.tags["copal.withdrawn"] == "legal"
     assert not {"copal.domain", "copal.dvc_md5", "copal.git_rev"} & version.tags.keys()
     assert not list(lineage.workspace.runs.iterdir())
     no_damage(lineage)
     (entry,) = told(lineage)
-    assert (entry["kind"], entry["version"], entry["why"]) == ("withdrawal", 5, "the licence ended")
-    assert entry["details"] == {"domain": "legal", "dvc_md5": md5}
+    assert (entry.kind, entry.version, entry.why) == ("withdrawal", 5, "the licence ended")
+    assert entry.details == WithdrawalDetails(domain="legal", dvc_md5=md5)
 
     expected, found = never(lineage, "code", "medical"), weights(lineage, 5)
     assert other_masks(found, expected) <= 1e-4
@@ -131,12 +133,12 @@ def test_the_watcher_does_not_bring_it_back_another_version_does(lineage):
     assert pending(lineage) == ["legal"]
     assert step(lineage, "legal") == 6
     record = lineage.registry.record(lineage.registry.head())
-    assert [domain["name"] for domain in record["domains"]] == ["code", "legal", "medical"]
+    assert [domain.name for domain in record.domains] == ["code", "legal", "medical"]
     assert pending(lineage) == []
     lineage.commit("legal", 1)  # the pointer goes back to what was withdrawn, and that is still not wanted
     assert pending(lineage) == []
     assert withdraw(lineage, "legal").made.number == 7
-    assert [entry["name"] for entry in lineage.registry.record(lineage.registry.head())["withdrawn"]] == ["legal"] * 2
+    assert [entry.name for entry in lineage.registry.record(lineage.registry.head()).withdrawn] == ["legal"] * 2
 
 
 def test_adapt_brings_it_back_and_the_tombstone_goes(lineage):
@@ -144,7 +146,7 @@ def test_adapt_brings_it_back_and_the_tombstone_goes(lineage):
     assert step(lineage, "medical") == 6
     found, expected = weights(lineage, 6), weights(lineage, 4)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert lineage.registry.record(lineage.registry.head())["withdrawn"] == []
+    assert lineage.registry.record(lineage.registry.head()).withdrawn == ()
     assert pending(lineage) == []
 
 
@@ -162,8 +164,8 @@ def test_two_withdrawals_leave_two_tombstones(lineage):
     withdraw(lineage, "code")
     withdraw(lineage, "medical", why="they asked for it")
     record = lineage.registry.record(lineage.registry.head())
-    assert [entry["name"] for entry in record["withdrawn"]] == ["code", "medical"]
-    assert [domain["name"] for domain in record["domains"]] == ["legal"]
+    assert [entry.name for entry in record.withdrawn] == ["code", "medical"]
+    assert [domain.name for domain in record.domains] == ["legal"]
     assert weights(lineage, 6).keys() == weights(lineage, 3).keys()
     assert kinds(lineage) == [("withdrawal", 5), ("withdrawal", 6)]
     with pytest.raises(WithdrawError, match=r"legal is the only domain of version 6: .* the dense base, version 1"):
@@ -211,7 +213,7 @@ def test_a_log_entry_that_a_kill_prevented_is_made_by_the_next_one_who_holds_the
     with hold_lineage(lineage.project, "anything") as claim:
         finish(lineage.project, claim, plain_tasks())
         assert kinds(lineage) == [("withdrawal", 5)]
-    assert told(lineage)[0]["why"] == "privacy"
+    assert told(lineage)[0].why == "privacy"
     withdraw(lineage, "code")
     assert kinds(lineage) == [("withdrawal", 5), ("withdrawal", 6)]
 
@@ -228,8 +230,8 @@ def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_tr
     left = (cache / f".{'0' * 32}.dir.partial", cache / "verify-killed", runs / "replay-killed")
     for folder in left:
         (folder / "files").mkdir(parents=True)
-    md5s = {entry["dvc_md5"] for number in (3, 5) for entry in lineage.registry.record(
-        lineage.registry.version(number))["domains"] if entry["name"] == "legal"}  # fmt: skip
+    md5s = {entry.dvc_md5 for number in (3, 5) for entry in lineage.registry.record(
+        lineage.registry.version(number)).domains if entry.name == "legal"}  # fmt: skip
     assert len(md5s) == 2
     assert all((lineage.workspace.cache / md5).is_dir() for md5 in md5s)
     done = withdraw(lineage, "legal", purge=True)
@@ -239,7 +241,7 @@ def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_tr
     assert not any(folder.exists() for folder in left)
     assert not list(runs.iterdir())
     head = lineage.registry.record(lineage.registry.head())
-    assert {path.name for path in cache.glob("*.dir")} <= {domain["dvc_md5"] for domain in head["domains"]}
+    assert {path.name for path in cache.glob("*.dir")} <= {domain.dvc_md5 for domain in head.domains}
     for version in lineage.registry.versions():
         state = lineage.registry.folder(version) / "state"
         contribution, total = (sorted((state / part).glob("*")) for part in ("contribution", "sum"))
@@ -248,10 +250,9 @@ def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_tr
         assert version.contribution_dropped == (version.number in (3, 5))
     no_damage(lineage)
     withdrawal, purge = told(lineage)
-    assert (withdrawal["kind"], purge["kind"], purge["why"]) == ("withdrawal", "purge", "the licence ended")
-    assert purge["details"] == {
-        "domain": "legal", "dvc_md5": withdrawal["details"]["dvc_md5"], "deleted": [3, 5], "traces": [3, 4, 5],
-    }  # fmt: skip
+    assert (withdrawal.kind, purge.kind, purge.why) == ("withdrawal", "purge", "the licence ended")
+    md5 = withdrawal.details.dvc_md5
+    assert purge.details == PurgeDetails(domain="legal", dvc_md5=md5, deleted=(3, 5), traces=(3, 4, 5))
     withdraw(lineage, "legal", purge=True)  # again: nothing is there to purge, and it is not told twice
     assert len(told(lineage)) == 2
     lineage.commit("code", 8)

@@ -31,12 +31,12 @@ def test_a_step_in_two_processes_registers_what_one_registers(bench):
     one, two = records
     for figures in ("perplexity", "dense_perplexity"):
         assert math.log(two[figures]["code"]) == pytest.approx(math.log(one[figures]["code"]), rel=1e-3)
-    assert two["sparsity"] == one["sparsity"]
-    assert two["settings_fingerprint"] == one["settings_fingerprint"]
-    assert two["settings"]["model"]["processes"] == 2
-    assert two["step"] == one["step"]
-    assert [layer["name"] for layer in two["layers"]] == [layer["name"] for layer in one["layers"]]
-    assert two["files"].keys() == one["files"].keys()
+    assert two.sparsity == one.sparsity
+    assert two.settings_fingerprint == one.settings_fingerprint
+    assert two.settings["model"]["processes"] == 2
+    assert two.step == one.step
+    assert [layer.name for layer in two.layers] == [layer.name for layer in one.layers]
+    assert two.files.keys() == one.files.keys()
     assert not list(bench.workspace.runs.iterdir())
 
 

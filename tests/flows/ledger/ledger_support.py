@@ -15,7 +15,9 @@ from copal.errors import CopalError
 from flows.ledger import LINEAGE, Ledger, LedgerError
 from flows.ledger.store import Store
 from flows.ledger.tables import claims
+from flows.lineage.entries import PurgeDetails
 
+PURGED = PurgeDetails(domain="code", dvc_md5="a" * 32, deleted=(2,), traces=(2, 3))
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -95,7 +97,7 @@ def hold_and_append(number: int, barrier: Any, uri: str, rounds: int, inside: An
             tokens[tokens[0]] = claim.token
             with inside.get_lock():
                 inside.value -= 1
-        ledger.append("purge", why=f"{number}/{turn}", details={})
+        ledger.append("purge", why=f"{number}/{turn}", details=PURGED)
 
 
 def append_at_once(number: int, barrier: Any, uri: str, turns: int) -> None:
@@ -103,7 +105,7 @@ def append_at_once(number: int, barrier: Any, uri: str, turns: int) -> None:
     ledger = Ledger(uri, "raced")
     barrier.wait()
     for turn in range(turns):
-        ledger.append("purge", why=f"{number}/{turn}", details={})
+        ledger.append("purge", why=f"{number}/{turn}", details=PURGED)
 
 
 def take_and_die(uri: str, sealed: str) -> None:
@@ -149,6 +151,6 @@ def without_rights(path: str, said: Any) -> None:
         os.setuid(65534)
     said.put(len(ledger.log()))
     try:
-        ledger.append("purge", details={})
+        ledger.append("purge", details=PURGED)
     except LedgerError as error:
         said.put(str(error))

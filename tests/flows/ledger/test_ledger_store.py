@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from ledger_support import CONTEXT, queries, rows, run_sql, start, without_rights
+from ledger_support import CONTEXT, PURGED, queries, rows, run_sql, start, without_rights
 
 from flows.ledger import ALIASES, LINEAGE, Ledger, LedgerError
 
@@ -32,7 +32,7 @@ def read(ledger: Ledger) -> None:
 
 
 def write(ledger: Ledger) -> None:
-    ledger.append("purge", details={})
+    ledger.append("purge", details=PURGED)
 
 
 def hold(ledger: Ledger) -> None:
@@ -123,7 +123,7 @@ def test_a_place_where_no_folder_can_be_is_refused(tmp_path):
 def test_who_may_only_read_a_file_reads_and_writes_nothing():
     with tempfile.TemporaryDirectory(prefix="copal-") as folder:  # pytest's own folders are closed to other users
         path = Path(folder) / "ledger.db"
-        Ledger(f"sqlite:///{path}", "tiny").append("purge", details={})
+        Ledger(f"sqlite:///{path}", "tiny").append("purge", details=PURGED)
         said = CONTEXT.Queue()
         if os.geteuid() != 0:
             path.chmod(0o444)
@@ -196,7 +196,7 @@ def test_a_role_needs_no_more_than_its_rights_on_the_tables(postgresql):
         with worker.hold(LINEAGE, "work", lease=60) as claim, worker.hold(ALIASES, "a move", lease=60):
             claim.seal("m-1")
             claim.unseal()
-        worker.append("purge", details={})
+        worker.append("purge", details=PURGED)
         worker.settle("champion", 1)
     assert len(worker.log()) == 3
 

@@ -1,0 +1,85 @@
+"""How figures and the words of others are written for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "count",
+    "figure",
+    "four_digits",
+    "geometric_mean",
+    "markdown_table",
+    "mean",
+    "percent",
+    "percent_plain",
+    "printable",
+    "short",
+    "three_digits",
+    "utc",
+]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of at least one number."""
+    return math.fsum(values) / len(values)
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """Of positive numbers; None of none."""
+    return math.exp(math.fsum(map(math.log, values)) / len(values)) if values else None
+
+
+def printable(text: object) -> str:
+    """`text` without what a terminal would obey: the data of others may hold escape sequences."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(text))
+
+
+def markdown_table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown; cells must hold no `|` and no end of line."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * (lines[0].count("|") - 1) + "|", *lines[1:]])
+
+
+def short(text: str | None, length: int = 10) -> str:
+    """The beginning of a hash."""
+    return (text or "")[:length]
+
+
+def figure(value: float | None, digits: int = 2, nothing: str = "–") -> str:
+    """With commas between thousands."""
+    return nothing if value is None else f"{value:,.{digits}f}"
+
+
+def four_digits(value: float | None) -> str:
+    """With four digits that count; "" of none."""
+    return "" if value is None else f"{value:.4g}"
+
+
+def three_digits(value: float) -> str:
+    """With three digits that count."""
+    return f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """A change, with its sign; of small ones a digit after the point."""
+    return f"{share:+.1%}" if abs(share) < 0.0995 and share else f"{share:+.0%}" if share else "0%"
+
+
+def percent_plain(share: float) -> str:
+    """A share, without a sign."""
+    return f"{100 * share:.4g}%"
+
+
+def count(value: float) -> str:
+    """A large number, as 1.2M."""
+    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{name}"
+    return f"{value:.3g}"
+
+
+def utc(text: str) -> str:
+    """A time of a record or the log, shorter: both are in UTC."""
+    return text[:16].replace("T", " ")
