@@ -153,10 +153,6 @@ class Registry:
             f"{self.model_name} has no version or alias {wanted!r}; aliases: {', '.join(aliases) or 'none'}"
         )
 
-    def find(self, key: str) -> ModelVersion | None:
-        """The published version that the step `key` made, if any."""
-        return next((version for version in self.versions() if version.tags.get("copal.key") == key), None)
-
     def lineages(self) -> list[Registry]:
         """Every lineage of the store, by name, this one included where it has versions.
 
@@ -219,11 +215,7 @@ class Registry:
     def drop_contribution(self, version: ModelVersion) -> int:
         """Delete what the state of `version` keeps of its own domain; no state that a later step reads may name it.
 
-        Returns:
-            The bytes it took, in the store and in a copy of it in the cache; 0 where there is none.
-
-        Raises:
-            RegistryError: the store does not let it be deleted.
+        Returns, raises: as `drop_sum`.
         """
         return self._drop(version, CONTRIBUTION_FOLDER, dry_run=False)
 

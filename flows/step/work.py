@@ -133,6 +133,20 @@ def evaluate_step(
     }
     dense |= found.get("dense", {})
     before = None if new is None else found.get("before", dense)[new]
+    evaluation = Evaluation(
+        perplexity=found["after"],
+        dense=dict(sorted(dense.items())),
+        before=before,
+        domains=_evaluated(step, report, windows),
+        seconds=time.perf_counter() - began,
+    )
+    write_atomic(step.run / EVALUATION_FILE, evaluation_text(evaluation))
+    return evaluation
+
+
+def _evaluated(step: Step, report: StepReport, windows: Mapping[str, DomainWindows]) -> tuple[Domain, ...]:
+    """The domains of the new version by name, each with the windows that it was evaluated on."""
+    new = step.new
     domains = [
         entry.model_copy(
             update={
@@ -159,15 +173,7 @@ def evaluate_step(
                 evaluation_tokens=_predicted(windows[new]),
             )
         )
-    evaluation = Evaluation(
-        perplexity=found["after"],
-        dense=dict(sorted(dense.items())),
-        before=before,
-        domains=tuple(sorted(domains, key=lambda domain: domain.name)),
-        seconds=time.perf_counter() - began,
-    )
-    write_atomic(step.run / EVALUATION_FILE, evaluation_text(evaluation))
-    return evaluation
+    return tuple(sorted(domains, key=lambda domain: domain.name))
 
 
 def windows_of(step: Step, domain: str, data: Path, settings: Settings) -> DomainWindows:

@@ -105,20 +105,24 @@ def replay(
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(made, keep)
-    then, now = record.as_json(), surroundings(settings)
-    differ = {
-        f"{part}.{name}": (str(then[part].get(name)), str(now[part].get(name)))
-        for part in ("libraries", "hardware", "code")
-        for name in sorted({*then[part], *now[part]})
-        if then[part].get(name) != now[part].get(name)
-    }
     return Replay(
         version=version.number,
         identical=masks == 0 and largest == 0,
         masks_differ=masks / total,
         largest_difference=largest,
-        surroundings=differ,
+        surroundings=_differences(record, settings),
     )
+
+
+def _differences(record: Record, settings: Settings) -> dict[str, tuple[str, str]]:
+    """What surrounded the step then and surrounds it now, where the two differ: name -> (then, now)."""
+    then, now = record.as_json(), surroundings(settings)
+    return {
+        f"{part}.{name}": (str(then[part].get(name)), str(now[part].get(name)))
+        for part in ("libraries", "hardware", "code")
+        for name in sorted({*then[part], *now[part]})
+        if then[part].get(name) != now[part].get(name)
+    }
 
 
 def _from_data(

@@ -162,8 +162,6 @@ def test_versions_are_listed_found_and_read(registry: Registry, tmp_path: Path) 
     assert registry.head() == legal
     assert registry.root() == replace(root, aliases=())
     assert registry.version(2) == replace(code, aliases=())
-    assert registry.find(code.tags["copal.key"]) == replace(code, aliases=())
-    assert registry.find("0" * 64) is None
     with pytest.raises(RegistryError, match="has no version 9; versions: 1, 2, 3"):
         registry.version(9)
 
@@ -508,7 +506,6 @@ def test_reading_where_there_is_no_store_makes_none(tmp_path: Path) -> None:
     registry = a_registry(tmp_path / "nothing")
     assert registry.head() is None
     assert registry.versions() == []
-    assert registry.find("0" * 64) is None
     assert registry.log_anchor() == ""
     assert registry.alias("champion") is None
     assert not (tmp_path / "nothing").exists()
