@@ -18,7 +18,6 @@ from flows.settings import GateSettings
 
 __all__ = [
     "GateResult",
-    "as_table",
     "failed",
     "judge",
 ]
@@ -62,19 +61,6 @@ def judge(
 def failed(results: Sequence[GateResult]) -> tuple[GateResult, ...]:
     """Those that did not pass."""
     return tuple(result for result in results if not result.passed)
-
-
-def as_table(number: int, results: Sequence[GateResult]) -> str:
-    """The results as a markdown table."""
-    bad = len(failed(results))
-    rows = [
-        f"| {result.name} | {'passed' if result.passed else '**failed**'} | {four_digits(result.value)} "
-        f"| {four_digits(result.limit)} | {result.detail.replace('|', '/')} |"
-        for result in results
-    ]
-    verdict = f"{bad} of {len(results)} gates failed" if bad else f"all {len(results)} gates passed"
-    head = [f"## Version {number}: {verdict}", "", "| gate | | value | limit | |", "|---|---|---|---|---|"]
-    return "\n".join([*head, *rows])
 
 
 def _forgetting(record: Record, others: Mapping[int, Record], limit: float | None) -> GateResult:
