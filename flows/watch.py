@@ -58,8 +58,9 @@ def run_adapt(workspace: str, domain: str, rev: str | None) -> int | None:
         from flows.adapt import adapt  # brings torch, which a watcher with workers does not need
 
         return adapt(workspace, domain, rev)
-    found = find_step(open_project(workspace), domain, rev)
-    return None if found is None else adapt_on_worker(deployment, workspace, domain, rev, found[2])
+    project = open_project(workspace)
+    found = find_step(project, domain, rev)
+    return None if found is None else adapt_on_worker(deployment, workspace, domain, rev, f"{project.name} {found[2]}")
 
 
 def _now() -> datetime:

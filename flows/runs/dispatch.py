@@ -77,10 +77,14 @@ def adapt_on_worker(
 def start_run(client: SyncPrefectClient, deployment: UUID, name: str, parameters: dict[str, Any], key: str) -> FlowRun:
     """The one run of the deployment for the step that `key` names: one that has not ended yet, or a new one.
 
-    The server makes one run for one idempotency key, for good. So a step whose last run has ended goes on under a key
-    that names that run: whoever comes to it at the same time gets the same new run.
+    The server makes one run of a flow for one idempotency key, for good. So the key names the deployment, for other
+    workspaces have theirs; and a step whose last run has ended goes on under a key that names that run: whoever comes
+    to it at the same time gets the same new run.
+
+    Args:
+        key: of the step, with the name of its lineage.
     """
-    tag = f"step:{key}"
+    tag, key = f"step:{key}", f"{deployment} {key}"
     ended = client.read_flow_runs(
         flow_run_filter=FlowRunFilter(
             deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),

@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -88,6 +89,8 @@ def test_a_step_has_one_run_until_that_has_ended(client, deploy) -> None:
     first = start()
     assert start().id == first.id
     assert start("b" * 64).id != first.id
+    other = start_run(client, deploy(adapt, workspace="/other"), "adapt code", {}, "a" * 64)
+    assert other.id != first.id, "another workspace took the same first step"
     set_state(client, first, Pending(), Running())
     assert start().id == first.id, "a watcher that was killed finds the run of its step again"
     seen = [first.id]
@@ -99,6 +102,21 @@ def test_a_step_has_one_run_until_that_has_ended(client, deploy) -> None:
         seen.append(again.id)
     set_state(client, again, Cancelled())  # before it began
     assert start().id not in seen
+
+
+def test_many_watchers_that_start_a_step_at_once_start_one_run(client, deploy) -> None:
+    deployment = deploy(adapt)
+    failed = start_run(client, deployment, "adapt code", {}, "e" * 64)
+    client.set_flow_run_state(failed.id, Failed(), force=True)
+
+    def start(_: int) -> UUID:
+        with get_client(sync_client=True) as own:
+            return start_run(own, deployment, "adapt code", {}, "e" * 64).id
+
+    with ThreadPoolExecutor(4) as pool:
+        started = set(pool.map(start, range(8)))
+    assert len(started) == 1
+    assert failed.id not in started
 
 
 def test_a_run_whose_process_is_gone_is_not_waited_for(client, deploy) -> None:
