@@ -50,6 +50,7 @@ def doctor(path: Path) -> list[Check]:
         ("git", lambda: _git(path)),
         ("dvc", lambda: _dvc(workspace, settings)),
         ("mlflow", lambda: _mlflow(workspace, settings)),
+        ("ledger", lambda: _ledger(workspace, settings)),
         ("prefect", _prefect),
         ("fastapi", lambda: _package("fastapi")),
         ("disk", lambda: _disk(path, workspace, settings)),
@@ -202,6 +203,18 @@ def _mlflow(workspace: Workspace | None, settings: Settings) -> Check:
         ok=True,
         found=f"{check.found}, newest is version {head.number} of {settings.model.name} in {store}",
     )
+
+
+def _ledger(workspace: Workspace | None, settings: Settings) -> Check:
+    if workspace is None:
+        return Check(
+            name="ledger", ok=True, found="claims and log: in the workspace, unless ledger.uri names a database"
+        )
+    from flows.ledger import Ledger
+
+    entries = Ledger(workspace.ledger_uri(settings), settings.model.name).log()
+    store = without_secrets(workspace.ledger_uri(settings))
+    return Check(name="ledger", ok=True, found=f"{len(entries)} log entries of {settings.model.name} in {store}")
 
 
 def _prefect() -> Check:

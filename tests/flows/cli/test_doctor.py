@@ -13,7 +13,7 @@ from flows.cli import doctor as module
 from flows.cli.doctor import Check, doctor, render
 
 NAMES = [
-    "python", "torch", "transformers", "git", "dvc", "mlflow", "prefect", "fastapi", "disk", "workspace",
+    "python", "torch", "transformers", "git", "dvc", "mlflow", "ledger", "prefect", "fastapi", "disk", "workspace",
 ]  # fmt: skip
 
 
@@ -32,6 +32,7 @@ def test_a_good_workspace(bench):
     assert "domains at HEAD: code" in checks["dvc"].found
     assert checks["dvc"].ok is None  # no remote
     assert "newest is version 1 of tiny" in checks["mlflow"].found
+    assert "0 log entries of tiny in sqlite:///" in checks["ledger"].found
     assert "products in float32" in checks["torch"].found  # as params.yaml says
     assert checks["workspace"].ok
     assert bench.snapshot() == before
@@ -59,6 +60,7 @@ def test_a_remote_and_an_identity(bench, monkeypatch, tmp_path):
 
 def test_one_broken_thing_does_not_hide_the_others(bench, monkeypatch):
     (bench.root / ".copal" / "mlflow.db").write_bytes(b"not a database")
+    (bench.root / ".copal" / "ledger.db").write_bytes(b"not a database either")
     (bench.root / "data" / "x.dvc").write_text("outs: [")
     real = module._package
 
@@ -71,6 +73,8 @@ def test_one_broken_thing_does_not_hide_the_others(bench, monkeypatch):
     checks = look(bench.root)
     assert checks["mlflow"].ok is False
     assert "mlflow.db" in checks["mlflow"].found
+    assert checks["ledger"].ok is False
+    assert "ledger.db: file is not a database" in checks["ledger"].found
     assert checks["transformers"] == Check(
         name="transformers",
         ok=False,

@@ -50,7 +50,7 @@ def test_init_makes_a_workspace_with_its_base(run, tiny_base, tmp_path):
     before = tree(root)
     assert run("init", root, "--base", tiny_base)[0] == 0  # again: nothing to do
     assert run("init", root)[0] == 0
-    assert {name: content for name, content in tree(root).items() if not name.endswith("mlflow.db")} == {
+    assert {name: content for name, content in tree(root).items() if not name.endswith(("mlflow.db", "ledger.db"))} == {
         name: content for name, content in before.items() if not name.endswith("mlflow.db")
     }
     assert git(root, "rev-list", "--count", "HEAD") == "1"
@@ -107,7 +107,7 @@ def test_what_fails_late_leaves_an_existing_folder_as_it_was_too(refused, monkey
     def conflict(*_):
         raise CopalError("another base under the same model name")
 
-    monkeypatch.setattr("flows.stages.register_root", conflict)
+    monkeypatch.setattr("flows.step.register.register_root", conflict)
     assert "another base" in refused("init", tmp_path, "--base", tiny_base)
     assert tree(tmp_path) == before
     assert git(tmp_path, "status", "--porcelain").splitlines() == ["A  mine.txt", "?? .gitignore"]
