@@ -107,7 +107,7 @@ def test_what_fails_late_leaves_an_existing_folder_as_it_was_too(refused, monkey
     def conflict(*_):
         raise CopalError("another base under the same model name")
 
-    monkeypatch.setattr("flows.stages.register_root", conflict)
+    monkeypatch.setattr("flows.step.register.register_root", conflict)
     assert "another base" in refused("init", tmp_path, "--base", tiny_base)
     assert tree(tmp_path) == before
     assert git(tmp_path, "status", "--porcelain").splitlines() == ["A  mine.txt", "?? .gitignore"]
