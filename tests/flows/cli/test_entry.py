@@ -183,7 +183,7 @@ def test_the_workspace_may_come_from_the_environment(bench, run, monkeypatch, tm
 
 
 def test_quiet_prints_results_only(run, tiny_base, tmp_path, monkeypatch):
-    monkeypatch.setattr("flows.terminal._LONG", 0)
+    monkeypatch.setattr("flows.terminal.progress._LONG", 0)
     code, out, err = run("init", tmp_path / "a", "--base", tiny_base)
     assert (code, out.count("\n"), err.count("next:")) == (0, 2, 0)
     assert err, "progress"
