@@ -55,7 +55,7 @@ class Step:
         key: names the step.
         earlier: the other domains in the head's state.
         withdraws: whether `version` is taken out.
-        why: it is, in the words of who asked for it.
+        why: the reason of a withdrawal, in the words of whoever asked for it.
     """
 
     model: str
