@@ -1,4 +1,4 @@
-"""What a step is: the version that it builds on, the domain that it adds or takes out, the key that names it."""
+"""Which step there is to take: the version that it builds on, the domain that it adds or takes out, and its key."""
 
 from __future__ import annotations
 
