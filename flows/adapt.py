@@ -1,6 +1,6 @@
 """The flow `adapt`: one step of continual pruning, from a dataset version to a registered model version.
 
-The order of a step, and what of it is never done twice, is `flows.step.run.run_step`; its tasks are in
+`flows.step.run.run_step` has the order of a step, and what an earlier run has done already. Its Prefect tasks are in
 `flows.runs.tasks`.
 """
 
@@ -35,8 +35,8 @@ def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
         The number of the new version; None where the newest version knows this data already.
 
     Raises:
-        CopalError: what a user has to mend; nothing was registered. A version that is pruned waits for the next run,
-            and so does one that is registered and has not gone through its gates.
+        CopalError: something that a user has to mend. What was pruned already waits for the next run; a version that
+            was registered already stays, and the next run takes it through its gates.
         TimeLimitError: the step took longer than run.time_limit.
     """
     project = open_project(workspace)

@@ -1,4 +1,4 @@
-"""params.yaml and the environment -> `flows.settings.Settings`; what is wrong with them, in one line."""
+"""Reads params.yaml and the environment into `flows.settings.Settings`; one line says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _line(error: ValidationError) -> str:
 
 
 def _with_environment(settings: Settings) -> Settings:
-    """The settings with what the environment says, which may name a registry that needs a ledger of its own.
+    """The settings, with registry and ledger as the environment names them; refused where hosts would share no ledger.
 
     Raises:
         SettingsError: two hosts would have one registry, and a ledger each; or a variable is no such URL.

@@ -1,8 +1,8 @@
 """A project: a workspace, its settings, its registry and its ledger, opened once at the edge and handed on.
 
-Everything that copal does is done to a project. What takes two of its stores at once stands here: who takes the lineage
-publishes what a dead holder had sealed, and the log, which the ledger holds, is anchored in the registry, so that
-neither of the two can be rewritten alone.
+Everything that copal does is done to a project. This file also has what needs registry and ledger together: whoever
+takes the lineage first publishes what a dead holder had sealed; and the log is in the ledger, its anchor in the
+registry, so that neither of the two can be rewritten alone.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def hold_lineage(project: Project, what: str, tell: Tell | None = None) -> Itera
     What a dead holder was about to publish is published first.
 
     Args:
-        what: the work, for people who look who holds the lineage.
-        tell: called with a line where it has to wait.
+        what: the work in a few words, for people who want to know who holds the lineage.
+        tell: called with a line when this has to wait.
 
     Raises:
         LedgerError, RegistryError: a store does not answer.
@@ -134,7 +134,7 @@ def append_log(
         LedgerError, RegistryError: a store fails. An entry that was appended and not anchored counts; the next one
             anchors it.
     """
-    read_log(project)  # one that was cut off must not be anchored anew
+    read_log(project)  # it raises where the log was cut off: such a log must not get a new anchor
     entry = project.ledger.append(
         kind,
         version=version,
@@ -149,10 +149,10 @@ def append_log(
 
 
 def complete_log(project: Project) -> list[Entry]:
-    """Write into the log what a killed process did not: the head's withdrawal, and the anchor of the newest entry.
+    """Complete the log: an entry for the head's withdrawal where it is missing, and the anchor of the newest entry.
 
-    That is how a withdrawal comes into the log, be it by who withdrew, or by the next one where that was killed. Only
-    for who holds the lineage.
+    Every withdrawal comes into the log here: right after it, or, where that process was killed, when the next one takes
+    the lineage. Only for the holder of the lineage.
 
     Returns:
         The log.

@@ -1,4 +1,4 @@
-"""The flows `promote` and `rollback`: the commands of these names, for who has a Prefect server and no shell."""
+"""The flows `promote` and `rollback`: like the commands, for people who have Prefect's UI and no shell."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def promote(workspace: str, version: str, why: str | None = None, force: bool = 
     Args:
         workspace: the folder of the workspace.
         version: a number, or an alias such as challenger.
-        why: for the log, which names the user of the worker: say here who wants it.
-        force: even if its gates failed, or the alias was moved by hand; wants a reason.
+        why: the reason, for the log. The log names the user of the worker, so say here who wants it.
+        force: promote it even if its gates failed, or the alias was moved by hand; needs a reason.
 
     Returns:
         The number of the log entry; None where the version is the champion already.

@@ -104,9 +104,9 @@ class ModelSettings(_Section):
     Attributes:
         name: the registered model; one name is one lineage. It also becomes part of folder names.
         dtype: of the forward passes: `auto` (ask the machine), `bfloat16` or `float32`.
-        processes: that share a step's work on this machine; a GPU each where there are GPUs. Changes results by
-            rounding only, and so does
-        batch: windows that run through a block at a time; a step halves it where memory runs out.
+        processes: how many share a step's work on this machine; with GPUs, each process has one.
+        batch: windows that run through a block at a time; a step halves it where memory runs out. Like `processes`, it
+            changes results by rounding only.
     """
 
     name: Annotated[

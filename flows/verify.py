@@ -1,6 +1,6 @@
-"""The flow `verify`: whether what serves, or may serve, is what was registered. It changes nothing.
+"""The flow `verify`: is each version that serves, or may serve, still what was registered? It changes nothing.
 
-A run fails where anything differs, so that whatever a team hangs on failed runs (an automation, a pager) hears of it.
+Its run fails where anything differs, so that a team's automation or pager for failed runs hears of it.
 """
 
 from __future__ import annotations

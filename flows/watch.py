@@ -1,4 +1,4 @@
-"""The flow `watch`: a reconciler. Whatever woke it, it compares and runs what is pending, in order."""
+"""The flow `watch`: whatever woke it, it compares the watched branch with the newest version, runs what is pending."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def take_up(
     """Take the step to the oldest pending dataset version, compare anew, and so on until nothing is pending.
 
     So what is committed while a step runs is taken up too. What a killed process left to do for the newest version (its
-    gates, say) is done first. A dataset that is refused does not keep the others waiting:
-    the order of steps does not change where they end. One whose data is missing is no error; it is put off.
+    gates, say) is done first. A dataset that is refused does not keep the others waiting: all orders of the steps end
+    in the same model. Missing data is no error: the dataset version is looked for again later.
 
     Args:
         workspace: the folder of the workspace.
@@ -95,7 +95,7 @@ def take_up(
             finish(project, claim, plain_tasks())
     made: list[int] = []
     refused: list[str] = []
-    tried: set[tuple[str, str]] = set()  # in vain: a step that changes nothing must not come again
+    tried: set[tuple[str, str]] = set()  # without a new version: such a step must not be tried for ever
     while True:
         project.registry.refresh()  # a step is taken by another process, or with a project of its own
         found = plan(project, clock())
@@ -121,7 +121,7 @@ def take_up(
 
 
 def _forget_old(workspace: Workspace, model: str, found: Plan) -> None:
-    """Drop what does not wait any more: it was adapted to, or its pointer names other data or is gone."""
+    """Forget the dataset versions that no longer wait: adapted to, or their pointer names other data or is gone."""
     wanted = {(version.domain, version.md5) for version in (*found.pending, *(version for version, _ in found.waiting))}
     for domain, entry in waiting(workspace, model).items():
         if (domain, entry.dvc_md5) not in wanted:

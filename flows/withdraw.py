@@ -21,12 +21,12 @@ def withdraw(workspace: str, domain: str, why: str, purge: bool = False) -> With
 
     Args:
         workspace: the folder of the workspace.
-        domain: of the newest version.
-        why: for the log, which names the user of the worker: say here who wants it.
-        purge: also delete what is kept of the domain's data; of one withdrawn earlier, too.
+        domain: a domain that the newest version knows, or one withdrawn earlier that is to be purged now.
+        why: the reason, for the log. The log names the user of the worker, so say here who wants it.
+        purge: also delete what is kept of the domain's data.
 
     Raises:
-        CopalError: what a user has to mend; nothing was registered. A version that is pruned waits for the next run.
+        CopalError: something that a user has to mend. What was pruned already waits for the next run.
         TimeLimitError: it took longer than run.time_limit.
     """
     project = open_project(workspace)

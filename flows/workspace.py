@@ -60,12 +60,12 @@ class Workspace:
 
     @property
     def cache(self) -> Path:
-        """Fetched dataset versions, and clones: these alone may have commits that a remote's rewritten history lost."""
+        """Fetched dataset versions, and clones. A clone may be the only place of commits that its remote dropped."""
         return self.private / "cache"
 
     @property
     def lock(self) -> Path:
-        """Held by the process that adapts."""
+        """The file that `exclusive` locks."""
         return self.private / "lock"
 
     def path(self, text: str | None) -> Path | None:
@@ -82,7 +82,7 @@ class Workspace:
         It may hold a password: show it `without_secrets`.
         """
         uri = settings.ledger.uri or f"sqlite:///{self.private / 'ledger.db'}"
-        # Of where a command runs there would be many.
+        # A relative path begins at the workspace: from the folder of each command there would be many ledgers.
         relative = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/].*)", uri)
         return f"{relative[1]}{self.root / relative[2]}" if relative else uri
 

@@ -1,4 +1,4 @@
-"""Is this machine ready, and if not, what to do: Python, libraries, git, stores, disk and the workspace itself."""
+"""`copal doctor`: is this machine ready, and what to do if not. Python, libraries, git, stores, disk, workspace."""
 
 from __future__ import annotations
 

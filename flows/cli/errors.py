@@ -1,4 +1,4 @@
-"""How a command ends that does not end well: one line on standard error, and an exit code."""
+"""How a command that fails ends: one line on standard error, and an exit code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flows.workspace import open_workspace
 
 __all__ = ["run_to_exit_code", "usage_error"]
 
-# No bug of copal, and one line says it all: a full disk, a folder that may not be written to.
+# These are no bugs of copal, and one line says enough: a full disk, a folder that may not be written to.
 _SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 

@@ -1,4 +1,4 @@
-"""DVC: a repository opened at a commit, and the few calls that change one. Its errors become one line.
+"""DVC: opening a repository at a commit, and the few calls that change one. Errors of DVC become one line.
 
 DVC takes a second to import, so it is imported inside the functions that need it.
 """

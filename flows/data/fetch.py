@@ -38,7 +38,7 @@ def fetch(repo: Path, version: DatasetVersion, cache: Path, *, remote_only: bool
     ends a fetch makes it, so it is whole. Processes that want the same version wait for the first.
 
     Args:
-        remote_only: where the repository has a default remote, pass by DVC's cache.
+        remote_only: do not read DVC's cache where the repository has a default remote.
 
     Raises:
         MissingDataError: a file is neither in DVC's cache nor on a remote that answers.
@@ -141,9 +141,9 @@ def _verify(version: DatasetVersion, files: Path, listed: dict[str, Any]) -> Non
 
 
 def fetch_version(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> Path:
-    """`fetch` from the repository that has the version's commit: the one in use, the workspace, or the one it names.
+    """`fetch` from the repository that has the version's commit: of the settings, the workspace, or the record.
 
-    The version of a lineage may come from a repository that the settings do not name any more.
+    A lineage may know data of a repository that the settings no longer name.
 
     Raises:
         DatasetError: as `fetch` and `data_root`.
@@ -167,7 +167,7 @@ def check_stored(workspace: Workspace, watch: WatchSettings, version: DatasetVer
 
 
 def scratch_folders(cache: Path) -> list[Path]:
-    """Where data is fetched into that nobody keeps: left by killed processes, for who holds the workspace's lock."""
+    """Folders of `check_stored` that killed processes left behind. Only for who holds the workspace's lock."""
     return sorted(cache.glob(f"{_SCRATCH}*"))
 
 

@@ -54,7 +54,7 @@ def start_git(root: Path, *arguments: str) -> subprocess.Popen[bytes]:
     Raises:
         GitError: git is not installed.
     """
-    # The last is for copal's own processes: what hooks of the user import is the user's business.
+    # PYTHONSAFEPATH is meant for copal's own processes: a user's git hooks import what they like.
     environment = {name: value for name, value in os.environ.items() if name not in (*_HOOK, "PYTHONSAFEPATH")}
     try:
         return subprocess.Popen(

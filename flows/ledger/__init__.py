@@ -1,6 +1,6 @@
-"""Who may work on a lineage or move its aliases, and the log of what happened to its versions: a small SQL database.
+"""Ledger: who may work on a lineage or move its aliases, and the log of what happened to its versions, in SQL.
 
-SQLite for one machine, PostgreSQL for a team. `Ledger` is the way in; nothing outside this package knows its tables.
+SQLite for one machine, PostgreSQL for a team. `Ledger` is the way in; nothing outside this room knows its tables.
 """
 
 from flows.ledger.claims import ALIASES, LINEAGE, Claim

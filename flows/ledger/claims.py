@@ -3,11 +3,11 @@
 A lineage has a claim of each kind, one row each. Claims on the aliases are held for moments, so that a rollback does
 not wait for a step that runs for hours.
 
-- Who holds a claim moves its expiry on, in a thread. A claim past its expiry, or of a process of this machine that is
-  dead, may be taken by anybody: the token rises.
-- To publish, the holder raises the token too (`Claim.seal`), and names what it is about to publish. Whoever was taken
-  over finds its token gone, however late it wakes: it publishes nothing.
-- Who takes over from a sealed claim sees to what the dead one had sealed (`Claim.inherited`) before anything else.
+- The holder of a claim moves its expiry on, in a thread. A claim that is past its expiry, or whose holder was a process
+  of this machine and is dead, may be taken by anybody: the token rises.
+- To publish, the holder raises the token too (`Claim.seal`), and names what it is about to publish. A holder that was
+  taken over finds its token gone, however late it wakes: it publishes nothing.
+- Whoever takes over a sealed claim first publishes what the dead holder had sealed (`Claim.inherited`).
 
 So clocks decide how soon somebody takes over, and never whether two publish.
 """
@@ -28,7 +28,7 @@ from flows.ledger.rows import Place, change, look, take
 
 __all__ = ["ALIASES", "LINEAGE", "Claim", "holding"]
 
-LINEAGE, ALIASES = "lineage", "aliases"  # what a claim is on; who holds both took the lineage first
+LINEAGE, ALIASES = "lineage", "aliases"  # the kinds of claim; a process that needs both takes the lineage first
 
 _POLL = 0.02, 0.5  # seconds between the first two looks at a claim that somebody else holds, and at most
 _WAITS_QUIETLY = 2.0  # seconds after which a wait is worth a word
@@ -40,8 +40,8 @@ class Claim:
 
     Attributes:
         token: the fencing token: of two claims of one kind on one lineage, the later has the higher one.
-        inherited: id of what the last holder had sealed and maybe not published; "" for none. Who holds the claim
-            publishes it, and then calls `unseal`.
+        inherited: id of what the last holder had sealed and maybe not published; "" for none. The holder publishes it,
+            and then calls `unseal`.
     """
 
     def __init__(self, place: Place, token: int, what: str, lease: float, sent: float, inherited: str) -> None:
@@ -54,7 +54,7 @@ class Claim:
         self._lock = threading.Lock()  # renewing, sealing and ending change the same row
 
     def check(self) -> None:
-        """Nothing where the claim holds; asks nobody.
+        """Return where the claim still holds; does not ask the ledger.
 
         Raises:
             ClaimLostError: it is past its expiry, or was taken over.
@@ -77,7 +77,7 @@ class Claim:
         return checked
 
     def seal(self, logged_model: str) -> None:
-        """The last thing before a version is created: nobody else can publish from here on, nor could before.
+        """The last thing before a version is created: from here on only this process, or who inherits, can publish.
 
         Args:
             logged_model: id of the version's artifacts; who finds this process dead publishes them.

@@ -1,4 +1,4 @@
-"""The rows of the log: one an entry, numbered from 1 without gaps, only ever added."""
+"""The rows of the log: one for each entry, numbered from 1 without gaps; rows are only added."""
 
 from __future__ import annotations
 

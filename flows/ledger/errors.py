@@ -1,4 +1,4 @@
-"""The errors of the ledger, and what the errors of its databases mean, in one line."""
+"""The errors of the ledger; and one line on what an error of its database means and what to do."""
 
 from __future__ import annotations
 

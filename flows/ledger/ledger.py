@@ -40,13 +40,13 @@ class Ledger:
     ) -> AbstractContextManager[Claim]:
         """Hold the lineage or its aliases; waits as long as somebody else does.
 
-        Within, an error of a claim that was lost is replaced by `ClaimLostError`: it is what the loss led to.
+        Where the claim was lost, another error inside the `with` becomes a `ClaimLostError`: the loss led to it.
 
         Args:
             on: `LINEAGE` or `ALIASES`.
-            what: the work, for people who look who holds the lineage.
+            what: the work in a few words, for people who want to know who holds the lineage.
             lease: seconds after which a holder that gives no sign of life may be taken over.
-            tell: called with a line where it has to wait.
+            tell: called with a line when this has to wait.
 
         Raises:
             LedgerError: the ledger cannot be written.
@@ -88,8 +88,8 @@ class Ledger:
         """Append an entry to the log, see `flows.lineage.entries.next_entry`; anybody who may write may, at any time.
 
         Args:
-            after: how many entries there were when it was decided what this one says; None: it says it whatever is in
-                the log.
+            after: how many entries the log had when it was decided what this one says; None: what it says depends on
+                no other entry.
 
         Returns:
             The entry.
@@ -128,7 +128,7 @@ class Ledger:
             return 0 if connection is None else connection.scalar(query) or 0
 
     def settle(self, alias: str, entry: int) -> None:
-        """Note that the move of an alias that log entry `entry` tells of was made; an older one changes nothing.
+        """Note that the alias was moved in the registry as log entry `entry` says; an older entry changes nothing.
 
         Raises:
             LedgerError: it cannot be written.

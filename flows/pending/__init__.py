@@ -1,1 +1,1 @@
-"""Pending: which dataset versions the newest model version does not know yet, and who is told."""
+"""Pending: which dataset versions the newest model version does not know yet, and how the watcher is woken."""

@@ -19,7 +19,7 @@ __all__ = ["HookError", "install", "uninstall"]
 _BEGIN, _END = "# >>> copal >>>", "# <<< copal <<<"
 _BLOCK = re.compile(rf"{_BEGIN}\n.*?{_END}\n", re.DOTALL)
 _SHELL = re.compile(r"#!\s*(?:/\S*/)?(?:env\s+)?(?:/\S*/)?(?:ba|da|k|z|)sh\b")
-# hook -> the commit before it; what is not there (a first commit) is empty.
+# hook -> the commit before the change; an empty text where there is none (a first commit).
 _BEFORE = {"post-commit": "HEAD~1", "post-merge": "ORIG_HEAD"}
 
 

@@ -1,4 +1,4 @@
-"""Tells a Prefect server that datasets changed. It only wakes the watcher, which compares for itself."""
+"""Tells a Prefect server that datasets changed. The event only wakes the watcher, which then compares by itself."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def changed_since(project: Project, rev: str) -> list[str]:
 def notify(project: Project, domains: Sequence[str]) -> str:
     """Send the event of each domain; when this returns the server has them.
 
-    Data that the watcher waits for is looked for at once.
+    Where the data of such a domain was missing, the watcher looks for it at once.
 
     Returns:
         URL of the server's API: `PREFECT_API_URL`, else that of `copal up` in this workspace.

@@ -1,10 +1,10 @@
-"""Desired against actual: which dataset versions the head of the lineage does not know yet.
+"""Which dataset versions the head of the lineage does not know yet: what is desired, compared with what is there.
 
 Desired is, for each domain, the version at the watched branch; actual is the version in the head's record. What differs
 is pending, in the order in which the pointers last changed. Nothing here depends on events, so a missed one, a
 force-push, a revert or ten versions at once need no special case. Neither Prefect nor torch is needed to know.
 
-What was looked for in vain is put off for a while (`flows.pending.waiting`).
+Data that was looked for and not found is not tried again for a while (`flows.pending.waiting`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
     """Compare the watched branch with the head's record; changes nothing but a clone of another repository.
 
     Args:
-        now: what is due is due at this time; None: at the time that it is.
+        now: the time that decides whether a waiting dataset version is due; None: the present.
 
     Raises:
         DatasetError: the repository cannot be read, or reached.

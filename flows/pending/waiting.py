@@ -1,7 +1,7 @@
 """Which dataset versions wait for their data, because nobody has pushed it yet, and when each is tried again.
 
-The state lies in `.copal/waiting.json`, by model name and domain. It only spares tries: a file that is lost or damaged
-means that nothing waits, and what has no data is found out anew.
+This is kept in `.copal/waiting.json`, by model name and domain. It only saves tries: where the file is lost or damaged,
+nothing waits, and the next check finds out again which data is missing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def waiting(workspace: Workspace, model: str) -> dict[str, Waiting]:
 
 
 def note_missing(workspace: Workspace, model: str, domain: str, md5: str, interval: float, now: datetime) -> None:
-    """Write down that the data of a dataset version was looked for in vain.
+    """Write down that the data of a dataset version was looked for and not found.
 
     The next try comes after `interval` seconds, then after twice that, and so on: an hour at most.
     """

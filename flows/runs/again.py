@@ -1,4 +1,4 @@
-"""What woke a watcher that was busy: it is looked after when the busy one has ended."""
+"""One more check after a run of `watch` during which an event came: nothing that woke a busy watcher is lost."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def check_again(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> N
     """Start one more check where an event came, and was turned away, while this run held the deployment's only slot.
 
     A run that is turned away is CANCELLED at once (collision strategy CANCEL_NEW), so that checks do not pile up behind
-    a step of hours. The run that holds the slot compares anew after each step; but what comes between its last look and
-    its end it does not see. As a hook, this runs after the end, when the slot is free: whatever comes now starts a run
-    of its own. Checks of the schedule do not count: the next one is on its way.
+    a step of hours. The run that holds the slot compares anew after each step, but it does not see what comes between
+    its last look and its end. This is a hook that runs after the end, when the slot is free: from then on an event
+    starts a run of its own. Checks of the schedule do not count, for the schedule brings the next one.
     """
     if flow_run.deployment_id is None:
         return

@@ -40,7 +40,7 @@ _POLL = 2.0  # seconds between two looks at a run
 
 
 class AdaptFailedError(CopalError):
-    """A step that ran on a worker did not come to an end of its own, or somebody cancelled it."""
+    """A step that ran on a worker crashed, was cancelled, or its result cannot be read."""
 
 
 def adapt_deployment(workspace: str) -> DeploymentResponse | None:
@@ -116,8 +116,8 @@ def start_run(client: SyncPrefectClient, deployment: UUID, name: str, parameters
 def wait_for_end(client: SyncPrefectClient, deployment: UUID, run_id: UUID, poll: float = _POLL) -> State[Any]:
     """The last state of a run.
 
-    A run whose machine was switched off stays RUNNING for ever. It is told by its slot of the deployment's limit, which
-    its process renews and the server takes back; such a run is set CRASHED, so that the step can be started again.
+    A run whose machine was switched off stays RUNNING for ever. Such a run shows by its slot of the deployment's limit:
+    no process renews it, and the server takes it back. The run is then set CRASHED, so that the step can start again.
     """
     running = False
     while True:

@@ -17,7 +17,7 @@ class TimeLimitError(CopalError):
 
 
 class _OutOfTimeError(TimeoutError):
-    """Tells our limit from another library's."""
+    """Our own time limit, to tell it from a timeout of another library."""
 
 
 @contextmanager

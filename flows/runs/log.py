@@ -17,9 +17,9 @@ def tell(line: str) -> None:
 
 
 def note(line: str) -> bool:
-    """Say a line in the log of the run, which its page shows; gives whether there is one.
+    """Say a line in the log of the run, which the page of the run shows; returns whether it was logged.
 
-    The command line keeps none: it shows its user no log of Prefect's. Nor has the plain function of a flow one.
+    It is not where the command line runs a flow, which shows its user no log of Prefect's, nor outside a run.
     """
     try:
         log = get_run_logger()

@@ -64,7 +64,7 @@ def verify_run() -> str:
 def _lineage() -> str:
     """The lineage of the workspace that the run is about, after a space; nothing where it cannot be read.
 
-    The flow itself says then what is wrong: a name must not be the reason for which a run fails.
+    Where it cannot, the flow itself says what is wrong: a run must not fail for want of a name.
     """
     try:
         return f" {open_project(str(flow_run.parameters.get('workspace'))).name}"

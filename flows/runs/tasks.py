@@ -1,8 +1,8 @@
 """The five tasks of a step as Prefect tasks: with retries where trying again can help (fetching over a network, a
 registry that is busy) and none where it cannot (bad input).
 
-What they do are plain functions, in `flows.step` and `flows.gates`. Nothing of theirs is cached, hashed or stored:
-they take a project and give paths, ids and small values.
+The work is done by plain functions in `flows.step` and `flows.gates`. Prefect caches, hashes and stores nothing of it;
+tasks take a project and give paths, ids and small values.
 """
 
 from __future__ import annotations

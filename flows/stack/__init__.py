@@ -1,1 +1,1 @@
-"""Stack: what `copal up` starts for a team on one machine."""
+"""Stack: the servers, deployments and workers that `copal up` starts on one machine."""

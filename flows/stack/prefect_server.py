@@ -55,7 +55,7 @@ def create_pools(api: str) -> None:
 
 
 def settle_old_runs(api: str) -> None:
-    """Runs whose processes ended with an earlier server are said to have; checks that it slept through are dropped."""
+    """Set runs whose processes ended with an earlier server CRASHED, and delete scheduled checks that are overdue."""
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterExpectedStartTime,

@@ -1,4 +1,4 @@
-"""What `copal up` started: the file that says so, and an end to it."""
+"""The file `.copal/up.json`, which says what `copal up` started; and how such processes are ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of `copal up`, each in a process group of its own, watched over until somebody wants an end."""
+"""Starts the processes of `copal up`, each in a process group of its own, and watches over them until all are ended."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Start: a new workspace, and the demo."""
+"""Start: how a folder becomes a workspace, and the demo."""

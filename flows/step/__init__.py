@@ -1,1 +1,1 @@
-"""Step: from a dataset version to a registered model version, and what goes with it: withdrawing, purging, freeing."""
+"""Step: from a dataset version to a registered model version. Also withdrawals, purges, and what `copal gc` frees."""

@@ -1,8 +1,8 @@
-"""One stage in several processes: `accelerate launch` runs this module in each of them, and a stage waits for them.
+"""One task of a step in several processes: `accelerate launch` runs this module in each, and the task waits for them.
 
-What a stage wants goes to the processes as files in a folder of the step: request.json and windows.safetensors. The
-main one tells how it gets on, in lines on standard output, and answers with result.json. One that cannot go
-on leaves error-PID.json; the launcher then ends the others.
+The processes get what they need as files in a folder of the step: request.json and windows.safetensors. The main
+process tells its progress in lines on standard output, and writes the answer to result.json. A process that cannot go
+on writes error-PID.json; the launcher then ends the others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from flows.settings import Settings
 
 __all__ = ["evaluate_in_processes", "evaluate_jobs", "prune_in_processes"]
 
-# In place of the user's own, which may be for another machine or purpose. MULTI_GPU: several, on a CPU as well.
+# In place of the user's own configuration, which may be for another machine or purpose. MULTI_GPU means several
+# processes, on a CPU as well.
 _ACCELERATE = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "MULTI_GPU",

@@ -1,4 +1,4 @@
-"""Frees what can be made again or what nobody needs: running sums of old versions, and what killed runs left."""
+"""What `copal gc` deletes: what can be made again (running sums of old versions), and what killed runs left behind."""
 
 from __future__ import annotations
 

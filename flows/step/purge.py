@@ -1,9 +1,9 @@
-"""Purging a domain that was withdrawn: what is kept of its data goes, and what cannot go is named.
+"""Purging a withdrawn domain: what is kept of its data is deleted, and what cannot be deleted is named.
 
-Its contributions go from every version that holds one, and so do the running sums that contain them. No later step
-needs them: the head is without the domain. Of run folders and fetched data nobody knows for sure whose they are, so all
-of them go but the data of domains that are in use: steps make and fetch them again. Weights that were computed with the
-domain stay, for versions are not deleted here; those are the traces.
+Its contribution is deleted from every version that holds one, and so is every running sum that contains it. No later
+step needs them, for the head is without the domain. Run folders and fetched data may hold some of it, so all of them
+are deleted but the data of domains in use: steps make and fetch them again. Weights that were computed with the domain
+stay, for no version is deleted here; these versions are the traces.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Purged:
     """What a purge did.
 
     Attributes:
-        domain: that was purged.
-        deleted: versions whose contribution is gone, by this purge or an earlier one.
-        traces: versions whose weights were computed with the domain's data, the same ones among them.
+        domain: its name.
+        deleted: the versions whose contribution of the domain is deleted, by this purge or an earlier one.
+        traces: the versions whose weights were computed with the domain's data; those of `deleted` are among them.
         size: bytes that this purge freed.
     """
 

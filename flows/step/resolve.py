@@ -1,4 +1,4 @@
-"""What a step is: the version that it builds on, the domain that it adds or takes out, the key that names it."""
+"""Which step there is to take: the version that it builds on, the domain that it adds or takes out, and its key."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Step:
         key: names the step.
         earlier: the other domains in the head's state.
         withdraws: whether `version` is taken out.
-        why: it is, in the words of who asked for it.
+        why: the reason of a withdrawal, in the words of whoever asked for it.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""One step from taking the lineage to the version: what runs, what an earlier run has finished, what is left behind."""
+"""The order of a step, from taking the lineage to the gates: what runs, and what an earlier run has done already."""
 
 from __future__ import annotations
 

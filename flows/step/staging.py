@@ -1,10 +1,10 @@
-"""The run folder of a step: what an earlier run finished stays there for the next.
+"""The run folder of a step: what one run of the step has finished stays there for the next run.
 
     runs/<model>-<key>/step.json  what the folder is for, and the code that works on it
                        version/   model/, state/ and the report, once pruning is whole
                        evaluation.json    once evaluation is
 
-Each appears by a rename. Nothing of it is visible before the registry has the version.
+Each of them appears whole, by a rename. Nobody sees anything of it before the version is in the registry.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Terminal: what a person reads there. Everything that rich draws."""
+"""Terminal: tables, trees and progress bars for people. Everything that rich draws."""

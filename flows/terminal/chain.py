@@ -16,7 +16,7 @@ __all__ = [
 
 
 def render_history(history: History) -> RenderableType:
-    """The chain for people: a branch a version, oldest first, and below it where its data came from and what it met."""
+    """The chain for people: one branch a version, oldest first; below it its data, its gates, and its log entries."""
     from rich.text import Text
     from rich.tree import Tree
 

@@ -35,7 +35,7 @@ def is_quiet() -> bool:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show on a terminal that something goes on whose length nobody knows."""
+    """Show on a terminal that work goes on, where nobody knows how long it takes."""
     if is_quiet() or not sys.stdout.isatty():
         yield
     else:

@@ -29,7 +29,7 @@ def staged(bench) -> list[str]:
 
 @pytest.fixture
 def not_again(monkeypatch) -> Callable[[str], None]:
-    """not_again("prune_domain"): from now on that stage must not run."""
+    """not_again("prune_domain"): from now on that task must not run."""
 
     def forbid(name: str) -> None:
         def called(*args, **kwargs):

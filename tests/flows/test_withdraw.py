@@ -1,4 +1,4 @@
-"""Withdrawing a domain: through the stages, on a tiny model, with real git, DVC and MLflow."""
+"""Withdrawing a domain: through the tasks of a step, on a tiny model, with real git, DVC and MLflow."""
 
 from __future__ import annotations
 

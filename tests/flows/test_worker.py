@@ -1,4 +1,4 @@
-"""A stage in several processes: what comes back is what one process gives, errors and progress too."""
+"""A task of a step in several processes: what comes back is what one process gives, errors and progress too."""
 
 from __future__ import annotations
 
