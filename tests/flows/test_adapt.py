@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from toys import expire_claims, other_masks, weights
 
 from copal.errors import CopalError, DataError
 from flows.adapt import adapt
@@ -17,6 +16,7 @@ from flows.pending.reconcile import plan
 from flows.registry.errors import LineageConflictError
 from flows.step.work import prune_domain
 from flows.watch import RefusedError, watch
+from support.toys import expire_claims, other_masks, weights
 
 pytestmark = pytest.mark.usefixtures("prefect")
 

@@ -6,12 +6,12 @@ import json
 
 import pytest
 from mlflow import MlflowClient
-from toys import holder, step
 
 from flows.cli import main
 from flows.project import append_log, hold_lineage, read_log
 from flows.step.gc import collect
 from flows.verification.verify import verify
+from support.toys import holder, step
 
 
 @pytest.fixture

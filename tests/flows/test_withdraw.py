@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import other_masks, weights
 
 from copal.errors import DataError, StateError
 from flows.cli import main
@@ -22,6 +21,7 @@ from flows.step import run
 from flows.step.gc import collect
 from flows.step.resolve import NoBaseError, WithdrawError
 from flows.step.run import finish, plain_tasks, run_step, run_withdrawal
+from support.toys import other_masks, weights
 
 
 def step(bench, domain: str) -> int:

@@ -7,7 +7,6 @@ import getpass
 import socket
 
 import pytest
-from toys import altered_entry, documents
 
 from flows.lineage.entries import (
     KINDS,
@@ -22,6 +21,7 @@ from flows.lineage.entries import (
 from flows.lineage.record import LineageError
 from flows.lineage.schema import schema_of
 from flows.project import append_log, complete_log, hold_lineage
+from support.toys import altered_entry, documents
 
 
 def three() -> list[dict]:

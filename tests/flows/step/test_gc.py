@@ -9,12 +9,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
-from toys import other_masks, step, weights
 
 from flows.cli import main
 from flows.lineage.record import verify_files
 from flows.registry.errors import RegistryError
 from flows.step.gc import collect
+from support.toys import other_masks, step, weights
 
 
 @pytest.fixture

@@ -6,12 +6,11 @@ import json
 import shutil
 from functools import partial
 
-from toys import step
-
 from flows.cli import main
 from flows.registry.registry import Registry
 from flows.step.gc import collect
 from flows.step.run import plain_tasks, run_withdrawal
+from support.toys import step
 
 
 def test_a_replay_is_identical_tells_what_differs_and_needs_the_data(bench, capsys, monkeypatch, tmp_path):

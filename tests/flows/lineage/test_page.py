@@ -12,7 +12,7 @@ import pytest
 
 from flows.lineage.history import up_to
 from flows.lineage.page.page import render_page
-from tests.flows.histories import a_history, gates, layers, log, three_domains
+from support.histories import a_history, gates, layers, log, three_domains
 
 HOSTILE = (
     "</title><script>document.title='owned';console.error('owned')</script>\"' onload=x <img src=https://evil.example/>"

@@ -1,4 +1,4 @@
-"""Kills a step at a named point, or at any time: what `test_crash.py` and the soak test run in processes of their own.
+"""Kills a step at a named point, or at any time: what the tests of kills and races run in processes of their own.
 
 A point is a call of the code that does the work, wrapped so that the process kills itself before or after it: no
 handler runs, nothing is flushed. Processes are forked from one that has the libraries imported.
@@ -25,7 +25,6 @@ from flows.step.run import plain_tasks, run_step
 _PRELOADED = [
     "torch", "transformers", "datasets", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store", "dvc.repo", "dvc.api", "flows.step.distributed", "flows.step.run",
-    "crashes",
 ]  # fmt: skip
 
 

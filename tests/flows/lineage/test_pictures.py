@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from flows.lineage.pictures import draw_pictures
-from tests.flows.histories import a_history, three_domains
+from support.histories import a_history, three_domains
 
 
 def texts(svg: Path) -> list[str]:

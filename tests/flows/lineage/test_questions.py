@@ -15,7 +15,7 @@ from flows.lineage.history import HistoryError, find_version
 from flows.lineage.record import file_digests
 from flows.project import append_log
 from flows.terminal.answers import render_answer
-from tests.flows.histories import a_history, log, md5, three_domains
+from support.histories import a_history, log, md5, three_domains
 
 
 def shown(answer: dict) -> str:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from test_registry import a_record, a_registry, staged
-from toys import expire_claims, step
 
 from copal.errors import CopalError
 from flows.cli import main
@@ -26,6 +24,8 @@ from flows.registry.registry import Registry
 from flows.settings import ModelSettings, Settings
 from flows.step.run import plain_tasks, run_step
 from flows.workspace import Workspace
+from support.registries import a_record, a_registry, staged
+from support.toys import expire_claims, step
 
 SETTINGS = Settings(model=ModelSettings(name="tiny"))
 

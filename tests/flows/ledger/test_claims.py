@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from ledger_support import (
+
+from flows.ledger import ALIASES, LINEAGE, ClaimLostError, Ledger, LedgerError, claims
+from support.ledgers import (
     CONTEXT,
     claim_row,
     die_within_a_transaction,
@@ -24,8 +26,6 @@ from ledger_support import (
     take_and_die,
     together,
 )
-
-from flows.ledger import ALIASES, LINEAGE, ClaimLostError, Ledger, LedgerError, claims
 
 
 def test_of_eight_threads_one_after_another_holds_the_lineage(uri):

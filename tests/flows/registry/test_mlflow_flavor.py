@@ -29,7 +29,7 @@ from flows.lineage.record import version_files
 from flows.project import read_log
 from flows.registry.flavor import write_flavor
 from flows.verification.verify import verify
-from tests.flows.toys import step
+from support.toys import step
 
 PROMPT = "abc abc "
 

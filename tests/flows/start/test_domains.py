@@ -14,7 +14,7 @@ from flows.models.packages import FetchError
 from flows.start import domains
 from flows.start.domains import DOMAINS, build_domain
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 ICD = """<ICD10CM.tabular><chapter><name>1</name><desc>Infections (A00-B99)</desc>
 <includes><note>of a chapter, not repeated</note></includes>

@@ -9,11 +9,11 @@ from multiprocessing import get_context
 
 import psutil
 import pytest
-from crashes import Point, process, start, watch_rounds
-from toys import holder
 
 from flows.data.git import git
 from flows.project import hold_lineage
+from support.crashes import Point, process, start, watch_rounds
+from support.toys import holder
 
 
 def test_a_holder_whose_process_is_dead_is_not_waited_for(bench):

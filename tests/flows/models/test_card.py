@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from test_lineage import arguments
 
 from flows.lineage.record import build_record, record_digest
 from flows.models.card import license_of, model_card
 from flows.models.export import export
 from flows.step.run import plain_tasks, run_step
+from support.records import arguments
 
 
 def card(**changes) -> ModelCard:

@@ -12,9 +12,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from ledger_support import CONTEXT, queries, rows, run_sql, start, without_rights
 
 from flows.ledger import ALIASES, LINEAGE, Ledger, LedgerError
+from support.ledgers import CONTEXT, queries, rows, run_sql, start, without_rights
 
 
 def refused(do) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from toys import expire_claim, last_claim, step
 
 from flows.registry.errors import RegistryError
 from flows.step import run
 from flows.step.gc import collect
+from support.toys import expire_claim, last_claim, step
 
 
 def domains(bench) -> list[str | None]:

@@ -9,13 +9,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from ledger_support import append_at_once, rows, run_sql, together
 from sqlalchemy.exc import IntegrityError
 
 from copal.config import canonical_json, fingerprint
 from flows.ledger import Ledger, LogMovedError, entries
 from flows.lineage.entries import anchor_at, anchor_of, anchor_problems, chain_problems, not_anchored
 from flows.lineage.record import LineageError
+from support.ledgers import append_at_once, rows, run_sql, together
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from crashes import POINTS, Point, start
 from mlflow import MlflowClient
 
 from copal.checkpoint import Checkpoint
@@ -23,6 +22,7 @@ from flows.lineage.entries import anchor_of
 from flows.lineage.record import verify_files
 from flows.pending.reconcile import plan
 from flows.step.gc import collect
+from support.crashes import POINTS, Point, start
 
 Weights = dict[str, torch.Tensor]
 

@@ -17,7 +17,7 @@ from flows.lineage.openlineage import events
 from flows.lineage.record import record_digest
 from flows.project import append_log, read_history
 from flows.terminal.chain import render_history
-from tests.flows.histories import a_history, md5, three_domains
+from support.histories import a_history, md5, three_domains
 
 
 def shown(history: dict) -> str:

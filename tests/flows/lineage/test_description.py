@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flows.lineage.description import LONGEST, model_description, run_title, version_description
-from tests.flows.histories import a_history, gates, md5, three_domains
+from support.histories import a_history, gates, md5, three_domains
 
 
 def described(history: dict[str, Any], number: int, gates_entry: dict[str, Any] | None = None) -> str:
