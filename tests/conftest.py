@@ -10,6 +10,7 @@ os.environ.update(  # before any library reads it: nothing phones home, no hub i
     HF_HUB_OFFLINE="1", DVC_NO_ANALYTICS="1", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="1",
     PREFECT_SERVER_ANALYTICS_ENABLED="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120", PREFECT_LOGGING_LEVEL="CRITICAL",
+    OMP_NUM_THREADS="1",  # toys are too small for two threads, and the tests run in several processes at a time
 )  # fmt: skip
 for name in ("MLFLOW_TRACKING_URI", "COPAL_REGISTRY_URI", "COPAL_LEDGER_URI", "PREFECT_API_URL"):
     os.environ.pop(name, None)
@@ -22,6 +23,25 @@ from flows.models.base import BaseModel, fetch_base  # noqa: E402
 
 settings.register_profile("any machine", deadline=None)  # a busy one is no failure
 settings.load_profile("any machine")
+
+# What only tests with a workspace, a registry, a server or a trained model ask for.
+COSTLY = {"make_bench", "mlflow_template", "template", "learnt_base", "real_base", "prefect", "postgresql"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file run in one process, where they share what the file has made, unless a test names its own group.
+
+    Tests that ask for nothing costly are `quick`; those that ask for PostgreSQL are the team's.
+    """
+    for item in items:
+        asked = {*getattr(item, "fixturenames", ())}
+        if "postgresql" in asked:
+            item.add_marker("team")
+        if not asked & COSTLY and not any(map(item.get_closest_marker, ("slow", "real_model", "soak", "team"))):
+            item.add_marker("quick")
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Kills a step at a named point, or at any time: what the tests of kills and races run in processes of their own.
 
-A point is a call of the code that does the work, wrapped so that the process kills itself before or after it: no
-handler runs, nothing is flushed. Processes are forked from one that has the libraries imported.
+A point is a call of the code that does the work, wrapped so that something happens before or after it: the process
+kills itself (no handler runs, nothing is flushed), or what it would leave behind is copied and it goes on. Processes
+are forked from one that has the libraries imported.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ import functools
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from flows.pending.reconcile import plan
 from flows.project import open_project
 from flows.step.run import plain_tasks, run_step
 
+_CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = [
     "torch", "transformers", "datasets", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store", "dvc.repo", "dvc.api", "flows.step.distributed", "flows.step.run",
@@ -98,9 +103,8 @@ POINTS = [
 
 def process(target: Callable[..., None], *arguments: Any) -> Any:
     """A process that calls `target`, forked from one that has the libraries imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    made = context.Process(target=target, args=arguments, daemon=True)
+    made = _CONTEXT.Process(target=target, args=arguments, daemon=True)
+    _CONTEXT.set_forkserver_preload(_PRELOADED)
     made.start()
     return made
 
@@ -108,6 +112,40 @@ def process(target: Callable[..., None], *arguments: Any) -> Any:
 def start(root: Path, domain: str, rev: str, point: Point | None = None) -> Any:
     """A process that takes one step; dies at `point`."""
     return process(_step, str(root), domain, rev, point)
+
+
+def record(root: Path, domain: str, rev: str, points: Sequence[Point], images: Path) -> None:
+    """Let a process take one step to its end, and keep what a kill -9 at each point would have left of the workspace.
+
+    At a point the process is stopped as a whole, with all of its threads, the files of the workspace `root` are copied
+    to the folder of the point's index in `images`, and the process goes on. Such an image has what the process has
+    written so far, be it half of a file or a transaction of SQLite with its hot journal, as a killed process leaves it.
+    What a power cut would lose of it, pages that nobody flushed, is in the image, as it is after a kill -9.
+    """
+    ours, its = _CONTEXT.Pipe()
+    child = process(_recorded, str(root), domain, rev, list(points), its)
+    its.close()
+    pause = threading.Event()
+    while True:
+        try:
+            number = ours.recv()
+        except EOFError:
+            break
+        os.kill(child.pid, signal.SIGSTOP)
+        while psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:
+            pause.wait(0.001)
+        copy(root, images / str(number))
+        os.kill(child.pid, signal.SIGCONT)
+        ours.send(number)
+    child.join()
+    assert child.exitcode == 0
+
+
+def copy(root: Path, target: Path) -> None:
+    """A workspace at another place, which is replaced."""
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(root, target, symlinks=True)
 
 
 def watch_rounds(root: str, barrier: Any, rounds: int) -> None:
@@ -124,34 +162,46 @@ def watch_rounds(root: str, barrier: Any, rounds: int) -> None:
 def _step(root: str, domain: str, rev: str, point: Point | None) -> None:
     torch.set_num_threads(1)
     if point:
-        _arm(point)
+        _arm(point, lambda: os.kill(os.getpid(), point.signal))
     run_step(open_project(root), domain, rev, plain_tasks())
 
 
-def _arm(point: Point) -> None:
+def _recorded(root: str, domain: str, rev: str, points: Sequence[Point], recorder: Any) -> None:
+    torch.set_num_threads(1)
+
+    def copied(number: int) -> None:
+        recorder.send(number)
+        recorder.recv()
+
+    for number, point in enumerate(points):
+        _arm(point, functools.partial(copied, number))
+    run_step(open_project(root), domain, rev, plain_tasks())
+
+
+def _arm(point: Point, do: Callable[[], None]) -> None:
     module, _, path = point.target.partition(":")
     owner: Any = importlib.import_module(module)
     *owners, name = path.split(".")
     for part in owners:
         owner = getattr(owner, part)
-    setattr(owner, name, _deadly(getattr(owner, name), point))
+    setattr(owner, name, _doing(getattr(owner, name), point, do))
 
 
-def _deadly(call: Callable[..., Any], point: Point) -> Callable[..., Any]:
+def _doing(call: Callable[..., Any], point: Point, do: Callable[[], None]) -> Callable[..., Any]:
     calls = 0
 
     @functools.wraps(call)
     def called(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        if point.of in " ".join(map(str, args)):
-            calls += 1
-        else:
+        if point.of not in " ".join(map(str, args)):
             return call(*args, **kwargs)
-        if calls == point.nth and point.when == "before":
-            os.kill(os.getpid(), point.signal)
+        calls += 1
+        number = calls
+        if number == point.nth and point.when == "before":
+            do()
         result = call(*args, **kwargs)
-        if calls == point.nth and point.when == "after":
-            os.kill(os.getpid(), point.signal)
+        if number == point.nth and point.when == "after":
+            do()
         return result
 
     return called

@@ -10,7 +10,7 @@ from flows.ledger import Ledger
 from support.servers import PostgresServer
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.team)])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Of a ledger that is not there yet, on either database."""
     if request.param == "sqlite":
