@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from flows.data.dvc import init_repository
 from flows.workspace import open_workspace
 from support.benches import PARAMS, Bench, sentence
-from support.servers import MlflowServer
+from support.servers import MlflowServer, PostgresServer
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from flows.registry.errors import HeadMovedError, LineageConflictError, Registry
 from flows.registry.registry import Registry
 from flows.registry.runs import DomainMetrics
 from flows.registry.versions import ModelVersion
-from support.registries import a_record, a_registry, staged
+from support.registries import BASE, a_record, a_registry, staged
 
 
 @pytest.fixture
