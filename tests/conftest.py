@@ -32,8 +32,10 @@ COSTLY = {"make_bench", "mlflow_template", "template", "learnt_base", "real_base
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file run in one process, where they share what the file has made, unless a test names its own group.
 
-    Tests that ask for nothing costly are `quick`; those that ask for PostgreSQL are the team's.
+    Tests that ask for nothing costly are `quick`; those that ask for PostgreSQL are the team's. Files with slow tests
+    come first and those with quick ones only last, so that no process is left alone with a long one.
     """
+    ranks: dict[Path, int] = {}
     for item in items:
         asked = {*getattr(item, "fixturenames", ())}
         if "postgresql" in asked:
@@ -42,6 +44,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("quick")
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        slow = any(map(item.get_closest_marker, ("slow", "real_model")))
+        rank = 0 if slow else 2 if item.get_closest_marker("quick") else 1
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
 
 
 @pytest.fixture(scope="session")

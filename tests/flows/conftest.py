@@ -102,6 +102,14 @@ def make_learnt_bench(make_bench: Callable[..., Bench], learnt_base: Path) -> Ca
     return make
 
 
+@pytest.fixture(scope="module")
+def exchanged_files() -> Iterator[None]:
+    """For tests that put other files in the place of a workspace's: no connection to its database outlives its use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+        yield
+
+
 @pytest.fixture
 def bench(make_bench: Callable[..., Bench], tmp_path: Path) -> Bench:
     """A workspace with the tiny base as version 1 and no data yet."""

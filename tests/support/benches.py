@@ -110,3 +110,14 @@ def sentence(language: int, number: int) -> str:
     words = [hashlib.sha256(f"{language}/{word}".encode()).hexdigest()[:4] for word in range(8)]
     drawn = hashlib.sha256(f"{language}/{number}".encode()).hexdigest()
     return " ".join(words[int(digit, 16) % len(words)] for digit in drawn[:40]) + f" {number}"
+
+
+def copy_workspace(root: Path, target: Path) -> None:
+    """Put a copy of the workspace `root` in the place of what is at `target`.
+
+    MLflow keeps absolute paths: to be used, a copy is put back to where the workspace was, by a test whose module asks
+    for `exchanged_files`.
+    """
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(root, target, symlinks=True)

@@ -11,7 +11,6 @@ import functools
 import importlib
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import torch
 from flows.pending.reconcile import plan
 from flows.project import open_project
 from flows.step.run import plain_tasks, run_step
+from support.benches import copy_workspace
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = [
@@ -134,18 +134,11 @@ def record(root: Path, domain: str, rev: str, points: Sequence[Point], images: P
         os.kill(child.pid, signal.SIGSTOP)
         while psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:
             pause.wait(0.001)
-        copy(root, images / str(number))
+        copy_workspace(root, images / str(number))
         os.kill(child.pid, signal.SIGCONT)
         ours.send(number)
     child.join()
     assert child.exitcode == 0
-
-
-def copy(root: Path, target: Path) -> None:
-    """A workspace at another place, which is replaced."""
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(root, target, symlinks=True)
 
 
 def watch_rounds(root: str, barrier: Any, rounds: int) -> None:

@@ -12,8 +12,19 @@ import pytest
 
 from flows.data.git import git
 from flows.project import hold_lineage
+from support.benches import Bench
 from support.crashes import Point, process, start, watch_rounds
 from support.toys import holder
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.team)])
+def raced(request: pytest.FixtureRequest, bench: Bench) -> Bench:
+    """A workspace with its ledger on either database."""
+    if request.param == "postgresql":
+        server = request.getfixturevalue("postgresql")
+        uri = server.uri(server.new_database())
+        bench.set("model: {name: tiny", f"ledger: {{uri: '{uri}'}}\nmodel: {{name: tiny")
+    return bench
 
 
 def test_a_holder_whose_process_is_dead_is_not_waited_for(bench):
@@ -27,22 +38,23 @@ def test_a_holder_whose_process_is_dead_is_not_waited_for(bench):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("watchers", [2, 8])
-def test_watchers_on_the_same_data_make_one_version_a_key(bench, watchers):
+def test_watchers_on_the_same_data_make_one_version_a_key(raced, watchers):
     rounds = 20
-    bench.commit("legal", 0)
-    revs = [bench.commit("code", 1), bench.commit("code", 2)]
-    bench.set("model: {name: tiny", "watch: {branch: watched}\nmodel: {name: tiny")
+    raced.commit("legal", 0)
+    revs = [raced.commit("code", 1), raced.commit("code", 2)]
+    raced.set("model: {name: tiny", "watch: {branch: watched}\nmodel: {name: tiny")
     barrier = get_context("forkserver").Barrier(watchers + 1)
-    processes = [process(watch_rounds, str(bench.root), barrier, rounds) for _ in range(watchers)]
+    processes = [process(watch_rounds, str(raced.root), barrier, rounds) for _ in range(watchers)]
     for number in range(rounds):
-        git(bench.root, "branch", "--force", "watched", revs[number % 2])
+        git(raced.root, "branch", "--force", "watched", revs[number % 2])
         barrier.wait(timeout=300)
         barrier.wait(timeout=300)
     for child in processes:
         child.join()
     assert [child.exitcode for child in processes] == [0] * watchers
-    versions = bench.registry.versions()
+    versions = raced.registry.versions()
     assert [version.tags.get("copal.domain") for version in versions] == [None, "legal", *["code"] * rounds]
     assert [version.parent for version in versions] == [None, *(version.number for version in versions[:-1])]
     assert [version.number for version in versions] == list(range(1, rounds + 3))  # nobody's was withdrawn
@@ -57,21 +69,21 @@ def test_watchers_on_the_same_data_make_one_version_a_key(bench, watchers):
     ],
     ids=str,
 )
-def test_a_worker_that_was_paused_past_its_expiry_publishes_nothing(bench, point):
-    bench.commit("code", 0)
-    bench.set("model: {name: tiny", "run: {lease: 4}\nmodel: {name: tiny")
-    late = start(bench.root, "code", "HEAD", point)
+def test_a_worker_that_was_paused_past_its_expiry_publishes_nothing(raced, point):
+    raced.commit("code", 0)
+    raced.set("model: {name: tiny", "run: {lease: 4}\nmodel: {name: tiny")
+    late = start(raced.root, "code", "HEAD", point)
     pause = threading.Event()
     while psutil.Process(late.pid).status() != psutil.STATUS_STOPPED:
         pause.wait(0.05)
 
-    following = start(bench.root, "code", "HEAD")
+    following = start(raced.root, "code", "HEAD")
     following.join()
     assert following.exitcode == 0
-    published = bench.registry.versions()
+    published = raced.registry.versions()
     assert [version.tags.get("copal.domain") for version in published] == [None, "code"]
 
     os.kill(late.pid, signal.SIGCONT)
     late.join()
     assert late.exitcode == 1
-    assert bench.registry.versions() == published
+    assert raced.registry.versions() == published

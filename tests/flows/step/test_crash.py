@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from flows.lineage.entries import anchor_of
 from flows.lineage.record import verify_files
 from flows.pending.reconcile import plan
 from flows.step.gc import collect
-from support.crashes import POINTS, Point, copy, record, start
+from support.benches import copy_workspace
+from support.crashes import POINTS, Point, record, start
 
+pytestmark = pytest.mark.slow
 Weights = dict[str, torch.Tensor]
 
 # A kill at these is tried for real as well: while data is fetched, pruned, registered, judged and shown.
@@ -64,7 +66,7 @@ class Trials:
         for path in bench.workspace.cache.glob("*.dir"):  # the step has to fetch its data
             shutil.rmtree(path)
         self.before = self.visible()
-        copy(bench.root, self.images / "before")
+        copy_workspace(bench.root, self.images / "before")
         record(bench.root, "code", self.rev, POINTS, self.images)
         self.check_end()
 
@@ -75,7 +77,7 @@ class Trials:
 
     def put_back(self, image: str) -> None:
         """The workspace as it was at another time."""
-        copy(self.images / image, self.bench.root)
+        copy_workspace(self.images / image, self.bench.root)
 
     def image(self, point: Point) -> str:
         name = str(POINTS.index(point))
@@ -148,13 +150,10 @@ class Trials:
 
 
 @pytest.fixture(scope="module")
-def trials(make_bench, tmp_path_factory) -> Iterator[Trials]:
+def trials(make_bench, tmp_path_factory, exchanged_files) -> Trials:
     """One recorded step for all tests that a process runs."""
     folder = tmp_path_factory.mktemp("crash")
-    with pytest.MonkeyPatch.context() as patch:
-        # The files under a database are exchanged: no connection may outlive its use.
-        patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
-        yield Trials(make_bench(folder / "workspace"), folder / "images")
+    return Trials(make_bench(folder / "workspace"), folder / "images")
 
 
 def in_two_groups(values: Iterable[Any]) -> list[Any]:
