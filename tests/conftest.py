@@ -24,15 +24,18 @@ from flows.models.base import BaseModel, fetch_base  # noqa: E402
 settings.register_profile("any machine", deadline=None)  # a busy one is no failure
 settings.load_profile("any machine")
 
-# What only tests with a workspace, a registry, a server or a trained model ask for.
+# What only tests with a workspace, a registry, a server or a trained model ask for; and rooms whose tests have git and
+# DVC repositories, databases and processes of their own.
 COSTLY = {"make_bench", "mlflow_template", "template", "learnt_base", "real_base", "prefect", "postgresql"}
+COSTLY_ROOMS = {"cli", "data", "ledger", "stack"}
+LONG = {"slow", "real_model", "soak", "team"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file run in one process, where they share what the file has made, unless a test names its own group.
 
-    Tests that ask for nothing costly are `quick`; those that ask for PostgreSQL are the team's. Files with slow tests
+    Tests that have nothing costly are `quick`; those that ask for PostgreSQL are the team's. Files with slow tests
     come first and those with quick ones only last, so that no process is left alone with a long one.
     """
     ranks: dict[Path, int] = {}
@@ -40,12 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         asked = {*getattr(item, "fixturenames", ())}
         if "postgresql" in asked:
             item.add_marker("team")
-        if not asked & COSTLY and not any(map(item.get_closest_marker, ("slow", "real_model", "soak", "team"))):
+        marks = {mark.name for mark in item.iter_markers()}
+        if not asked & COSTLY and item.path.parent.name not in COSTLY_ROOMS and marks.isdisjoint(LONG):
             item.add_marker("quick")
-        if item.get_closest_marker("xdist_group") is None:
+            marks.add("quick")
+        if "xdist_group" not in marks:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-        slow = any(map(item.get_closest_marker, ("slow", "real_model")))
-        rank = 0 if slow else 2 if item.get_closest_marker("quick") else 1
+        rank = 0 if marks & {"slow", "real_model"} else 2 if "quick" in marks else 1
         ranks[item.path] = min(rank, ranks.get(item.path, rank))
     items.sort(key=lambda item: ranks[item.path])
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from support import in_processes
 
+pytestmark = pytest.mark.slow
 LAUNCH = (
     "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     "--dynamo_backend no --main_process_port 0"

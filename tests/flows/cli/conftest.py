@@ -17,7 +17,7 @@ def _on_its_own(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     monkeypatch.delenv("COPAL_WORKSPACE", raising=False)
-    monkeypatch.setattr("flows.terminal._LONG", 1e9)  # no progress on a busy machine: errors stand alone
+    monkeypatch.setattr("flows.terminal.progress._LONG", 1e9)  # no progress on a busy machine: errors stand alone
     yield
     os.environ.clear()
     os.environ.update(environment)
