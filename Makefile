@@ -9,11 +9,14 @@ TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests that share something expensive run in one process, and what takes longest is begun first: see tests/conftest.py.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-stack check bench soak constraints clean distclean
+.PHONY: help demo test quick test-stack check bench soak constraints clean distclean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -21,8 +24,11 @@ help: ## show this
 demo: $(STAMP) ## the main job on a real language model and three domains, in .demo/
 	$(BIN)/copal demo
 
-test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP) ## the whole test suite, in two processes or as many as JOBS says: make test JOBS=4
+	$(PYTEST)
+
+quick: $(STAMP) ## the tests that need no workspace, registry or server: a minute, for in between
+	$(PYTEST) -m quick
 
 check: $(STAMP) ## lint, format, types and the direction of imports
 	$(BIN)/ruff check
@@ -34,7 +40,7 @@ bench: $(STAMP) ## what a step costs, as ratios; fails where one is past its lim
 	$(BIN)/python tests/bench/cost.py
 
 test-stack: $(STAMP) ## the tests that need PostgreSQL (on Debian and Ubuntu: apt-get install postgresql)
-	$(BIN)/python -m pytest -m team
+	$(PYTEST) -m team
 
 soak: $(STAMP) ## the long tests
 	$(BIN)/python -m pytest -m soak

@@ -10,6 +10,7 @@ os.environ.update(  # before any library reads it: nothing phones home, no hub i
     HF_HUB_OFFLINE="1", DVC_NO_ANALYTICS="1", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="1",
     PREFECT_SERVER_ANALYTICS_ENABLED="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120", PREFECT_LOGGING_LEVEL="CRITICAL",
+    OMP_NUM_THREADS="1",  # toys are too small for two threads, and the tests run in several processes at a time
 )  # fmt: skip
 for name in ("MLFLOW_TRACKING_URI", "COPAL_REGISTRY_URI", "COPAL_LEDGER_URI", "PREFECT_API_URL"):
     os.environ.pop(name, None)
@@ -22,6 +23,35 @@ from flows.models.base import BaseModel, fetch_base  # noqa: E402
 
 settings.register_profile("any machine", deadline=None)  # a busy one is no failure
 settings.load_profile("any machine")
+
+# What only tests with a workspace, a registry, a server or a trained model ask for; and rooms whose tests have git and
+# DVC repositories, databases and processes of their own.
+COSTLY = {"make_bench", "mlflow_template", "template", "learnt_base", "real_base", "prefect", "postgresql"}
+COSTLY_ROOMS = {"cli", "data", "ledger", "stack"}
+LONG = {"slow", "real_model", "soak", "team"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file run in one process, where they share what the file has made, unless a test names its own group.
+
+    Tests that have nothing costly are `quick`; those that ask for PostgreSQL are the team's. Files with slow tests
+    come first and those with quick ones only last, so that no process is left alone with a long one.
+    """
+    ranks: dict[Path, int] = {}
+    for item in items:
+        asked = {*getattr(item, "fixturenames", ())}
+        if "postgresql" in asked:
+            item.add_marker("team")
+        marks = {mark.name for mark in item.iter_markers()}
+        if not asked & COSTLY and item.path.parent.name not in COSTLY_ROOMS and marks.isdisjoint(LONG):
+            item.add_marker("quick")
+            marks.add("quick")
+        if "xdist_group" not in marks:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        rank = 0 if marks & {"slow", "real_model"} else 2 if "quick" in marks else 1
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,12 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+from support import larger_than_memory
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc"),
+]
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
 
 
 def measure(folder: Path, megabytes: int) -> dict[str, float]:
-    program = Path(__file__).with_name("larger_than_memory.py")
+    program = larger_than_memory.__file__
     done = subprocess.run(
         [sys.executable, str(program), str(folder), str(megabytes)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},

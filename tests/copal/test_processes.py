@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import in_processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support import in_processes
+
+pytestmark = pytest.mark.slow
 LAUNCH = (
     "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     "--dynamo_backend no --main_process_port 0"

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from versions import COMPACT, Lineage, share_of_other_masks
 
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError, StateError
 from copal.evaluation import evaluate
 from copal.step import Base
+from support.versions import COMPACT, Lineage, share_of_other_masks
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from versions import COMPACT, Lineage, share_of_other_masks
 
 from copal.config import PruneConfig
 from copal.errors import StateError
 from copal.state import StateReader
 from copal.step import read_report
 from copal.streaming import Stream
+from support.versions import COMPACT, Lineage, share_of_other_masks
 
 
 @pytest.fixture

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import urllib.request
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from copal.base import base_fingerprint
-from flows.data.dvc import add_and_commit, init_repository
-from flows.models.base import BaseModel
-from flows.params import load_settings
-from flows.project import Project, open_project, read_log
-from flows.registry.registry import Registry
-from flows.settings import Settings
-from flows.step.register import register_root
-from flows.workspace import Workspace, open_workspace
-
-PARAMS = """
-model: {name: tiny, dtype: float32}
-calibration: {window_length: 32, windows: 8, evaluation_windows: 8, evaluation_share: 0.4}
-prune: {iterations: 30}
-"""
+from flows.data.dvc import init_repository
+from flows.workspace import open_workspace
+from support.benches import PARAMS, Bench, sentence
+from support.servers import MlflowServer, PostgresServer
 
 
 @pytest.fixture(scope="session")
@@ -42,87 +23,6 @@ def prefect() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
-
-
-class Bench:
-    """A workspace and what a user does in it."""
-
-    def __init__(self, workspace: Workspace, base: Path) -> None:
-        self.workspace, self.base = workspace, base
-        self.root = workspace.root
-
-    @property
-    def settings(self) -> Settings:
-        return load_settings(self.workspace.params)
-
-    @property
-    def project(self) -> Project:
-        """Opened anew each time: it sees what others did in between."""
-        return open_project(self.root)
-
-    @property
-    def log(self) -> list[dict]:
-        """The log as it is now, checked."""
-        return read_log(self.project)
-
-    @property
-    def registry(self) -> Registry:
-        return self.project.registry
-
-    def write(self, domain: str, seed: int, documents: int = 24) -> None:
-        """Put made-up text into data/`domain`; each seed speaks another dialect."""
-        folder = self.root / "data" / domain
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"id": f"{domain}-{number}", "text": text(seed, number)}) for number in range(documents)]
-        (folder / "documents.jsonl").write_text("\n".join(lines) + "\n")
-
-    def commit(self, domain: str, seed: int, documents: int = 24) -> str:
-        """A new version of `domain`: written, tracked by DVC and committed."""
-        self.write(domain, seed, documents)
-        return self.track(domain)
-
-    def track(self, domain: str) -> str:
-        """Track data/`domain` as it lies there, and commit."""
-        return add_and_commit(self.root, domain, f"Add {domain}")
-
-    def set(self, old: str, new: str) -> None:
-        """Edit params.yaml."""
-        params = self.workspace.params.read_text()
-        assert old in params
-        self.workspace.params.write_text(params.replace(old, new))
-
-    def lose_data(self) -> None:
-        """Delete DVC's cache; there is no remote."""
-        shutil.rmtree(self.root / ".dvc" / "cache")
-
-    def register_root(self) -> None:
-        """Register the tiny base under the name in params.yaml."""
-        base = BaseModel(folder=self.base, fingerprint=base_fingerprint(self.base), source="tiny")
-        register_root(self.project, base)
-
-    def snapshot(self) -> dict[str, str]:
-        """What must not change when input is refused: every file but caches and the lock, by its hash."""
-        ignored = (
-            ".copal/cache",
-            ".copal/lock",
-            ".dvc/tmp",
-            ".dvc/cache",
-            ".git",
-            ".copal/mlflow.db",
-            ".copal/ledger.db",
-        )
-        files = (path for path in sorted(self.root.rglob("*")) if path.is_file())
-        named = ((path, path.relative_to(self.root).as_posix()) for path in files)
-        return {
-            name: hashlib.sha256(path.read_bytes()).hexdigest() for path, name in named if not name.startswith(ignored)
-        }
-
-
-def text(seed: int, number: int) -> str:
-    """200 characters of a dialect: each seed favours other letters."""
-    digest = hashlib.sha256(f"{seed}/{number}".encode()).hexdigest()
-    letters = hashlib.sha256(str(seed).encode()).hexdigest()[:8] + " "
-    return "".join(letters[int(digit, 16) % len(letters)] for digit in digest * 3) + f" {number}"
 
 
 @pytest.fixture(scope="session")
@@ -158,13 +58,6 @@ def make_bench(template: Path, tiny_base: Path, mlflow_template: Path) -> Callab
         return found
 
     return make
-
-
-def sentence(language: int, number: int) -> str:
-    """Some 200 characters in one of the languages that `learnt_base` knows: eight words each."""
-    words = [hashlib.sha256(f"{language}/{word}".encode()).hexdigest()[:4] for word in range(8)]
-    drawn = hashlib.sha256(f"{language}/{number}".encode()).hexdigest()
-    return " ".join(words[int(digit, 16) % len(words)] for digit in drawn[:40]) + f" {number}"
 
 
 @pytest.fixture(scope="session")
@@ -209,54 +102,18 @@ def make_learnt_bench(make_bench: Callable[..., Bench], learnt_base: Path) -> Ca
     return make
 
 
+@pytest.fixture(scope="module")
+def exchanged_files() -> Iterator[None]:
+    """For tests that put other files in the place of a workspace's: no connection to its database outlives its use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+        yield
+
+
 @pytest.fixture
 def bench(make_bench: Callable[..., Bench], tmp_path: Path) -> Bench:
     """A workspace with the tiny base as version 1 and no data yet."""
     return make_bench(tmp_path / "workspace")
-
-
-class MlflowServer:
-    """A real MLflow server on a database of its own, that can be killed and started again."""
-
-    def __init__(self, folder: Path, database: Path) -> None:
-        shutil.copyfile(database, folder / "mlflow.db")
-        self.folder = folder
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        command = [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-            *(
-                "--backend-store-uri",
-                f"sqlite:///{self.folder / 'mlflow.db'}",
-                "--workers",
-                "1",
-                "--no-serve-artifacts",
-            ),
-        ]
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-            )
-        pause = threading.Event()
-        for _ in range(1200):
-            assert self._process.poll() is None, (self.folder / "log").read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
-                return
-            pause.wait(0.1)
-        raise AssertionError((self.folder / "log").read_text())
-
-    def kill(self) -> None:
-        """kill -9, with its workers."""
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -266,3 +123,20 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Pat
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresServer]:
+    """One PostgreSQL server for the whole run."""
+    pytest.importorskip("psycopg2", reason="the driver of PostgreSQL is not installed: pip install 'copal[postgres]'")
+    found = shutil.which("initdb") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    if found is None:
+        pytest.skip("PostgreSQL is not installed; on Debian and Ubuntu: apt-get install postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="copal-postgresql-"))  # pytest's own folders are closed to other users
+    server = PostgresServer(Path(found).resolve().parent, folder)
+    try:
+        server.start()
+        yield server
+        server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

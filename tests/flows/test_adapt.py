@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from toys import expire_claims, other_masks, weights
 
 from copal.errors import CopalError, DataError
 from flows.adapt import adapt
@@ -17,6 +16,7 @@ from flows.pending.reconcile import plan
 from flows.registry.errors import LineageConflictError
 from flows.step.work import prune_domain
 from flows.watch import RefusedError, watch
+from support.toys import expire_claims, other_masks, weights
 
 pytestmark = pytest.mark.usefixtures("prefect")
 
@@ -281,7 +281,7 @@ def test_the_flow_runs_the_gates_and_shows_them(make_learnt_bench, tmp_path):
     assert "tiny version 3: perplexity by domain. Sparsity as counted 0.5000" in figures.description
     record = bench.registry.record(bench.registry.head())
     assert {row["domain"]: row["this version"] for row in json.loads(figures.data)} == {
-        domain: round(value, 2) for domain, value in record["perplexity"].items()
+        domain: round(value, 2) for domain, value in record.perplexity.items()
     }
 
 

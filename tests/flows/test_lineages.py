@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from histories import MOVED
 from mlflow import MlflowClient
-from toys import holder, step
 
 from flows.cli import main
 from flows.project import append_log, hold_lineage, read_log
 from flows.step.gc import collect
 from flows.verification.verify import verify
+from support.histories import MOVED
+from support.toys import holder, step
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from prefect.client.orchestration import get_client
-from toys import step
 
 from flows.gates.champion import PromotionError
 from flows.promote import promote, rollback
 from flows.registry.errors import RegistryError
+from support.toys import step
 
 
 def test_the_flows_promote_and_roll_back(prefect, make_learnt_bench, tmp_path) -> None:

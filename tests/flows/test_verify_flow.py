@@ -6,11 +6,11 @@ import json
 
 import pytest
 from prefect.client.orchestration import get_client
-from toys import step
 
 from flows.gates.champion import make_champion
 from flows.registry.errors import RegistryError
 from flows.verify import VerifyError, verify
+from support.toys import step
 
 
 def artifact() -> dict[str, tuple[str, str]]:

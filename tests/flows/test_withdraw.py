@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import other_masks, weights
 
 from copal.errors import DataError, StateError
 from flows.cli import main
@@ -24,6 +23,8 @@ from flows.step import run
 from flows.step.gc import collect
 from flows.step.resolve import NoBaseError, WithdrawError
 from flows.step.run import finish, plain_tasks, run_step, run_withdrawal
+from support.benches import copy_workspace
+from support.toys import other_masks, weights
 
 
 def step(bench, domain: str) -> int:
@@ -57,13 +58,22 @@ def no_damage(bench) -> None:
         assert verify_files(record, folder, **dropped) == []
 
 
-@pytest.fixture
-def lineage(bench):
-    """Versions 1 (base), 2 (code), 3 (legal) and 4 (medical, the head)."""
+@pytest.fixture(scope="module")
+def made(make_bench, tmp_path_factory, exchanged_files):
+    """Versions 1 (base), 2 (code), 3 (legal) and 4 (medical, the head), with a copy beside the workspace."""
+    bench = make_bench(tmp_path_factory.mktemp("withdraw") / "workspace")
     for seed, domain in enumerate(("code", "legal", "medical")):
         bench.commit(domain, seed)
         step(bench, domain)
+    copy_workspace(bench.root, bench.root.with_name("made"))
     return bench
+
+
+@pytest.fixture
+def lineage(made):
+    """The versions as they were made, for one test."""
+    copy_workspace(made.root.with_name("made"), made.root)
+    return made
 
 
 def never(bench, *domains: str) -> dict[str, torch.Tensor]:

