@@ -315,7 +315,7 @@ def test_a_worker_promotes_and_verifies(quiet: Running) -> None:
     assert quiet.bench.registry.alias("champion") == 1
     verification = quiet.start("verify", version="champion")
     until(lambda: quiet.state(verification) == "COMPLETED", 60, "the verification")
-    assert "version 1: nothing differs" in quiet.log(verification)
+    until(lambda: "version 1: nothing differs" in quiet.log(verification), 20, "the run's log, which comes after it")
     refused = quiet.start("promote", version="nobody")
     until(lambda: quiet.state(refused) == "FAILED", 60, "the refusal")
 
