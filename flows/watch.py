@@ -9,15 +9,16 @@ from prefect import flow
 
 from copal.errors import CopalError
 from flows.data.dataset import MissingDataError
-from flows.pending.reconcile import Plan, plan
-from flows.pending.waiting import forget, note_missing, waiting
+from flows.pending.missing_data import forget, note_missing, waiting
+from flows.pending.plan import Plan, plan
 from flows.project import hold_lineage, open_project
 from flows.runs.again import check_again
 from flows.runs.dispatch import adapt_deployment, adapt_on_worker
 from flows.runs.log import note
 from flows.runs.names import watch_run
+from flows.step.finish import finish
 from flows.step.resolve import find_step
-from flows.step.run import finish, plain_tasks
+from flows.step.run import plain_tasks
 from flows.workspace import Workspace
 
 __all__ = ["RefusedError", "run_adapt", "take_up", "watch"]
@@ -92,7 +93,7 @@ def take_up(
     head = project.registry.head()
     if head is not None and not head.concluded:
         with hold_lineage(project, f"gates of version {head.number}") as claim:
-            finish(project, claim, plain_tasks())
+            finish(project, claim, plain_tasks().gates)
     made: list[int] = []
     refused: list[str] = []
     tried: set[tuple[str, str]] = set()  # without a new version: such a step must not be tried for ever

@@ -14,8 +14,8 @@ from flows.cli.output import refuse, say, show_versions
 from flows.terminal.progress import is_quiet
 
 if TYPE_CHECKING:
-    from flows.pending.reconcile import Plan
-    from flows.pending.waiting import Waiting
+    from flows.pending.missing_data import Waiting
+    from flows.pending.plan import Plan
     from flows.project import Project
 
 __all__ = ["changes_only", "check", "watch_forever"]
@@ -58,7 +58,7 @@ def check(root: Path, tell: Callable[[str], None]) -> None:
     Raises:
         CopalError: a dataset is refused, or there is no base model; what else was pending has been run.
     """
-    from flows.pending.reconcile import plan
+    from flows.pending.plan import plan
 
     project = open_project(root)  # anew for each check: params.yaml may have changed
     found = plan(project)
@@ -78,7 +78,7 @@ def check(root: Path, tell: Callable[[str], None]) -> None:
 
 
 def _run(project: Project, newest: int, tell: Callable[[str], None]) -> None:
-    from flows.pending.waiting import waiting
+    from flows.pending.missing_data import waiting
     from flows.watch import watch
 
     try:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from copal.errors import CopalError
-from flows.pending.waiting import forget
+from flows.pending.missing_data import forget
 from flows.project import Project
 from flows.stack.prefect_server import client_settings
 from flows.stack.state import is_up

@@ -28,14 +28,14 @@ def status(project: Project) -> dict[str, Any]:
     seconds ({statistics, solve, evaluate}), gates (passed or failed; None where they never ran), failed ({gate: why})
     and aliases. `pending`, in the order in which the watcher would take them, each with domain, dvc_md5 and git_rev.
     `waiting` for data that nobody has pushed, the same with tries, since and next_try. `notes` and `problems`: see
-    `flows.pending.reconcile.Plan`.
+    `flows.pending.plan.Plan`.
 
     Raises:
         DatasetError: the repository cannot be read.
         RegistryError: the registry cannot be read.
         LineageError: a version's record is damaged, or the log was altered.
     """
-    from flows.pending.reconcile import plan
+    from flows.pending.plan import plan
 
     registry = project.registry
     found = plan(project)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from copal.progress import Progress, silent
-from flows.gates.champion import settle, unsettled, unshown
 from flows.gates.run import run_gates
-from flows.project import Project, complete_log, hold_aliases, hold_lineage, read_log
+from flows.project import Project, complete_log, hold_lineage
 from flows.registry.errors import HeadMovedError
+from flows.step.finish import finish, sweep
 from flows.step.purge import Purged, purge_domain
 from flows.step.register import register_step
 from flows.step.resolve import Step, resolve, resolve_withdrawal
-from flows.step.staging import Evaluation, discard, prepare, run_folders, staged_evaluation, staged_report
+from flows.step.staging import Evaluation, discard, prepare, staged_evaluation, staged_report
 from flows.step.work import evaluate_step, fetch_data, prune_domain
 from flows.workspace import exclusive
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from flows.ledger import Claim
     from flows.registry.versions import ModelVersion
 
-__all__ = ["Made", "Tasks", "Withdrawal", "finish", "plain_tasks", "run_step", "run_withdrawal", "sweep"]
+__all__ = ["Made", "Tasks", "Withdrawal", "plain_tasks", "run_step", "run_withdrawal"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +98,7 @@ def run_step(
             run does that.
     """
     with hold_lineage(project, f"adapt to {domain}", tell) as claim:
-        finish(project, claim, tasks)
+        finish(project, claim, tasks.gates)
         step = resolve(project, domain, rev)
         sweep(project)
         return _take(project, step, claim, tasks) if step else None
@@ -125,7 +124,7 @@ def run_withdrawal(
     """
     alone = exclusive(project.workspace) if purge else nullcontext()  # first, as `copal gc` takes them
     with alone, hold_lineage(project, f"withdraw {domain}", tell) as claim:
-        finish(project, claim, tasks)
+        finish(project, claim, tasks.gates)
         step = resolve_withdrawal(project, domain, why)
         sweep(project)
         made = _take(project, step, claim, tasks) if step else None
@@ -157,26 +156,3 @@ def _make(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:
         evaluation = tasks.evaluate(project, step, report, data, claim)
     version = tasks.register(project, step, report, evaluation, claim)
     return Made(version=version, report=report, evaluation=evaluation)
-
-
-def finish(project: Project, claim: Claim, tasks: Tasks) -> None:
-    """Do what a killed process left undone after its registration or promotion. Only for who holds the lineage.
-
-    Raises:
-        CopalError: see `flows.gates.run.run_gates`.
-    """
-    entries = complete_log(project)
-    if unsettled(project, entries) or unshown(project, entries):
-        with hold_aliases(project, "finish a move"):
-            settle(project, read_log(project))
-    head = project.registry.head()
-    if head is not None and not head.concluded:
-        tasks.gates(project, head, claim)
-
-
-def sweep(project: Project) -> None:
-    """Remove the run folders of steps on versions that are not the head any more: nobody can publish them."""
-    head = project.registry.head()
-    for folder, built_on in run_folders(project).items():
-        if built_on is not None and head is not None and built_on < head.number:
-            shutil.rmtree(folder)

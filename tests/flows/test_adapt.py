@@ -12,7 +12,7 @@ import torch
 from copal.errors import CopalError, DataError
 from flows.adapt import adapt
 from flows.data.dataset import DatasetError, MissingDataError
-from flows.pending.reconcile import plan
+from flows.pending.plan import plan
 from flows.registry.errors import LineageConflictError
 from flows.step.work import prune_domain
 from flows.watch import RefusedError, watch
@@ -157,7 +157,7 @@ def test_a_check_that_finds_nothing_needs_neither_prefect_nor_torch(bench):
     watch(str(bench.root))
     program = (
         "import sys; from pathlib import Path\n"
-        "from flows.pending.reconcile import plan; from flows.project import open_project\n"
+        "from flows.pending.plan import plan; from flows.project import open_project\n"
         "project = open_project(sys.argv[1])\n"
         "assert not plan(project).pending\n"
         "print([name for name in ('torch', 'prefect') if name in sys.modules])"

@@ -14,9 +14,9 @@ import pytest
 from copal.errors import DataError
 from flows.cli import main
 from flows.data.dataset import DatasetError, MissingDataError
-from flows.pending.reconcile import plan
+from flows.pending.missing_data import waiting
+from flows.pending.plan import plan
 from flows.pending.status import status
-from flows.pending.waiting import waiting
 from flows.project import open_project
 from flows.step.run import plain_tasks, run_step
 from flows.watch import RefusedError, take_up

@@ -16,13 +16,14 @@ from flows.lineage.chain import log_problems
 from flows.lineage.entries import PurgeDetails, WithdrawalDetails
 from flows.lineage.files import verify_files
 from flows.lineage.record import Withdrawn
-from flows.pending.reconcile import plan
+from flows.pending.plan import plan
 from flows.pending.status import status
 from flows.project import hold_lineage
 from flows.step import run
+from flows.step.finish import finish
 from flows.step.gc import collect
 from flows.step.resolve import NoBaseError, WithdrawError
-from flows.step.run import finish, plain_tasks, run_step, run_withdrawal
+from flows.step.run import plain_tasks, run_step, run_withdrawal
 from support.benches import copy_workspace
 from support.toys import other_masks, weights
 
@@ -221,7 +222,7 @@ def test_a_log_entry_that_a_kill_prevented_is_made_by_the_next_one_who_holds_the
     assert lineage.registry.head().number == 5
     assert kinds(lineage) == []
     with hold_lineage(lineage.project, "anything") as claim:
-        finish(lineage.project, claim, plain_tasks())
+        finish(lineage.project, claim, plain_tasks().gates)
         assert kinds(lineage) == [("withdrawal", 5)]
     assert told(lineage)[0].why == "privacy"
     withdraw(lineage, "code")

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import torch
 
-from flows.pending.reconcile import plan
+from flows.pending.plan import plan
 from flows.project import open_project
 from flows.step.run import plain_tasks, run_step
 from support.benches import copy_workspace

@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 from copal.checkpoint import Checkpoint
 from flows.lineage.chain import anchor_of
 from flows.lineage.files import verify_files
-from flows.pending.reconcile import plan
+from flows.pending.plan import plan
 from flows.step.gc import collect
 from support.benches import copy_workspace
 from support.crashes import POINTS, Point, record, start

@@ -22,7 +22,8 @@ from flows.lineage.chain import anchor_of, log_problems
 from flows.lineage.entries import GatesEntry, PurgeDetails
 from flows.lineage.signing import SigningError, signature_problem
 from flows.project import append_log, hold_lineage
-from flows.step.run import finish, plain_tasks, run_step
+from flows.step.finish import finish
+from flows.step.run import plain_tasks, run_step
 from flows.verification.verify import Verification, folder_problems, record_problems, verify
 from support.histories import MOVED
 from support.toys import altered_entry, documents, step
@@ -194,7 +195,7 @@ def test_a_log_that_was_cut_off_is_found_by_what_the_registry_shows(bench):
     assert verified(bench, 1).findings == ()
     assert "the newest 2 log entries: they are not anchored in the registry yet" in verified(bench, 1).skipped
     with hold_lineage(bench.project, "whatever comes next") as claim:
-        finish(bench.project, claim, plain_tasks())
+        finish(bench.project, claim, plain_tasks().gates)
     assert client.get_registered_model("tiny").tags == {tag: anchor_of([first, second])}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.pending.waiting import Waiting, forget, note_missing, waiting
+from flows.pending.missing_data import Waiting, forget, note_missing, waiting
 from flows.workspace import Workspace
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -4,7 +4,7 @@ Desired is, for each domain, the version at the watched branch; actual is the ve
 is pending, in the order in which the pointers last changed. Nothing here depends on events, so a missed one, a
 force-push, a revert or ten versions at once need no special case. Neither Prefect nor torch is needed to know.
 
-Data that was looked for and not found is not tried again for a while (`flows.pending.waiting`).
+Data that was looked for and not found is not tried again for a while (`flows.pending.missing_data`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from copal.errors import DataError
-from flows.pending.waiting import Waiting, waiting
+from flows.pending.missing_data import Waiting, waiting
 from flows.project import Project
 from flows.settings import check_domain_name
 
