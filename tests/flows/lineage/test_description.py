@@ -9,7 +9,7 @@ import pytest
 from flows.lineage.description import LONGEST, model_description, run_title, version_description
 from flows.lineage.entries import GatesEntry
 from flows.lineage.history import History
-from support.histories import a_history, gates, md5, three_domains
+from support.histories import a_history, md5, three_domains, with_gates
 
 
 def described(history: History, number: int, gates_entry: GatesEntry | None = None) -> str:
@@ -70,8 +70,7 @@ def test_before_it_has_a_number_none_is_told() -> None:
 def test_however_many_domains_there_are_the_database_takes_it() -> None:
     names = [f"domain-{number}-{'long' * 12}" for number in range(120)]
     steps = [{"add": name, "perplexity": dict.fromkeys(names[: place + 1], 8.0)} for place, name in enumerate(names)]
-    history = a_history(steps)
-    gates(history, 121, forgetting=True)
+    history = with_gates(a_history(steps), 121, forgetting=True)
     text = described(history, 121, history.log[-1])
     assert LONGEST - 250 < len(text) <= LONGEST == 5000
     shown = rows(text)

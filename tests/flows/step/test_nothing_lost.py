@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from flows.registry.errors import RegistryError
 from flows.step import run
 from flows.step.gc import collect
-from support.toys import expire_claim, last_claim, step
+from support.toys import expire_claims, holder, step
 
 
 def domains(bench) -> list[str | None]:
@@ -185,7 +185,7 @@ def test_a_server_that_dies_during_a_registration_loses_nothing_and_nothing_is_c
         mlflow_server.start()
     assert domains(bench) == [None]
     assert "evaluation.json" in staged(bench)
-    expire_claim(bench.registry)  # nobody could free the lineage
+    expire_claims(bench.project)  # nobody could free the lineage
 
     not_again("prune_domain")
     not_again("evaluate_step")
@@ -210,5 +210,5 @@ def test_a_step_past_its_time_limit_is_stopped_and_frees_the_lineage(bench, monk
         patch.setattr(run, "evaluate_step", lambda *args: threading.Event().wait(60))
         with pytest.raises(TimeLimitError, match=r"run.time_limit, 0.5 s"):
             adapt(str(bench.root), "code")
-    assert last_claim(bench.registry)["held"] == "no"
+    assert holder(bench.project)["held"] == 0
     assert domains(bench) == [None]
