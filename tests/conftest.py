@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 os.environ.update(  # before any library reads it: nothing phones home, no hub is asked
@@ -31,8 +31,8 @@ COSTLY_ROOMS = {"cli", "data", "ledger", "stack"}
 LONG = {"slow", "real_model", "soak", "team"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before pytest-xdist, which reads the groups, and `-m`, which reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, object, object]:
     """Tests of a file run in one process, where they share what the file has made, unless a test names its own group.
 
     Tests that have nothing costly are `quick`; those that ask for PostgreSQL are the team's. Files with slow tests
@@ -52,6 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         rank = 0 if marks & {"slow", "real_model"} else 2 if "quick" in marks else 1
         ranks[item.path] = min(rank, ranks.get(item.path, rank))
     items.sort(key=lambda item: ranks[item.path])
+    return (yield)
 
 
 @pytest.fixture(scope="session")

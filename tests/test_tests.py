@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,9 @@ def test_no_test_is_imported(path: Path) -> None:
 def test_rooms_of_tests_are_those_of_the_code() -> None:
     code = {path.name for path in (TESTS.parent / "flows").iterdir() if (path / "__init__.py").exists()}
     assert {path.name for path in (TESTS / "flows").iterdir() if path.is_dir() and path.name[0] != "_"} == code
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="the tests run in one process")
+def test_tests_of_a_file_run_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Where pytest-xdist does not see the groups, what a file shares is made in each process: minutes more."""
+    assert request.node.nodeid.endswith("@tests/test_tests.py")

@@ -261,6 +261,7 @@ def test_a_step_that_was_taken_over_publishes_nothing(bench, monkeypatch):
     with pytest.raises(CopalError):
         adapt(str(bench.root), "code")
     assert [v.tags.get("copal.domain") for v in bench.registry.versions()] == [None, "legal"]
+    assert adapt(str(bench.root), "code") == 3  # from version 2; what the late step had staged is no use any more
     assert not list(bench.workspace.runs.iterdir())
 
 
