@@ -179,7 +179,7 @@ def test_the_same_folder_gives_the_same_bytes(bench: Any, tmp_path: Path) -> Non
         write_flavor(tmp_path / name)
     first = version_files(tmp_path / "one")
     assert first == version_files(tmp_path / "other")
-    recorded = bench.registry.record(bench.registry.version(2))["files"]
+    recorded = bench.registry.record(bench.registry.version(2)).files
     assert first.items() <= recorded.items()
 
     (tmp_path / "one" / "components" / "tokenizer" / "half").write_text("of an attempt that was killed")
@@ -209,7 +209,7 @@ def test_a_run_is_named_lasts_and_shows_as_its_step_did(bench: Any) -> None:
     assert record.seconds.total <= lasted + 0.001
     shown = {file.path for file in client.list_artifacts(version.run_id)}
     assert {"gates.json", "lineage.html", "perplexity-matrix.png", "perplexity-matrix.svg"} <= shown
-    entry = next(each for each in read_log(bench.project) if each["kind"] == "gates")
+    entry = next(each for each in read_log(bench.project) if each.kind == "gates")
     described = client.get_model_version("tiny", "2").description
     assert described == version_description(2, record, entry)
     assert "Gates: " in described

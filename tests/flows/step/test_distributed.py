@@ -29,8 +29,8 @@ def test_a_step_in_two_processes_registers_what_one_registers(bench):
         assert adapt(str(bench.root), "code") == 2
         records.append(bench.registry.record(bench.registry.head()))
     one, two = records
-    for figures in ("perplexity", "dense_perplexity"):
-        assert math.log(two[figures]["code"]) == pytest.approx(math.log(one[figures]["code"]), rel=1e-3)
+    for theirs, ours in ((two.perplexity, one.perplexity), (two.dense_perplexity, one.dense_perplexity)):
+        assert math.log(theirs["code"]) == pytest.approx(math.log(ours["code"]), rel=1e-3)
     assert two.sparsity == one.sparsity
     assert two.settings_fingerprint == one.settings_fingerprint
     assert two.settings["model"]["processes"] == 2
