@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+import support.histories
 from flows.lineage.pictures import draw_pictures
 from support.histories import a_history, three_domains
 
@@ -89,13 +90,14 @@ def test_colours_can_be_told_apart_in_grey(tmp_path: Path) -> None:
 def test_the_same_history_gives_the_same_bytes_whoever_draws(tmp_path: Path) -> None:
     here = drawn(three_domains(), tmp_path / "here")
     program = (
-        "import sys; from pathlib import Path; from tests.flows.histories import three_domains\n"
+        "import sys; from pathlib import Path; from support.histories import three_domains\n"
         "import matplotlib; matplotlib.rcParams['font.size'] = 30\n"
         "from flows.lineage.pictures import draw_pictures; draw_pictures(three_domains(), Path(sys.argv[1]))"
     )
     there = tmp_path / "there"
     there.mkdir()
     environment = os.environ | {"PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1", "TZ": "Asia/Tokyo"}
+    environment["PYTHONPATH"] = str(Path(support.histories.__file__).parent.parent)
     subprocess.run([sys.executable, "-c", program, str(there)], check=True, env=environment)
     for name, path in here.items():
         assert path.read_bytes() == (there / name).read_bytes()
