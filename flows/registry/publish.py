@@ -24,7 +24,7 @@ from flows.lineage.files import SIGNATURE_FILE, verify_files
 from flows.lineage.record import RECORD_FILE, Record, write_record
 from flows.lineage.signing import sign
 from flows.registry.errors import HeadMovedError, LineageConflictError, RegistryError
-from flows.registry.runs import DomainMetrics, log_results, run_name, run_start, run_tags
+from flows.registry.runs import log_results, run_name, run_start, run_tags
 from flows.registry.store import Store, end_run, flush_all, local_path, never_fails, pages
 from flows.registry.versions import WHY, ModelVersion, Snapshot, created, look, published, tags_of
 
@@ -64,7 +64,6 @@ def publish(
     record: Record,
     tags: Mapping[str, str],
     *,
-    metrics: Sequence[DomainMetrics],
     parent: ModelVersion | None,
     expected_head: int | None,
     seal: Callable[[str], None] | None,
@@ -87,7 +86,7 @@ def publish(
             client.log_model_artifacts(model.model_id, str(folder))
             flush_all(local_path(model.artifact_location))
             client.finalize_logged_model(model.model_id, "READY")
-            log_results(client, run_id, model.model_id, parent, record, metrics)
+            log_results(client, run_id, model.model_id, parent, record)
             end_run(client, run_id, "FINISHED")
             seen = look(store, client)
             if not seen.there:

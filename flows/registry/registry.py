@@ -6,7 +6,7 @@ are seen at once; what others write is seen after `refresh`, which whoever takes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from flows.lineage.signing import check_key
 from flows.registry.artifacts import Artifacts
 from flows.registry.errors import AliasMovedError, LineageConflictError, RegistryError
 from flows.registry.publish import adopt, check_base, check_head, publish, sealed_files, sweep
-from flows.registry.runs import DomainMetrics, log_gates
+from flows.registry.runs import log_gates
 from flows.registry.store import Store
 from flows.registry.versions import DROPPED, GATES, LOG_ENTRY, ModelVersion, Snapshot, look, look_at_aliases
 
@@ -257,7 +257,6 @@ class Registry:
         folder: Path,
         record: Record,
         *,
-        metrics: Sequence[DomainMetrics],
         parent: ModelVersion | None,
         expected_head: int | None,
         seal: Callable[[str], None] | None = None,
@@ -269,7 +268,6 @@ class Registry:
             folder: `model/`, `state/` (not at the root) and report files; all of it becomes the version's artifacts.
                 `lineage.json` is written into it, and the signature.
             record: of the version, see `flows.lineage.record`.
-            metrics: of every domain of the record.
             parent: None for the root of a lineage. Where the lineage has a root of the same base, nothing is made and
                 that root is the answer.
             expected_head: number of the head that the step began with.
@@ -299,7 +297,6 @@ class Registry:
             folder,
             record,
             tags,
-            metrics=metrics,
             parent=parent,
             expected_head=expected_head,
             seal=seal,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.lineage.description import run_title
 from flows.lineage.entries import GateResult
-from flows.lineage.record import Record, flatten
+from flows.lineage.record import Domain, Record, flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,23 +18,9 @@ if TYPE_CHECKING:
 
     from flows.registry.versions import ModelVersion
 
-__all__ = ["DomainMetrics", "log_gates", "log_results", "run_name", "run_start", "run_tags"]
+__all__ = ["log_gates", "log_results", "run_name", "run_start", "run_tags"]
 
 _METRICS_PER_BATCH = 1000  # MLflow's limit
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DomainMetrics:
-    """Perplexity of a version on one domain's evaluation windows, at the data version that the lineage names."""
-
-    domain: str
-    dvc_md5: str
-    git_rev: str
-    path: str
-    repository: str
-    perplexity: float
-    dense_perplexity: float
-    tokens: int
 
 
 def run_name(record: Record) -> str:
@@ -56,46 +41,41 @@ def run_tags(record: Record) -> dict[str, str]:
     return {"mlflow.source.name": "copal", **({"mlflow.source.git.commit": commit} if commit else {})}
 
 
-def log_results(
-    client: MlflowClient,
-    run_id: str,
-    model_id: str,
-    parent: ModelVersion | None,
-    record: Record,
-    metrics: Sequence[DomainMetrics],
-) -> None:
+def log_results(client: MlflowClient, run_id: str, model_id: str, parent: ModelVersion | None, record: Record) -> None:
     """Log a step's settings and figures, and link its run to the data, the parent and the model: three calls."""
     from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput, Param
 
-    inputs = [DatasetInput(_dataset(domain), [InputTag("mlflow.data.context", "evaluation")]) for domain in metrics]
+    inputs = [
+        DatasetInput(_dataset(domain), [InputTag("mlflow.data.context", "evaluation")]) for domain in record.domains
+    ]
     parents = [] if parent is None else [LoggedModelInput(parent.tags["copal.logged_model"])]
     if inputs or parents:
         client.log_inputs(run_id, datasets=inputs, models=parents)
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
-    logged = _figures(run_id, model_id, record, metrics)
+    logged = _figures(run_id, model_id, record)
     params = [Param(name, _param(value)) for name, value in flatten(record.settings)]
     client.log_batch(run_id, metrics=logged[:_METRICS_PER_BATCH], params=params, synchronous=True)
     for start in range(_METRICS_PER_BATCH, len(logged), _METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=logged[start : start + _METRICS_PER_BATCH], synchronous=True)
 
 
-def _dataset(domain: DomainMetrics) -> Dataset:
+def _dataset(domain: Domain) -> Dataset:
     from mlflow.entities import Dataset
 
     source = {"repository": domain.repository, "rev": domain.git_rev, "path": domain.path, "md5": domain.dvc_md5}
-    return Dataset(domain.domain, domain.dvc_md5, source_type="dvc", source=json.dumps(source))
+    return Dataset(domain.name, domain.dvc_md5, source_type="dvc", source=json.dumps(source))
 
 
-def _figures(run_id: str, model_id: str, record: Record, metrics: Sequence[DomainMetrics]) -> list[Metric]:
+def _figures(run_id: str, model_id: str, record: Record) -> list[Metric]:
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
     logged = []
-    for place, domain in enumerate(metrics):
+    for place, domain in enumerate(record.domains):
         values = {
-            "perplexity": domain.perplexity,
-            "dense_perplexity": domain.dense_perplexity,
-            "evaluation_tokens": domain.tokens,
+            "perplexity": record.perplexity[domain.name],
+            "dense_perplexity": record.dense_perplexity[domain.name],
+            "evaluation_tokens": domain.evaluation_tokens,
         }
         logged += [
             # A millisecond apart: MLflow keeps one value per model, name, time and step, whatever the dataset.
@@ -105,13 +85,13 @@ def _figures(run_id: str, model_id: str, record: Record, metrics: Sequence[Domai
                 now + place,
                 0,
                 model_id=model_id,
-                dataset_name=domain.domain,
+                dataset_name=domain.name,
                 dataset_digest=domain.dvc_md5,
                 run_id=run_id,
             )
             for name, value in values.items()
         ]
-        logged.append(Metric(f"perplexity.{domain.domain}", domain.perplexity, now, 0, run_id=run_id))
+        logged.append(Metric(f"perplexity.{domain.name}", record.perplexity[domain.name], now, 0, run_id=run_id))
     flat = {
         "sparsity": record.sparsity.counted,
         "weights_back": record.weights_back,

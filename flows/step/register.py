@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from copal.progress import Progress, silent
 from flows.project import Project, hold_lineage
 from flows.registry.flavor import write_flavor
-from flows.registry.runs import DomainMetrics
 from flows.step.record import record_of_root, record_of_step
 from flows.step.resolve import Step
 from flows.step.staging import Evaluation
@@ -52,7 +51,6 @@ def register_step(
     registered = registry.register(
         step.out,
         record_of_step(project, step, report, evaluation),
-        metrics=_metrics(evaluation),
         parent=head,
         expected_head=step.head,
         seal=seal,
@@ -77,9 +75,7 @@ def register_root(project: Project, base: BaseModel, progress: Progress = silent
         shutil.copytree(base.folder, staged / "model", copy_function=_link_or_copy)
         write_flavor(staged)
         record = record_of_root(project, base.fingerprint, base.source, staged)
-        registered = project.registry.register(
-            staged, record, metrics=[], parent=None, expected_head=None, seal=claim.seal
-        )
+        registered = project.registry.register(staged, record, parent=None, expected_head=None, seal=claim.seal)
         claim.unseal()
     progress("register base", 1, 1)
     return registered
@@ -91,19 +87,3 @@ def _link_or_copy(source: str, target: str) -> None:
         Path(target).hardlink_to(Path(source).resolve())  # the file itself: a link's own second name may lead nowhere
     except OSError:  # across file systems, or one without hard links
         shutil.copy2(source, target)
-
-
-def _metrics(evaluation: Evaluation) -> list[DomainMetrics]:
-    return [
-        DomainMetrics(
-            domain=domain.name,
-            dvc_md5=domain.dvc_md5,
-            git_rev=domain.git_rev,
-            path=domain.path,
-            repository=domain.repository,
-            perplexity=evaluation.perplexity[domain.name],
-            dense_perplexity=evaluation.dense[domain.name],
-            tokens=domain.evaluation_tokens,
-        )
-        for domain in evaluation.domains
-    ]

@@ -68,7 +68,7 @@ def test_the_status_of_ten_versions_makes_at_most_5_calls(bench, tmp_path) -> No
     for number in range(2, 11):
         folder, parent = staged(tmp_path / str(number), str(number)), registry.head()
         record = a_record(folder, parent, [f"{letter}omain" for letter in "abcdefghi"[: number - 1]], base=base)
-        made = registry.register(folder, record, metrics=[], parent=parent, expected_head=parent.number)
+        made = registry.register(folder, record, parent=parent, expected_head=parent.number)
         result = GateResult(name="dense", passed=True, value=1.5, limit=2.0, detail="fine")
         details = GatesDetails(record=made.digest, passed=True, promote="manual", gates=(result,))
         append_log(project, "gates", version=number, details=details)

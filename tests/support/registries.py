@@ -10,6 +10,7 @@ from flows.lineage.keys import step_key
 from flows.lineage.record import Base, Code, Domain, Parent, Record, Seconds, Sparsity
 from flows.registry.registry import Registry
 from flows.registry.versions import ModelVersion
+from support.histories import a_domain
 
 BASE = "b" * 64
 
@@ -27,32 +28,16 @@ def staged(folder: Path, text: str) -> Path:
     return folder
 
 
-def a_domain(name: str) -> Domain:
-    return Domain(
-        name=name,
-        path=f"data/{name}",
-        dvc_md5=name[0] * 32 + ".dir",
-        git_rev="c" * 40,
-        repository="https://git.example/data",
-        weight=1.0,
-        tokens=12288,
-        windows=24,
-        contribution_version=None,
-        evaluation_digest="e" * 64,
-        evaluation_tokens=8176,
-    )
-
-
 def a_record(folder: Path, parent: ModelVersion | None, domains: list[str], **changes: Any) -> Record:
     """The record of `folder`: the step that adds the last of `domains`."""
-    step = a_domain(domains[-1]) if domains else None
+    step = _domain(domains[-1]) if domains else None
     values: dict[str, Any] = {
         "model": "tiny",
         "parent": None if parent is None else Parent(version=parent.number, digest=parent.tags["copal.lineage_digest"]),
         "base": Base(fingerprint=BASE, source="a folder"),
         "key": None if parent is None or step is None else step_key(parent.number, step.name, step.dvc_md5, "f" * 64),
         "step": step,
-        "domains": tuple(a_domain(name) for name in sorted(domains)),
+        "domains": tuple(_domain(name) for name in sorted(domains)),
         "withdrawn": (),
         "settings": {"prune": {"sparsity": 0.5, "rounds": [0.6, 1.0], "criterion": "output"}},
         "settings_fingerprint": "f" * 64,
@@ -74,3 +59,7 @@ def a_record(folder: Path, parent: ModelVersion | None, domains: list[str], **ch
         **changes,
     }
     return Record(**values)
+
+
+def _domain(name: str) -> Domain:
+    return a_domain(name).model_copy(update={"dvc_md5": name[0] * 32 + ".dir"})

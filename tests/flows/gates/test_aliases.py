@@ -42,7 +42,7 @@ def project(tmp_path: Path, mlflow_template: Path) -> Project:
         folder, parent = staged(tmp_path / str(number), str(number)), registry.head()
         record = a_record(folder, parent, [f"{letter}omain" for letter in "abcdef"[: number - 1]])
         head = parent.number if parent else None
-        version = registry.register(folder, record, metrics=[], parent=parent, expected_head=head)
+        version = registry.register(folder, record, parent=parent, expected_head=head)
         if 1 < number < 6:
             append_log(made, "gates", version=number, details=results_of(version, number < 5))
     return made

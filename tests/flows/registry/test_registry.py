@@ -19,10 +19,9 @@ from mlflow.exceptions import MlflowException
 
 from flows.lineage.files import verify_files
 from flows.lineage.keys import step_key
-from flows.lineage.record import Base, LineageError, Parent, Record
+from flows.lineage.record import Base, LineageError, Parent
 from flows.registry.errors import HeadMovedError, LineageConflictError, RegistryError
 from flows.registry.registry import Registry
-from flows.registry.runs import DomainMetrics
 from flows.registry.versions import ModelVersion
 from support.registries import BASE, a_record, a_registry, staged
 
@@ -46,22 +45,6 @@ def client(workspace: Path) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def metrics_of(record: Record) -> list[DomainMetrics]:
-    return [
-        DomainMetrics(
-            domain=domain.name,
-            dvc_md5=domain.dvc_md5,
-            git_rev=domain.git_rev,
-            path=domain.path,
-            repository=domain.repository,
-            perplexity=record.perplexity[domain.name],
-            dense_perplexity=record.dense_perplexity[domain.name],
-            tokens=domain.evaluation_tokens,
-        )
-        for domain in record.domains
-    ]
-
-
 def publish(
     registry: Registry, staging: Path, parent: ModelVersion | None, domains: list[str], **changes: Any
 ) -> ModelVersion:
@@ -70,7 +53,6 @@ def publish(
     return registry.register(
         folder,
         record,
-        metrics=metrics_of(record),
         parent=parent,
         expected_head=None if parent is None else parent.number,
     )
@@ -375,7 +357,7 @@ def test_files_that_are_not_those_of_the_record_are_refused(registry: Registry, 
     record = a_record(folder, None, [])
     (folder / "model/model.safetensors").write_text("other weights")
     with pytest.raises(RegistryError, match=r"changed: model/model\.safetensors"):
-        registry.register(folder, record, metrics=[], parent=None, expected_head=None)
+        registry.register(folder, record, parent=None, expected_head=None)
     assert registry.head() is None
 
 
@@ -384,7 +366,7 @@ def test_a_record_of_another_parent_or_model_is_refused(registry: Registry, tmp_
     folder = staged(tmp_path / "1", "code")
     record = a_record(folder, replace(root, tags={"copal.lineage_digest": "0" * 64}), ["code"])
     with pytest.raises(RegistryError, match="the record's parent is"):
-        registry.register(folder, record, metrics=[], parent=root, expected_head=root.number)
+        registry.register(folder, record, parent=root, expected_head=root.number)
     with pytest.raises(RegistryError, match=r"the record is of model 'other', model\.name is 'tiny'"):
         publish(registry, tmp_path / "1", root, ["code"], model="other")
 
@@ -475,7 +457,7 @@ def test_two_models_share_a_store(registry: Registry, workspace: Path, tmp_path:
     assert other.head() is None
     folder = staged(tmp_path / "1", "")
     record = a_record(folder, None, [], model="tiny-1.5B", base=Base(fingerprint="0" * 64, source="x"))
-    assert other.register(folder, record, metrics=[], parent=None, expected_head=None).number == 1
+    assert other.register(folder, record, parent=None, expected_head=None).number == 1
 
 
 def test_a_pending_check_is_quiet_and_loads_neither_torch_nor_prefect(
