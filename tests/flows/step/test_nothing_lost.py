@@ -42,10 +42,7 @@ def not_again(monkeypatch) -> Callable[[str], None]:
 
 def test_a_version_that_is_pruned_is_not_pruned_again(bench, monkeypatch, not_again):
     bench.commit("code", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            step(bench)
+    stop_after_pruning(bench, monkeypatch)
     assert staged(bench) == ["step.json", "version"]
     not_again("prune_domain")
     assert step(bench).number == 2
@@ -54,10 +51,7 @@ def test_a_version_that_is_pruned_is_not_pruned_again(bench, monkeypatch, not_ag
 
 def test_what_another_copal_staged_is_not_gone_on_with(bench, monkeypatch, not_again):
     bench.commit("code", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            step(bench)
+    stop_after_pruning(bench, monkeypatch)
     monkeypatch.setattr(
         "flows.step.staging.code_version", lambda: {"version": "0.0.1", "git_commit": None, "dirty": None}
     )
@@ -68,10 +62,7 @@ def test_what_another_copal_staged_is_not_gone_on_with(bench, monkeypatch, not_a
 
 def test_a_staged_version_that_is_damaged_is_made_anew(bench, monkeypatch):
     bench.commit("code", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            step(bench)
+    stop_after_pruning(bench, monkeypatch)
     (manifest,) = bench.workspace.runs.glob("*/version/state/manifest.json")
     manifest.write_text("{")
     assert step(bench).number == 2
@@ -79,10 +70,7 @@ def test_a_staged_version_that_is_damaged_is_made_anew(bench, monkeypatch):
 
 def test_what_another_lineage_staged_is_left_alone(bench, monkeypatch):
     bench.commit("code", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            step(bench)
+    stop_after_pruning(bench, monkeypatch)
     bench.set("name: tiny", "name: other")
     bench.register_root()
     assert step(bench).number == 2
@@ -93,8 +81,14 @@ def test_what_another_lineage_staged_is_left_alone(bench, monkeypatch):
     assert list(bench.workspace.runs.iterdir()) == []
 
 
-def interrupted(*args, **kwargs):
-    raise KeyboardInterrupt
+def stop_after_pruning(bench, monkeypatch) -> None:
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(bench)
 
 
 @contextmanager
@@ -207,7 +201,7 @@ def test_a_step_past_its_time_limit_is_stopped_and_frees_the_lineage(bench, monk
     bench.commit("code", 0)
     bench.set("model: {name: tiny", "run: {time_limit: 0.5}\nmodel: {name: tiny")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate_step", lambda *args: threading.Event().wait(60))
+        patch.setattr("flows.runs.tasks.evaluate_step", lambda *args: threading.Event().wait(60))
         with pytest.raises(TimeLimitError, match=r"run.time_limit, 0.5 s"):
             adapt(str(bench.root), "code")
     assert holder(bench.project)["held"] == 0
