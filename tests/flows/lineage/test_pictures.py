@@ -97,7 +97,8 @@ def test_the_same_history_gives_the_same_bytes_whoever_draws(tmp_path: Path) -> 
     there = tmp_path / "there"
     there.mkdir()
     environment = os.environ | {"PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1", "TZ": "Asia/Tokyo"}
-    environment["PYTHONPATH"] = str(Path(support.histories.__file__).parent.parent)
+    tests = Path(support.histories.__file__).parent.parent  # before it the project: there is a tests/flows/, too
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests)])
     subprocess.run([sys.executable, "-c", program, str(there)], check=True, env=environment)
     for name, path in here.items():
         assert path.read_bytes() == (there / name).read_bytes()
