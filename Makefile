@@ -39,7 +39,7 @@ check: $(STAMP) ## lint, format, types and the direction of imports
 bench: $(STAMP) ## what a step costs, as ratios; fails where one is past its limit
 	$(BIN)/python tests/bench/cost.py
 
-test-stack: $(STAMP) ## the tests that need PostgreSQL (on Debian and Ubuntu: apt-get install postgresql)
+test-stack: $(STAMP) ## a whole stack, and a ledger on PostgreSQL (on Debian and Ubuntu: apt-get install postgresql)
 	$(PYTEST) -m team
 
 soak: $(STAMP) ## the long tests

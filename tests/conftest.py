@@ -33,22 +33,24 @@ LONG = {"slow", "real_model", "soak", "team"}
 
 @pytest.hookimpl(wrapper=True)  # before pytest-xdist, which reads the groups, and `-m`, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, object, object]:
-    """Tests of a file run in one process, where they share what the file has made, unless a test names its own group.
+    """Tests of a file run in one process, where they share what the file has made, unless a test names its own group;
+    those of the real model run in one, which converts it once.
 
-    Tests that have nothing costly are `quick`; those that ask for PostgreSQL are the team's. Files with slow tests
-    come first and those with quick ones only last, so that no process is left alone with a long one.
+    Tests that have nothing costly are `quick`; those that ask for PostgreSQL or run a stack are the team's. Files with
+    slow tests come first and those with quick ones only last, so that no process is left alone with a long one.
     """
     ranks: dict[Path, int] = {}
     for item in items:
         asked = {*getattr(item, "fixturenames", ())}
-        if "postgresql" in asked:
+        if "postgresql" in asked or item.path.parent.name == "stack":
             item.add_marker("team")
         marks = {mark.name for mark in item.iter_markers()}
         if not asked & COSTLY and item.path.parent.name not in COSTLY_ROOMS and marks.isdisjoint(LONG):
             item.add_marker("quick")
             marks.add("quick")
         if "xdist_group" not in marks:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+            group = "real model" if "real_base" in asked else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
         rank = 0 if marks & {"slow", "real_model"} else 2 if "quick" in marks else 1
         ranks[item.path] = min(rank, ranks.get(item.path, rank))
     items.sort(key=lambda item: ranks[item.path])

@@ -27,9 +27,17 @@ from flows.step.run import plain_tasks, run_step
 from support.benches import copy_workspace
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = [
+_PRELOADED = [  # all that a step imports: what is missing here, each process imports anew, which is half of its time
     "torch", "transformers", "datasets", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store", "dvc.repo", "dvc.api", "flows.step.distributed", "flows.step.run",
+    "alembic.command", "copal.generate", "dulwich.worktree", "dvc.cachemgr", "dvc.data_cloud", "dvc_render.vega",
+    "jinja2", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.figure",
+    "matplotlib.projections", "matplotlib.style", "mlflow.pyfunc", "networkx", "pygit2", "ruamel.yaml", "scmrepo.fs",
+    "transformers.convert_slow_tokenizer", "transformers.models.llama.modeling_llama",
+    "transformers.tokenization_utils_tokenizers", "copal.calibration", "dvc.repo.artifacts", "dvc.repo.datasets",
+    "dvc.repo.index", "dvc.repo.plots", "dvc.repo.stage", "mlflow.store.model_registry.sqlalchemy_workspace_store",
+    "mlflow.store.tracking.sqlalchemy_workspace_store", "rich.console", "scipy.io",
+    "transformers.models.auto.tokenization_auto",
 ]  # fmt: skip
 
 

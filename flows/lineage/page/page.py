@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.lineage.figures import (
     count,
@@ -39,6 +39,9 @@ from flows.lineage.history import (
 from flows.lineage.page.charts import chart, cut
 from flows.lineage.record import Layer, flatten
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 __all__ = [
     "render_page",
 ]
@@ -58,15 +61,10 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 
 def render_page(history: History) -> str:
     """The page; what it tells of one version alone is of the newest (see `flows.lineage.history.up_to` for another)."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"short": short, "figure": figure, "percent": percent, "utc": utc}
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     lines = summary(history)[::-1]
     newest = history.versions[-1] if history.versions else None
     champion = next((line.version for line in lines if "champion" in line.aliases), None)
-    return template.render(
+    return _template().render(
         model=history.model,
         lines=lines,
         newest=newest,
@@ -86,6 +84,16 @@ def render_page(history: History) -> str:
         log=[(entry, log_text(entry)) for entry in history.log[::-1] if entry.kind != "gates"],
         folded=list(_folded(newest)),
     )
+
+
+@cache
+def _template() -> Template:
+    """How the page looks; compiled once."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"short": short, "figure": figure, "percent": percent, "utc": utc}
+    return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
 def _graph(lines: Sequence[Line]) -> dict[str, Any]:
