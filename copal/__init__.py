@@ -22,6 +22,7 @@ The package is a library: it reads no command line and no environment, downloads
 modules, each of which imports only from lines below its own:
 
     step                                            one step of continual pruning: start reading here
+    survey                                          where the loss decides: what is known of all blocks beforehand
     walk                                            what a step does to each block
     report, parent                                  what a step tells of itself, and what it builds on
     evaluation, generate                            perplexity of a version, and text that it writes
@@ -30,6 +31,7 @@ modules, each of which imports only from lines below its own:
     state                                           the statistics of every domain on disk
     recorder                                        the statistics of one domain, taken while a block runs
     streaming                                       a model larger than memory, block by block
+    allocation, fisher                              what the loss minds, and so how many zeros each row gets
     sensitivity, packing, masks                     the formulas: statistics, their storage, scores to masks
     base, calibration                               the dense model, and a domain's text as token windows
     checkpoint, architecture, experts               how models are stored and built

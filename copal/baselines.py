@@ -1,6 +1,7 @@
 """What users know, under the signature of `copal.solve.prune_group`.
 
 Given to `prune_step` as `method`. Without a parent a baseline sees the newest domain only; with one, all of them.
+What the criterion `loss` says of `zeros` is not for them: each has its own rule.
 
 Shapes: O out features, I in features.
 """
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from copal.allocation import RowZeros
 from copal.config import PruneConfig
 from copal.masks import sparse_mask
 from copal.sensitivity import Moment, scores
@@ -20,7 +22,9 @@ from copal.solve import Pruned, damped
 __all__ = ["magnitude", "sparsegpt", "wanda"]
 
 
-def magnitude(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> Pruned:
+def magnitude(
+    weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig, zeros: RowZeros | None = None
+) -> Pruned:
     """Keep the largest |W| of each matrix (O, I), or of each group of N:M; `moment` is not used (Han et al. 2015)."""
     pruned = {}
     for name, weight in weights.items():
@@ -29,13 +33,19 @@ def magnitude(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig
     return Pruned(pruned)
 
 
-def wanda(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> Pruned:
+def wanda(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig, zeros: RowZeros | None = None) -> Pruned:
     """Keep the largest |W_kl| sqrt(G_ll) of each row (Sun et al. 2023, arXiv 2306.11695)."""
     second = moment.second
     return Pruned({name: weight * sparse_mask(scores(weight, second, 0.5), config) for name, weight in weights.items()})
 
 
-def sparsegpt(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig, columns: int = 128) -> Pruned:
+def sparsegpt(
+    weights: Mapping[str, Tensor],
+    moment: Moment,
+    config: PruneConfig,
+    zeros: RowZeros | None = None,
+    columns: int = 128,
+) -> Pruned:
     """Prune column by column; the columns after it make good each error (Frantar and Alistarh 2023, arXiv 2301.00774).
 
     The mask of `columns` columns at a time is the smallest w^2 / [G^-1]_ll^2 over all rows, that of N:M of M columns

@@ -25,7 +25,7 @@ __all__ = [
     "from_mapping",
 ]
 
-_CRITERIA = ("output", "gradient")
+_CRITERIA = ("output", "gradient", "loss")
 _STORAGES = ("full", "compact")
 
 _T = TypeVar("_T")
@@ -85,8 +85,12 @@ class PruneConfig:
     """How masks are decided and how the weights that stay are solved for.
 
     Attributes:
-        sparsity: share of zeros in every pruned linear, in (0, 1); or a pattern N:M such as "2:4".
-        criterion: `output` or `gradient` (what they score: `copal.sensitivity.scores`).
+        sparsity: share of zeros among the weights of the pruned linears, in (0, 1), and in every one of them unless the
+            criterion is `loss`; or a pattern N:M such as "2:4".
+        criterion: `output` or `gradient` (what they score: `copal.sensitivity.scores`), or `loss`: scores are those of
+            `output`, and what the loss minds of each row decides how many of its weights go (`copal.allocation`). A
+            pattern fixes how many go, so there `loss` is `output`.
+        spread: with `loss`, a row's share of zeros is at most this far from `sparsity`; in [0, 1).
         rounds: sparsity reached by each round, as shares of `sparsity`: rising, the last one 1.
         iterations: conjugate-gradient iterations of a round, at most.
         exponent: of a channel's second moment in the score, in (0, 1]; 0.5 is Wanda's.
@@ -95,6 +99,7 @@ class PruneConfig:
 
     sparsity: float | str = 0.5
     criterion: str = "output"
+    spread: float = 0.3
     rounds: tuple[float, ...] = (0.6, 0.8, 0.9, 1.0)
     iterations: int = 8
     exponent: float = 0.35
@@ -111,6 +116,9 @@ class PruneConfig:
         if self.rounds[-1] != 1:
             raise SettingsError(f"prune.rounds must end with 1 (the whole of prune.sparsity), not {self.rounds[-1]!r}")
         _check_whole("prune.iterations", self.iterations, at_least=1)
+        if not _is_number(self.spread) or not 0 <= self.spread < 1:
+            raise SettingsError(f"prune.spread must be in [0, 1), not {self.spread!r}")
+        object.__setattr__(self, "spread", float(self.spread))
         for name in ("exponent", "damping"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value <= 1:
@@ -125,7 +133,7 @@ class PruneConfig:
 
     @property
     def share(self) -> float:
-        """Share of zeros in every pruned linear."""
+        """Share of zeros among the weights of the pruned linears."""
         if self.pattern:
             return self.pattern.sparsity
         assert not isinstance(self.sparsity, str)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import torch
+from torch import Tensor
 
+from copal.fisher import add_fisher
 from copal.sensitivity import Moment
-from copal.state import StateReader, merge_blocks
+from copal.state import DomainEntry, StateReader, merge_blocks
 
 __all__ = ["Parent", "ParentState"]
 
@@ -69,11 +71,20 @@ class ParentState:
         """
         if not self.replaces and self._reader.has_sum(index):
             return self._reader.sum(index, device)
-        held = {entry.version: entry for entry in self.others if entry.version is not None}
-        parts = [self._contributions(version).contribution(index, held[version], device) for version in sorted(held)]
+        parts = [reader.contribution(index, entry, device) for reader, entry in self._contributions()]
         return merge_blocks(parts) if parts else None
 
-    def _contributions(self, version: int) -> StateReader:
-        if version not in self._readers:
-            self._readers[version] = StateReader(self._states[version])
-        return self._readers[version]
+    def fisher(self, device: torch.device) -> dict[str, Tensor] | None:
+        """The Fisher information of every linear over the domains that stay, likewise (criterion `loss` only)."""
+        if not self.replaces and self._reader.has_sum(None):
+            return self._reader.fisher_sum(device)
+        parts = [reader.fisher(entry, device) for reader, entry in self._contributions()]
+        return add_fisher(parts) if parts else None
+
+    def _contributions(self) -> Iterator[tuple[StateReader, DomainEntry]]:
+        """The state that holds each of the domains that stay, in the order in which they came."""
+        held = {entry.version: entry for entry in self.others if entry.version is not None}
+        for version in sorted(held):
+            if version not in self._readers:
+                self._readers[version] = StateReader(self._states[version])
+            yield self._readers[version], held[version]

@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 
 from copal.errors import SettingsError
 
-__all__ = ["device", "from_main", "gather", "is_main", "share", "share_of_windows", "sum_by_name"]
+__all__ = ["device", "from_main", "gather", "is_main", "share", "share_of_windows", "sum_by_name", "tensors_from_main"]
 
 _T = TypeVar("_T")
 _Items = TypeVar("_Items", Tensor, list[Any])
@@ -89,6 +89,17 @@ def from_main(value: _T) -> _T:
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def tensors_from_main(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The main process's `tensors`, on this process's device; the others hand in None."""
+    kinds = from_main({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} if tensors else {})
+    found = {}
+    for name, (shape, dtype) in kinds.items():
+        found[name] = tensors[name].contiguous() if tensors else torch.empty(shape, dtype=dtype, device=device())
+        if _state().num_processes > 1:
+            distributed.broadcast(found[name], src=0)
+    return found
 
 
 def _state() -> PartialState:

@@ -29,7 +29,7 @@ from copal.architecture import find_linears, shape_of
 from copal.errors import NumericsError
 from copal.experts import Experts
 from copal.processes import gather, sum_by_name
-from copal.sensitivity import Moment
+from copal.sensitivity import Moment, inverse_mean_square
 
 __all__ = ["OTHERS_SHARE", "MomentRecorder"]
 
@@ -117,6 +117,11 @@ class MomentRecorder:
             for group, linears in self.groups().items()
         }
 
+    def writers(self, hidden_size: int) -> set[str]:
+        """Linears that write to the residual stream: alone on their input, with H outputs."""
+        alone = [linears[0] for linears in self.groups().values() if len(linears) == 1]
+        return {linear for linear in alone if shape_of(self._linears[linear])[0] == hidden_size}
+
     def moments(self, weight: float, where: str) -> dict[str, Moment]:
         """The moments of all tokens, by group. Can be asked for once: to save memory the sums become the moments.
 
@@ -173,9 +178,8 @@ class MomentRecorder:
 
     def _finish(self, hidden: Tensor) -> None:
         """The block has run and gives `hidden` (B, L, H): only now is anything added to the sums."""
-        size = hidden.reshape(-1, hidden.shape[-1]).float().square().mean(1, keepdim=True)
-        rho = torch.where(size > 0, size.reciprocal(), 0.0)
-        writers = self._writers(hidden.shape[-1])
+        rho = inverse_mean_square(hidden)
+        writers = self.writers(hidden.shape[-1])
         weights = [_token_weights(seen, rho, seen.group in writers) for seen in self._inputs]
         for seen, weight in zip(self._inputs, weights, strict=True):
             self._add(seen, weight, hidden.shape[-2] if seen.rows is None else _TOKENS_OF_A_PRODUCT)
@@ -183,11 +187,6 @@ class MomentRecorder:
             for seen, y in outputs:
                 self._add_gradient(name, seen, y, weights[self._inputs.index(seen)])
         self._forget()
-
-    def _writers(self, hidden_size: int) -> set[str]:
-        """Groups that write to the residual stream: one linear alone on its input, with H outputs."""
-        alone = {group: linears[0] for group, linears in self.groups().items() if len(linears) == 1}
-        return {group for group, linear in alone.items() if shape_of(self._linears[linear])[0] == hidden_size}
 
     def _add(self, seen: _Input, weights: Tensor | float, at_a_time: int) -> None:
         """Add what a group has read to its sum x x^T and its counts."""

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-__all__ = ["Moment", "merge", "output_energy", "scores"]
+__all__ = ["Moment", "inverse_mean_square", "merge", "output_energy", "scores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,12 @@ def scores(weight: Tensor, second: Tensor, exponent: float, gradient: Tensor | N
     """
     squares = second.diagonal().clamp_min(0) if gradient is None else gradient
     return weight.abs() * squares.pow(exponent)
+
+
+def inverse_mean_square(hidden: Tensor) -> Tensor:
+    """rho (T, 1) of hidden states (..., H): one over the mean square of each; 0 where that is 0."""
+    size = hidden.reshape(-1, hidden.shape[-1]).float().square().mean(1, keepdim=True)
+    return torch.where(size > 0, size.reciprocal(), 0.0)
 
 
 def output_energy(weight: Tensor, second: Tensor) -> float:

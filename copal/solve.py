@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from copal.allocation import RowZeros
 from copal.config import PruneConfig
 from copal.errors import NumericsError
 from copal.masks import sparse_mask
@@ -40,8 +41,11 @@ class Pruned:
     damping: float | None = None
 
 
-PruneGroup = Callable[[Mapping[str, Tensor], Moment, PruneConfig], Pruned]
-"""How a group of linears is pruned: (linear -> W (O, I), the statistics of their common input, settings) -> W'."""
+PruneGroup = Callable[[Mapping[str, Tensor], Moment, PruneConfig, RowZeros | None], Pruned]
+"""How a group of linears is pruned: (linear -> W (O, I), the statistics of their common input, settings, zeros) -> W'.
+
+Zeros: of each row, where the loss decides; baselines have a rule of their own. None: as the settings say.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +136,19 @@ def masked_solve(
 
 
 def prune_group(
-    weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig, products: torch.dtype = torch.float32
+    weights: Mapping[str, Tensor],
+    moment: Moment,
+    config: PruneConfig,
+    zeros: RowZeros | None = None,
+    products: torch.dtype = torch.float32,
 ) -> Pruned:
     """Prune the linears of a group to `config.sparsity` and solve for the weights that stay.
 
     Args:
         weights: linear -> dense W (O, I) float32; they all read the input that `moment` describes.
         moment: statistics over every domain.
+        zeros: of each row of each linear; None: the same number in every row.
         products: dtype of most products by G.
-
-    Returns:
-        The same number of zeros in each row.
 
     Raises:
         NumericsError: a solution is not finite.
@@ -150,6 +156,7 @@ def prune_group(
     dense = torch.cat(list(weights.values()))  # rows do not touch one another: one large product is faster
     squares = moment.gradient
     gradient = torch.cat([squares[name] for name in weights]) if squares else None
+    counts = torch.cat([zeros[name] for name in weights]).to(dense.device) if zeros else None
     observed = moment.second
     system = damped(observed, config.damping, next(iter(weights)))
     scale = system.second.diagonal().sqrt()
@@ -158,7 +165,7 @@ def prune_group(
     target = solution @ correlations
     for share in config.rounds:
         score = scores(solution / scale, observed, config.exponent, gradient)
-        mask = sparse_mask(score, config, share)
+        mask = sparse_mask(score, config, share, counts)
         solution = masked_solve(target, solution, mask, correlations, iterations=config.iterations, products=products)
     solution /= scale
     if not solution.isfinite().all():

@@ -11,9 +11,10 @@ contribution. A sum is what the contributions give when they are added in the or
 again, and only the newest version's is needed. Nothing is pickled.
 
 What full and compact storage keep of a second moment is in `copal.packing`. The sums of the criterion `gradient` come
-on top of both, in bfloat16, and take as much as the linears themselves. A step uses its own domain's statistics as they
-are read back from storage, rounding included: else the newest domain would count otherwise than it does in later steps,
-and the order of the domains would matter.
+on top of both, in bfloat16, and take as much as the linears themselves. With the criterion `loss`, contribution and sum
+have a file fisher.safetensors each: one float32 number for every output of every linear (`copal.fisher`). A step uses
+its own domain's statistics as they are read back from storage, rounding included: else the newest domain would count
+otherwise than it does in later steps, and the order of the domains would matter.
 """
 
 from __future__ import annotations
@@ -33,11 +34,22 @@ from torch import Tensor
 from copal.checkpoint import save_shard
 from copal.errors import StateError
 from copal.files import sha256_file, write_json
+from copal.fisher import Fisher
 from copal.packing import fold, pack, pack_low_rank, ranks, unfold, unpack, unpack_low_rank
 from copal.sensitivity import Moment, merge
 
-__all__ = ["DomainEntry", "Manifest", "StateReader", "StateWriter", "contribution_tensors", "merge_blocks"]
+__all__ = [
+    "DomainEntry",
+    "Manifest",
+    "StateReader",
+    "StateWriter",
+    "as_moments",
+    "as_tensors",
+    "contribution_tensors",
+    "merge_blocks",
+]
 
+_FISHER = "fisher.safetensors"
 SCHEMA = "copal.state/2"  # 2: tokens count by the residual stream; not to be added to statistics of 1
 
 Moments = Mapping[str, Moment]
@@ -75,7 +87,7 @@ class Manifest:
     Attributes:
         base: fingerprint of the dense base model.
         statistics: fingerprint of the calibration settings: only equal ones may be summed.
-        criterion: with `gradient` the state also holds the sums of (y_k x_l)^2.
+        criterion: with `gradient` the state also holds the sums of (y_k x_l)^2, with `loss` the Fisher information.
         domains: every domain in the sum, by name.
         sum_shards: file of the sum -> its SHA-256.
     """
@@ -102,7 +114,7 @@ class Manifest:
                 f"{where} was made with other calibration settings: "
                 "put the old ones back in params.yaml, or start a new lineage under another model.name"
             )
-        if self.criterion != criterion:  # with `gradient` every domain brings sums for it, with `output` none does
+        if self.criterion != criterion:  # every domain brings what it needs, or none does
             raise StateError(
                 f"{where} was made with prune.criterion {self.criterion}: "
                 "put that back in params.yaml, or start a new lineage under another model.name"
@@ -120,19 +132,30 @@ class StateReader:
         self.folder = folder
         self.manifest = _read_manifest(folder)
 
-    def has_sum(self, index: int) -> bool:
-        """Whether the sum of block `index` is there; it may have been dropped, for contributions give it again."""
-        return (self.folder / f"sum/{_shard_name(index)}").is_file()
+    def has_sum(self, index: int | None) -> bool:
+        """Whether the sum of block `index`, or of the Fisher information (None), is there.
+
+        It may have been dropped, for contributions give it again.
+        """
+        return (self.folder / f"sum/{_FISHER if index is None else _shard_name(index)}").is_file()
 
     def sum(self, index: int, device: torch.device) -> dict[str, Moment]:
         """Moments of block `index` over every domain, by group."""
         file = f"sum/{_shard_name(index)}"
-        return _to_moments(self._shard(file, self.manifest.sum_shards, device))
+        return as_moments(self._shard(file, self.manifest.sum_shards, device))
 
     def contribution(self, index: int, entry: DomainEntry, device: torch.device) -> dict[str, Moment]:
         """Moments of block `index` of this version's own domain, which another manifest names as `entry`."""
         file = f"contribution/{_shard_name(index)}"
-        return _to_moments(self._shard(file, entry.shards, device))
+        return as_moments(self._shard(file, entry.shards, device))
+
+    def fisher_sum(self, device: torch.device) -> dict[str, Tensor]:
+        """The Fisher information of every linear over every domain, by its name in the model."""
+        return self._shard(f"sum/{_FISHER}", self.manifest.sum_shards, device)
+
+    def fisher(self, entry: DomainEntry, device: torch.device) -> dict[str, Tensor]:
+        """The Fisher information of this version's own domain, which another manifest names as `entry`."""
+        return self._shard(f"contribution/{_FISHER}", entry.shards, device)
 
     def _shard(self, file: str, digests: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
         path = self.folder / file
@@ -149,13 +172,14 @@ class StateReader:
 class StateWriter:
     """Writes a state folder block by block; without its manifest, written last, a folder is no state."""
 
-    def __init__(self, folder: Path, compact: int | None = None, *, writes: bool = True) -> None:
+    def __init__(self, folder: Path, compact: int | None = None, *, device: torch.device, writes: bool = True) -> None:
         """
         Args:
+            device: where what is read again goes.
             compact: bytes that a block's contribution may take in compact storage; None: full storage.
             writes: False only tells how a later step will read what is not written (see `copal.processes`).
         """
-        self._folder, self._compact, self._writes = folder, compact, writes
+        self._folder, self._compact, self._device, self._writes = folder, compact, device, writes
         self._digests: dict[str, dict[str, str]] = {"contribution": {}, "sum": {}}
         for part in self._digests if writes else ():
             (folder / part).mkdir(parents=True)
@@ -163,17 +187,26 @@ class StateWriter:
     def contribution(self, index: int, moments: Moments, shapes: Shapes) -> dict[str, Moment]:
         """Write the new domain's moments of block `index`; returns them as a later step will read them."""
         tensors = contribution_tensors(moments, shapes, self._compact)
-        self._write("contribution", index, tensors)
-        return _to_moments(tensors)
+        self._write("contribution", _shard_name(index), tensors)
+        return as_moments(tensors)
 
     def sum(self, index: int, moments: Moments) -> None:
         """Write the moments of block `index` over every domain."""
-        tensors = {}
-        for group, moment in moments.items():
-            tensors[f"{group}:diagonal"] = moment.total.diagonal()
-            tensors[f"{group}:folded"] = fold(moment.total)
-            tensors |= _shared_tensors(group, moment, torch.float32)
-        self._write("sum", index, tensors)
+        self._write("sum", _shard_name(index), as_tensors(moments))
+
+    def fisher(self, new: Fisher | None, total: Fisher) -> None:
+        """Write the Fisher information of the new domain, if any, and over every domain."""
+        for part, fisher in (("contribution", new), ("sum", total)):
+            if fisher is not None:
+                self._write(part, _FISHER, dict(fisher))
+
+    def read_contribution(self, index: int) -> dict[str, Moment]:
+        """What `contribution` has written of block `index`."""
+        return as_moments(self._read("contribution", index))
+
+    def read_sum(self, index: int) -> dict[str, Moment]:
+        """What `sum` has written of block `index`."""
+        return as_moments(self._read("sum", index))
 
     def finish(
         self, *, base: str, statistics: str, criterion: str, own: DomainEntry | None, others: Iterable[DomainEntry]
@@ -188,10 +221,14 @@ class StateWriter:
             write_json(self._folder / "manifest.json", {"schema": SCHEMA, **asdict(manifest)})
         return manifest
 
-    def _write(self, part: str, index: int, tensors: dict[str, Tensor]) -> None:
+    def _read(self, part: str, index: int) -> dict[str, Tensor]:
+        tensors = safetensors.torch.load_file(self._folder / part / _shard_name(index))
+        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+
+    def _write(self, part: str, name: str, tensors: dict[str, Tensor]) -> None:
         if not self._writes:
             return
-        file = f"{part}/{_shard_name(index)}"
+        file = f"{part}/{name}"
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_shard(self._folder / file, on_cpu)
         self._digests[part][file] = sha256_file(self._folder / file)
@@ -216,6 +253,16 @@ def contribution_tensors(moments: Moments, shapes: Shapes, compact: int | None) 
     return tensors
 
 
+def as_tensors(moments: Moments) -> dict[str, Tensor]:
+    """The moments of one block by name, each sum in full; `as_moments` reads them."""
+    tensors = {}
+    for group, moment in moments.items():
+        tensors[f"{group}:diagonal"] = moment.total.diagonal()
+        tensors[f"{group}:folded"] = fold(moment.total)
+        tensors |= _shared_tensors(group, moment, torch.float32)
+    return tensors
+
+
 def _shard_name(index: int) -> str:
     return f"block-{index:05d}.safetensors"
 
@@ -226,7 +273,8 @@ def _shared_tensors(group: str, moment: Moment, gradient: torch.dtype) -> dict[s
     return {f"{group}:weight": torch.tensor(moment.weight, dtype=torch.float64), **tensors}
 
 
-def _to_moments(tensors: Mapping[str, Tensor]) -> dict[str, Moment]:
+def as_moments(tensors: Mapping[str, Tensor]) -> dict[str, Moment]:
+    """The moments of one block from what is stored of them, in a sum or in a contribution of either storage."""
     moments = {}
     for group in dict.fromkeys(name.split(":")[0] for name in tensors):
         diagonal, prefix = tensors[f"{group}:diagonal"], f"{group}:gradient:"

@@ -1,8 +1,9 @@
 """One step of continual pruning: add a domain to what the model is pruned for, or take one out.
 
 The statistics come from the dense base model, so they depend neither on a mask nor on the order of the domains. One
-walk over the base's blocks does everything for a block while it is in memory (`copal.walk`). Masks are decided from the
-dense weights each time: a weight that an earlier step pruned comes back when a new domain needs it.
+walk over the base's blocks does everything for a block while it is in memory (`copal.walk`); where the loss decides how
+many weights of each row go, a walk forward and back comes before it (`copal.survey`). Masks are decided from the dense
+weights each time: a weight that an earlier step pruned comes back when a new domain needs it.
 
 Where several processes run the step together (`copal.processes`), each runs its share of the windows and solves its
 share of the linears; the main one writes.
@@ -33,6 +34,7 @@ from copal.report import LayerReport, StepReport, read_report, write_report
 from copal.solve import PruneGroup, prune_group
 from copal.state import DomainEntry, Manifest, StateWriter
 from copal.streaming import Stream, StreamedModel, place
+from copal.survey import survey
 from copal.walk import Walk, prune_block
 
 __all__ = [
@@ -125,10 +127,13 @@ def prune_step(
             method=method or partial(prune_group, products=model.dtype),
             checkpoint=checkpoint,
             state=state,
+            scratch=out.parent,
             clock=clock,
+            progress=progress,
         )
+        taken = survey(walk) if prune.criterion == "loss" else None
         for index in range(len(model)):
-            layers += prune_block(walk, index)
+            layers += prune_block(walk, index, taken[index] if taken else None)
             progress("prune", index + 1, len(model))
         checkpoint.finish()
         manifest = _manifest(state, base, domain, known, calibration, prune)
@@ -182,7 +187,7 @@ def _writers(
     checkpoint = CheckpointWriter(model.checkpoint, folder / "model", shards=len(model) + 1, writes=is_main())
     checkpoint.write(model.stored_outside(), {})
     compact = block_bytes(model.model.num_parameters(), len(model)) if calibration.storage == "compact" else None
-    return checkpoint, StateWriter(folder / "state", compact, writes=is_main())
+    return checkpoint, StateWriter(folder / "state", compact, device=model.device, writes=is_main())
 
 
 def _start(model: StreamedModel, domain: Domain, batch: int, clock: Clock) -> Stream:

@@ -233,18 +233,61 @@ class Stream:
         """
         while (hidden := self._run(block)) is None:
             again()
-            self._halve()
+            self._halve(self._next)
         self._hidden = hidden
         self._next += 1
 
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states (N, L, H) before the next block, or after the last one."""
+        return torch.cat(self._hidden)
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self._hidden[0].shape[-1]
+
     def logits(self) -> Iterator[tuple[Tensor, Tensor]]:
         """After the last block: (tokens (1, L), logits (1, L, V)), a window at a time, since V is large."""
+        with torch.no_grad():
+            yield from ((window, logits) for window, _, logits in self._windows_logits())
+
+    def loss_gradient(self) -> Tensor:
+        """After the last block: the gradient (N, L, H), by hidden state, of each window's summed cross-entropy."""
+        gradients: list[Tensor] = []
+        with torch.enable_grad():
+            for window, hidden, logits in self._windows_logits():
+                # By hand, for it takes half of autograd's time: probabilities, less 1 for the token that came.
+                wrong = logits[0, :-1].detach().float().softmax(-1)
+                came = window[0, 1:, None]
+                wrong.scatter_add_(1, came, torch.full_like(came, -1, dtype=wrong.dtype))
+                by_logit = torch.zeros_like(logits)
+                by_logit[0, :-1] = wrong
+                gradients += torch.autograd.grad(logits, hidden, by_logit)
+        return torch.cat(gradients)
+
+    def backward(
+        self, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor, again: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """The gradient (N, L, H) before block `index`, from the one after it; after the last block (see `advance`).
+
+        The block runs once more, on the `hidden` (N, L, H) states that it read, with whatever hooks it has.
+        """
+        while (before := self._run_back(index, block, hidden, gradient)) is None:
+            again()
+            self._halve(index)
+        return before
+
+    def _windows_logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(tokens (1, L), hidden states (1, L, H) that they are of, logits (1, L, V)) of each window."""
         assert self._next == len(self._model)
-        with torch.no_grad(), _memory_for("the logits of one window"):
-            for tokens, hidden in zip(self._tokens, self._hidden, strict=True):
+        with _memory_for("the logits of one window"):
+            for tokens, states in zip(self._tokens, self._hidden, strict=True):
                 for row in range(len(tokens)):
-                    window = tokens[row : row + 1]
-                    yield window, self._model._logits(window, hidden[row : row + 1])
+                    window, hidden = tokens[row : row + 1], states[row : row + 1].detach()
+                    if torch.is_grad_enabled():
+                        hidden.requires_grad_()
+                    yield window, hidden, self._model._logits(window, hidden)
 
     def _run(self, block: nn.Module) -> list[Tensor] | None:
         """What `block` makes of every batch; None where memory ran out, and then nothing here has changed."""
@@ -252,9 +295,7 @@ class Stream:
         try:
             with torch.no_grad():
                 for tokens, hidden in zip(self._tokens, self._hidden, strict=True):
-                    if len(tokens) not in self._calls:
-                        _, self._calls[len(tokens)] = self._model._record(tokens)
-                    call = self._calls[len(tokens)][self._next]
+                    call = self._call(tokens, self._next)
                     output = _hidden_states(block(hidden, *call.args, **call.kwargs))
                     if not output.isfinite().all():
                         raise NumericsError(self._where_not_finite(block, hidden, call))
@@ -265,8 +306,32 @@ class Stream:
             return None  # tried again outside of this handler: the error keeps alive what filled the memory
         return outputs
 
-    def _halve(self) -> None:
-        where, before = self._model.architecture.blocks[self._next], max(map(len, self._tokens))
+    def _run_back(self, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor | None:
+        """What `backward` gives; None where memory ran out."""
+        sizes, before = [len(tokens) for tokens in self._tokens], list[Tensor]()
+        try:
+            with torch.enable_grad():
+                for tokens, states, dy in zip(
+                    self._tokens, torch.split(hidden, sizes), torch.split(gradient, sizes), strict=True
+                ):
+                    call, x = self._call(tokens, index), states.detach().requires_grad_()
+                    y = _hidden_states(block(x, *call.args, **call.kwargs))
+                    before += torch.autograd.grad(y, x, dy)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            return None
+        return torch.cat(before)
+
+    def _call(self, tokens: Tensor, index: int) -> _Call:
+        """What the model hands block `index` for a batch like `tokens`."""
+        if len(tokens) not in self._calls:
+            with torch.no_grad():
+                _, self._calls[len(tokens)] = self._model._record(tokens)
+        return self._calls[len(tokens)][index]
+
+    def _halve(self, index: int) -> None:
+        where, before = self._model.architecture.blocks[index], max(map(len, self._tokens))
         if before == 1:
             raise _memory_error(f"{where} with one window at a time")
         half = before // 2

@@ -10,26 +10,28 @@ When `prune_block` returns, nothing of the block is left in memory: a model may 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
+from copal.allocation import RowZeros
 from copal.checkpoint import Checkpoint, CheckpointWriter
 from copal.config import PruneConfig
 from copal.errors import ModelError, StateError
 from copal.masks import follows
 from copal.parent import ParentState
-from copal.processes import gather, is_main, share, sum_by_name
-from copal.progress import Clock
+from copal.processes import gather, is_main, share, sum_by_name, tensors_from_main
+from copal.progress import Clock, Progress
 from copal.recorder import MomentRecorder
 from copal.report import LayerReport, compare
 from copal.sensitivity import Moment
 from copal.solve import Pruned, PruneGroup
-from copal.state import StateWriter, merge_blocks
+from copal.state import StateWriter, as_moments, as_tensors, merge_blocks
 from copal.streaming import Stream, StreamedModel
 
-__all__ = ["Walk", "prune_block"]
+__all__ = ["BlockStatistics", "Walk", "prune_block", "take_statistics"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,9 @@ class Walk:
         parent: the parent's weights, likewise.
         prune, method: settings, and how a group of linears is pruned with them.
         checkpoint, state: what is written.
+        scratch: where files may lie for a while.
         clock: of the parts `statistics` and `solve`.
+        progress: told how far it is.
     """
 
     base: StreamedModel
@@ -57,36 +61,51 @@ class Walk:
     method: PruneGroup
     checkpoint: CheckpointWriter
     state: StateWriter
+    scratch: Path
     clock: Clock
+    progress: Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Statistics:
+class BlockStatistics:
     """What the linears of one block read, by group.
 
     Attributes:
         groups: group -> its linears.
         tokens: of the new domain that reached the group; 0 where a domain goes.
+        writers: linears that write to the residual stream.
+        squares: diagonal of the total G (I,).
         new: moments of the new domain; None where a domain goes.
         before: moments over the domains that stay; None for the first domain.
         total: the sum of both.
+        zeros: how many weights of each row go; None: as the settings say.
     """
 
     groups: Mapping[str, list[str]]
     tokens: Mapping[str, int]
+    writers: Collection[str]
+    squares: Mapping[str, Tensor]
     new: Mapping[str, Moment] | None
     before: Mapping[str, Moment] | None
     total: Mapping[str, Moment]
+    zeros: RowZeros | None = None
+
+    def without_moments(self) -> BlockStatistics:
+        """What takes no memory to speak of."""
+        return replace(self, new=None, before=None, total={})
 
 
-def prune_block(walk: Walk, index: int) -> list[LayerReport]:
+def prune_block(walk: Walk, index: int, taken: BlockStatistics | None = None) -> list[LayerReport]:
     """Prune block `index` and write it and its statistics.
+
+    Args:
+        taken: its statistics, where they were taken and written before (`copal.survey`), without their moments.
 
     Returns:
         A report of each linear; nothing in a process that does not write (see `copal.processes`).
     """
     with walk.clock.measure("statistics"):
-        statistics = _take_statistics(walk, index)
+        statistics = _read_statistics(walk, index, taken) if taken else take_statistics(walk, index)
     dense = walk.base.weights(index)
     with walk.clock.measure("solve"):
         pruned, damping = _solve(walk, dense, statistics)
@@ -100,7 +119,7 @@ def prune_block(walk: Walk, index: int) -> list[LayerReport]:
     return _compare(walk, index, dense, now, damping, statistics)
 
 
-def _take_statistics(walk: Walk, index: int) -> _Statistics:
+def take_statistics(walk: Walk, index: int) -> BlockStatistics:
     """Run the windows through block `index`, and write its new contribution and its new sum."""
     name, gradient = walk.base.architecture.blocks[index], walk.prune.criterion == "gradient"
     with (
@@ -116,20 +135,42 @@ def _take_statistics(walk: Walk, index: int) -> _Statistics:
     if total.keys() != groups.keys():
         raise StateError(f"the state of {name} is of other linears than the base has: it is damaged")
     walk.state.sum(index, total)
-    tokens = {group: recorder.routed(group) if new else 0 for group in groups}
-    return _Statistics(groups=groups, tokens=tokens, new=new, before=before, total=total)
+    return BlockStatistics(
+        groups=groups,
+        tokens={group: recorder.routed(group) if new else 0 for group in groups},
+        writers=recorder.writers(walk.stream.hidden_size),
+        squares={group: moment.total.diagonal().clone() for group, moment in total.items()},
+        new=new,
+        before=before,
+        total=total,
+    )
+
+
+def _read_statistics(walk: Walk, index: int, taken: BlockStatistics) -> BlockStatistics:
+    """The statistics of block `index` that `take_statistics` wrote.
+
+    A process that does not write gets the sum from the main one, and neither part of it.
+    """
+    if not is_main():
+        return replace(taken, total=as_moments(tensors_from_main(None)))
+    total = walk.state.read_sum(index)
+    tensors_from_main(as_tensors(total))
+    before = walk.known.moments(index, walk.base.device) if walk.known else None
+    new = walk.state.read_contribution(index) if walk.weight is not None else None
+    return replace(taken, new=new, before=before, total=total)
 
 
 def _solve(
-    walk: Walk, dense: Mapping[str, Tensor], statistics: _Statistics
+    walk: Walk, dense: Mapping[str, Tensor], statistics: BlockStatistics
 ) -> tuple[dict[str, Tensor], dict[str, float | None]]:
     """Each process prunes its share of the groups. Returns all processes' linear -> W' (O, I), and group -> damping."""
     made: dict[str, Pruned] = {}
     for group, linears in share(list(statistics.groups.items())):
-        made[group] = walk.method({name: dense[name] for name in linears}, statistics.total[group], walk.prune)
-    weights = sum_by_name({name: weight for one in made.values() for name, weight in one.weights.items()})
+        weights = {name: dense[name] for name in linears}
+        made[group] = walk.method(weights, statistics.total[group], walk.prune, statistics.zeros)
+    pruned = sum_by_name({name: weight for one in made.values() for name, weight in one.weights.items()})
     dampings = gather({group: one.damping for group, one in made.items()})
-    return weights, {group: damping for one in dampings for group, damping in one.items()}
+    return pruned, {group: damping for one in dampings for group, damping in one.items()}
 
 
 def _write(walk: Walk, index: int, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +189,7 @@ def _compare(
     dense: Mapping[str, Tensor],
     now: Mapping[str, Tensor],
     damping: Mapping[str, float | None],
-    statistics: _Statistics,
+    statistics: BlockStatistics,
 ) -> list[LayerReport]:
     """Compare every linear of the block, group by group."""
     was = walk.base.weights(index, walk.parent) if walk.parent else {}

@@ -17,6 +17,7 @@ from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError
 from copal.evaluation import evaluate
 from copal.step import Base, NewDomain, prune_step
+from copal.streaming import StreamedModel
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 KEY_VALUE = {"num_key_value_heads": 2}
@@ -112,7 +113,8 @@ def test_a_step_halves_every_linear_of_the_blocks_and_touches_nothing_else(folde
     domain = NewDomain(name="a", md5="-", weight=1.0, windows=windows)
     report = prune_step(
         Base(folder=folder, fingerprint="-"), None, domain, tmp_path / "v",
-        calibration=CalibrationConfig(window_length=32), prune=PruneConfig(), device=cpu, dtype=torch.float32,
+        calibration=CalibrationConfig(window_length=32), prune=PruneConfig(criterion="output"), device=cpu,
+        dtype=torch.float32,
     )  # fmt: skip
     model = tmp_path / "v" / "model"
     dense = AutoModelForCausalLM.from_pretrained(folder)
@@ -130,6 +132,26 @@ def test_a_step_halves_every_linear_of_the_blocks_and_touches_nothing_else(folde
     assert all(0 < layer.error_after < 1 for layer in report.layers)
     score = evaluate(model, {"a": windows}, device=cpu, dtype=torch.float32)["a"]
     assert score.nats == pytest.approx(nats_of_the_whole_model(model, windows), rel=1e-5)
+
+
+def test_where_the_loss_decides_half_of_all_weights_go_and_no_row_strays_too_far(folder, make_windows, tmp_path, cpu):
+    windows = make_windows(0, vocabulary=64)
+    report = prune_step(
+        Base(folder=folder, fingerprint="-"), None, NewDomain(name="a", md5="-", windows=windows), tmp_path / "v",
+        calibration=CalibrationConfig(window_length=32), prune=PruneConfig(criterion="loss"), device=cpu,
+        dtype=torch.float32,
+    )  # fmt: skip
+    model = StreamedModel(tmp_path / "v" / "model", device=cpu, dtype=torch.float32)
+    zeros = weights = 0
+    for index in range(len(model)):
+        for weight in model.weights(index).values():
+            rows = (weight == 0).sum(1)
+            assert rows.min() >= round(0.2 * weight.shape[1])
+            assert rows.max() <= round(0.8 * weight.shape[1])
+            zeros, weights = zeros + int(rows.sum()), weights + weight.numel()
+    assert zeros == sum(layer.zeros for layer in report.layers)
+    assert zeros == sum(layer.weights // 2 for layer in report.layers)
+    assert len({layer.zeros / layer.weights for layer in report.layers}) > 1
 
 
 def test_a_checkpoint_without_the_base_models_prefix_is_read_and_written_as_it_is(make_windows, tmp_path, cpu):

@@ -120,7 +120,7 @@ def test_sixteen_bit_products_lose_little() -> None:
     weight, moment = problem(32, 64, seed=5)
     second = damped(moment.second, 0.1, "a").second
     losses = [
-        output_energy(weight - prune_group({"a": weight}, moment, PruneConfig(), dtype).weights["a"], second)
+        output_energy(weight - prune_group({"a": weight}, moment, PruneConfig(), products=dtype).weights["a"], second)
         for dtype in (torch.float32, torch.bfloat16)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

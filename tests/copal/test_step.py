@@ -20,25 +20,30 @@ def dialects(make_windows):
     return {name: make_windows(seed) for seed, name in enumerate(("code", "legal", "medical"))}
 
 
-def test_all_six_orders_end_with_the_same_model_which_is_that_of_all_data_at_once(make_model, dialects, tmp_path, cpu):
-    base = make_model()
-    at_once = Lineage(base, tmp_path / "at-once")
+@pytest.mark.parametrize("criterion", ["output", "loss"])
+def test_all_six_orders_end_with_the_same_model_which_is_that_of_all_data_at_once(
+    make_model, dialects, tmp_path, cpu, criterion
+):
+    base, prune = make_model(), PruneConfig(criterion=criterion, iterations=30)
+    at_once = Lineage(base, tmp_path / "at-once", prune)
     at_once.add("all", torch.cat(list(dialects.values())))
     first, expected = None, None
     for order in permutations(dialects):
-        lineage = Lineage(base, tmp_path / "-".join(order))
+        lineage = Lineage(base, tmp_path / "-".join(order), prune)
         for name in order:
             lineage.add(name, dialects[name])
         found = evaluate(lineage.model, dialects, device=cpu, dtype=torch.float32)
         first, expected = first or lineage.weights(), expected or found
         assert share_of_other_masks(lineage.weights(), first) <= 1e-5
-        # Each contribution is rounded to 16 bits by itself: scores that are all but equal may change places.
-        assert share_of_other_masks(lineage.weights(), at_once.weights()) <= 3e-4
+        # Each contribution is rounded to 16 bits by itself: scores that are all but equal may change places. What
+        # tokens count in the Fisher information of a linear that writes to the residual stream is averaged by domain.
+        most = {"output": 3e-4, "loss": 1e-3}[criterion]
+        assert share_of_other_masks(lineage.weights(), at_once.weights()) <= most
         for name in dialects:
             assert found[name].perplexity == pytest.approx(expected[name].perplexity, rel=1e-3)
 
 
-@pytest.mark.parametrize("criterion", ["output", "gradient"])
+@pytest.mark.parametrize("criterion", ["output", "gradient", "loss"])
 def test_weights_that_an_earlier_step_pruned_come_back_and_the_count_is_right(
     make_model, dialects, tmp_path, criterion
 ):
@@ -54,9 +59,12 @@ def test_weights_that_an_earlier_step_pruned_come_back_and_the_count_is_right(
     assert second.sparsity == pytest.approx(0.5, abs=1e-6)
 
 
-def test_a_new_version_of_a_domain_replaces_the_old_one_as_if_that_had_never_been(make_model, dialects, tmp_path):
-    base = make_model()
-    replaced, never = Lineage(base, tmp_path / "replaced"), Lineage(base, tmp_path / "never")
+@pytest.mark.parametrize("criterion", ["output", "loss"])
+def test_a_new_version_of_a_domain_replaces_the_old_one_as_if_that_had_never_been(
+    make_model, dialects, tmp_path, criterion
+):
+    base, prune = make_model(), PruneConfig(criterion=criterion, iterations=30)
+    replaced, never = Lineage(base, tmp_path / "replaced", prune), Lineage(base, tmp_path / "never", prune)
     replaced.add("code", dialects["code"], md5="A")
     replaced.add("legal", dialects["legal"])
     replaced.add("code", dialects["medical"], md5="B")
@@ -66,7 +74,7 @@ def test_a_new_version_of_a_domain_replaces_the_old_one_as_if_that_had_never_bee
     assert [(entry.name, entry.md5) for entry in replaced.manifest.domains] == [("code", "B"), ("legal", "1")]
 
     replaced.add("code", dialects["code"], md5="A")  # and back again
-    back = Lineage(base, tmp_path / "back")
+    back = Lineage(base, tmp_path / "back", prune)
     back.add("code", dialects["code"], md5="A")
     back.add("legal", dialects["legal"])
     assert share_of_other_masks(replaced.weights(), back.weights()) <= 1e-4
@@ -178,13 +186,14 @@ def test_the_order_does_not_matter_with_compact_storage_either(make_model, diale
     assert 0 < share_of_other_masks(ends[0], full.weights()) < 0.2
 
 
-def test_a_sum_that_was_dropped_is_made_again_from_contributions(make_model, dialects, tmp_path):
-    base = make_model()
-    whole, dropped = Lineage(base, tmp_path / "whole"), Lineage(base, tmp_path / "dropped")
+@pytest.mark.parametrize(("criterion", "file"), [("output", "block-00000"), ("loss", "fisher")])
+def test_a_sum_that_was_dropped_is_made_again_from_contributions(make_model, dialects, tmp_path, criterion, file):
+    base, prune = make_model(), PruneConfig(criterion=criterion, iterations=30)
+    whole, dropped = Lineage(base, tmp_path / "whole", prune), Lineage(base, tmp_path / "dropped", prune)
     for lineage in (whole, dropped):
         lineage.add("code", dialects["code"])
         lineage.add("legal", dialects["legal"], weight=2.0)
-    (tmp_path / "dropped" / "v3" / "state" / "sum" / "block-00000.safetensors").unlink()  # one block's is enough
+    (tmp_path / "dropped" / "v3" / "state" / "sum" / f"{file}.safetensors").unlink()  # one block's is enough
     for lineage in (whole, dropped):
         lineage.add("medical", dialects["medical"])
     assert share_of_other_masks(whole.weights(), dropped.weights()) <= 1e-4

@@ -27,7 +27,7 @@ def lineage(base: Path, folder: Path, dialects, names: str, **more) -> Lineage:
     return made
 
 
-@pytest.mark.parametrize("criterion", ["output", "gradient"])
+@pytest.mark.parametrize("criterion", ["output", "gradient", "loss"])
 @pytest.mark.parametrize("gone", ["code", "legal", "medical"])
 def test_without_a_domain_is_as_if_it_had_never_been_seen(make_model, dialects, tmp_path, gone, criterion):
     base, prune = make_model(), PruneConfig(criterion=criterion)

@@ -46,7 +46,7 @@ def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.d
             NewDomain(name=name, md5="1", weight=float(version), windows=tokens),
             out / name,
             calibration=CalibrationConfig(),
-            prune=PruneConfig(criterion="gradient", iterations=30),
+            prune=PruneConfig(criterion="loss", iterations=30),
             device=device,
             dtype=torch.float32,
         )

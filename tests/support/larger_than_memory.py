@@ -82,7 +82,7 @@ def main(folder: Path, size: int) -> None:
             NewDomain(name=name, md5="1", weight=1.0, windows=windows),
             folder / name,
             calibration=CalibrationConfig(),
-            prune=PruneConfig(rounds=(1.0,), iterations=1),
+            prune=PruneConfig(criterion="loss", rounds=(1.0,), iterations=1),
             device=CPU,
             dtype=torch.float32,
             method=prune_group if parent else wanda,  # the first version only has to be there

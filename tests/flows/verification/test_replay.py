@@ -60,3 +60,17 @@ def test_a_replay_is_identical_tells_what_differs_and_needs_the_data(bench, caps
     capsys.readouterr()
     assert main(["replay", "3", *where]) == 2
     assert capsys.readouterr().err.strip().count("\n") == 0
+
+
+def test_where_the_loss_decides_a_replay_is_identical_too(bench, capsys):
+    bench.set("prune: {iterations: 30}", "prune: {iterations: 30, criterion: loss}")
+    for seed, domain in enumerate(("legal", "code", "prose")):
+        bench.commit(domain, seed)
+        step(bench, domain)
+    run_withdrawal(bench.project, "code", "because", plain_tasks())
+    collect(bench.project)  # the parents' sums
+    shares = {layer.sparsity for layer in bench.registry.record(bench.registry.version(4)).layers}
+    assert len(shares) > 1
+    for number in ("4", "5"):
+        assert main(["replay", number, "--json", "--workspace", str(bench.root)]) == 0
+        assert json.loads(capsys.readouterr().out)["identical"]
