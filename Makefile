@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick test-stack check bench soak constraints clean distclean
+.PHONY: help demo test quick test-stack check bench ingredients soak constraints clean distclean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ check: $(STAMP) ## lint, format, types and the direction of imports
 
 bench: $(STAMP) ## what a step costs, as ratios; fails where one is past its limit
 	$(BIN)/python tests/bench/cost.py
+
+ingredients: $(STAMP) ## what each ingredient of a step is worth, on six domains
+	$(BIN)/python tests/bench/ingredients.py
 
 test-stack: $(STAMP) ## a whole stack, and a ledger on PostgreSQL (on Debian and Ubuntu: apt-get install postgresql)
 	$(PYTEST) -m team

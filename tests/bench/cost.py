@@ -1,6 +1,7 @@
 """What a step costs, as ratios on this machine: python tests/bench/cost.py
 
-- statistics: collecting and storing a domain's statistics / a plain forward of the dense model over the same windows.
+- statistics: collecting and storing a domain's statistics / a plain forward of the dense model over the same windows;
+  with the criterion `loss`, which goes back through the model as well, and with `output`.
 - solve: `prune_group` / SparseGPT on the same matrices and statistics, of every third block.
 - tenth step: the whole step of the 10th domain / that of the 2nd, on few windows with a short solve, so that reading,
   merging and writing the state weigh most.
@@ -28,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from copal.allocation import RowZeros
 from copal.baselines import sparsegpt
 from copal.config import PruneConfig
 from copal.progress import Progress, silent
@@ -39,6 +41,7 @@ from copal.streaming import StreamedModel
 from flows.terminal.progress import progress_bar
 
 BATCH = 8
+_MOST = {"loss": 3.5, "output": 2.0}  # times a plain forward
 QUICK = PruneConfig(rounds=(1.0,), iterations=1)
 
 
@@ -58,17 +61,17 @@ class Ratio:
 
 def judge(ratios: list[Ratio]) -> int:
     """Print each ratio beside its limit; 1 if one is past it, else 0."""
-    print(f"{'':<12}{'seconds':>10}{'against':>10}{'ratio':>8}{'at most':>9}")
+    print(f"{'':<20}{'seconds':>10}{'against':>10}{'ratio':>8}{'at most':>9}")
     for ratio in ratios:
         verdict = "ok" if ratio.value <= ratio.most else "TOO MUCH"
         figures = f"{ratio.cost:>10.2f}{ratio.reference:>10.2f}{ratio.value:>8.2f}{ratio.most:>9.2f}"
-        print(f"{ratio.name:<12}{figures}  {verdict}")
+        print(f"{ratio.name:<20}{figures}  {verdict}")
     return int(any(ratio.value > ratio.most for ratio in ratios))
 
 
-def statistics(inputs: Inputs, repeats: int, progress: Progress = silent) -> Ratio:
+def statistics(inputs: Inputs, repeats: int, criterion: str = "loss", progress: Progress = silent) -> Ratio:
     """StepReport's seconds of the statistics, reading blocks and writing the state among them / `model(**batch)`."""
-    windows = next(iter(inputs.calibration.values()))
+    windows, prune = next(iter(inputs.calibration.values())), PruneConfig(criterion=criterion)
     dense = AutoModelForCausalLM.from_pretrained(inputs.base.folder, dtype=inputs.dtype).to(inputs.device).eval()
 
     def forward(part: Tensor) -> float:
@@ -80,7 +83,7 @@ def statistics(inputs: Inputs, repeats: int, progress: Progress = silent) -> Rat
     def collect(part: Tensor) -> float:
         with tempfile.TemporaryDirectory(dir=inputs.base.folder.parent) as scratch:
             domain = NewDomain(name="timed", md5="-", weight=1.0, windows=part)
-            return _step(inputs, None, domain, Path(scratch) / "out", PruneConfig(), _keep).seconds["statistics"]
+            return _step(inputs, None, domain, Path(scratch) / "out", prune, _keep).seconds["statistics"]
 
     costs, references = [], []
     for number in range(repeats + 1):
@@ -88,7 +91,7 @@ def statistics(inputs: Inputs, repeats: int, progress: Progress = silent) -> Rat
         references.append(forward(part))
         costs.append(collect(part))
         progress("statistics", number + 1, repeats + 1)
-    return Ratio("statistics", min(costs[1:]), min(references[1:]), 2.0)
+    return Ratio(f"statistics, {criterion}", min(costs[1:]), min(references[1:]), _MOST[criterion])
 
 
 def solve(inputs: Inputs, repeats: int, every: int = 3, progress: Progress = silent) -> Ratio:
@@ -107,7 +110,7 @@ def solve(inputs: Inputs, repeats: int, every: int = 3, progress: Progress = sil
                 times.append(taken[0])
         totals = [total + min(times) for total, times in zip(totals, seconds, strict=True)]
         progress("solve", number + 1, len(groups))
-    return Ratio("solve", *totals, 2.0)
+    return Ratio("solve", *totals, 1.5)
 
 
 def tenth_step(inputs: Inputs, repeats: int, domains: int = 10, each: int = 2, progress: Progress = silent) -> Ratio:
@@ -160,7 +163,7 @@ def _groups(inputs: Inputs, every: int) -> Iterator[tuple[dict[str, Tensor], Mom
             yield {linear: weights[linear] for linear in linears}, moments[group]
 
 
-def _keep(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig) -> Pruned:
+def _keep(weights: Mapping[str, Tensor], moment: Moment, config: PruneConfig, zeros: RowZeros | None = None) -> Pruned:
     """Prunes nothing: what is left of a step is its statistics."""
     return Pruned(weights)
 
@@ -196,7 +199,8 @@ def main() -> int:
             fetch_inputs(asked.inputs, None, None, progress)
         inputs = load_inputs(asked.inputs)
         ratios = [
-            statistics(inputs, repeats=2, progress=progress),
+            statistics(inputs, repeats=2, criterion="loss", progress=progress),
+            statistics(inputs, repeats=2, criterion="output", progress=progress),
             solve(inputs, repeats=2, progress=progress),
             tenth_step(inputs, repeats=2, progress=progress),
         ]

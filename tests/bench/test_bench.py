@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cost
+import ingredients
 import matrix
 import pytest
 import report
@@ -105,6 +106,26 @@ def test_the_report_has_a_row_for_each_method_and_plots(measure, inputs, tmp_pat
     assert {file: file.read_bytes() for file in report.draw(out)} == again
 
 
+def test_the_table_of_ingredients_has_a_row_for_each_and_a_noise(inputs, monkeypatch):
+    monkeypatch.setattr(ingredients, "device", lambda: inputs.device)
+    windows = {name: (inputs.calibration[name], inputs.evaluation[name]) for name in DOMAINS}
+    found = ingredients.measure(inputs.base, windows, inputs.dtype)
+    assert list(found) == ["dense", *ingredients.INGREDIENTS]
+    assert len(set(found.values())) == len(found)
+    _, _, *rows = ingredients.table(
+        {"these": [found, {name: 1.1 * value for name, value in found.items()}]}
+    ).splitlines()
+    assert len(rows) == len(found)
+    assert all(" ± " in row for row in rows)
+    assert rows[0].endswith("(1.000) |")
+
+
+@pytest.mark.parametrize("name", ingredients.HELD_OUT)
+def test_a_domain_that_is_held_out_has_documents_on_any_machine(name):
+    documents = dict(ingredients.held_out_documents(name))
+    assert sum(len(text) > 200 for text in documents.values()) > 50
+
+
 def test_dvc_runs_every_method_at_every_sparsity():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert stages["bench"]["matrix"]["method"] == list(matrix.METHODS)
@@ -125,10 +146,13 @@ def test_a_cost_past_its_limit_fails(capsys):
 def test_what_a_step_costs_is_measured_and_nothing_is_left_behind(inputs: Inputs, tmp_path: Path):
     ratios = [
         cost.statistics(inputs, repeats=1),
+        cost.statistics(inputs, repeats=1, criterion="output"),
         cost.solve(inputs, repeats=1, every=2),
         cost.tenth_step(inputs, repeats=1, domains=4),
     ]
-    assert [(ratio.name, ratio.most) for ratio in ratios] == [("statistics", 2), ("solve", 2), ("tenth step", 1.1)]
+    assert [(ratio.name, ratio.most) for ratio in ratios] == [
+        ("statistics, loss", 3.5), ("statistics, output", 2), ("solve", 1.5), ("tenth step", 1.1),
+    ]  # fmt: skip
     assert all(ratio.cost > 0 and ratio.reference > 0 for ratio in ratios)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
