@@ -93,12 +93,16 @@ def from_main(value: _T) -> _T:
 
 def tensors_from_main(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The main process's `tensors`, on this process's device; the others hand in None."""
-    kinds = from_main({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} if tensors else {})
     found = {}
+    if tensors is not None:
+        found = {name: tensor.to(device()).contiguous() for name, tensor in tensors.items()}
+    if _state().num_processes == 1:
+        return found
+    kinds = from_main({name: (tensor.shape, tensor.dtype) for name, tensor in found.items()})
     for name, (shape, dtype) in kinds.items():
-        found[name] = tensors[name].contiguous() if tensors else torch.empty(shape, dtype=dtype, device=device())
-        if _state().num_processes > 1:
-            distributed.broadcast(found[name], src=0)
+        if tensors is None:
+            found[name] = torch.empty(shape, dtype=dtype, device=device())
+        distributed.broadcast(found[name], src=0)
     return found
 
 
