@@ -60,7 +60,8 @@ def held_out_documents(name: str) -> Iterator[tuple[str, str]]:
             yield path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8", errors="replace")
     elif name == "readmes":
         for distribution in importlib.metadata.distributions():
-            yield distribution.name.lower(), str(distribution.metadata.get_payload())
+            _, _, description = (distribution.read_text("METADATA") or "").partition("\n\n")
+            yield distribution.name.lower(), description
     else:
         yield from topics.topics.items()
 
