@@ -44,7 +44,6 @@ __all__ = [
     "StateReader",
     "StateWriter",
     "as_moments",
-    "as_tensors",
     "contribution_tensors",
     "merge_blocks",
 ]
@@ -192,7 +191,12 @@ class StateWriter:
 
     def sum(self, index: int, moments: Moments) -> None:
         """Write the moments of block `index` over every domain."""
-        self._write("sum", _shard_name(index), as_tensors(moments))
+        tensors = {}
+        for group, moment in moments.items():
+            tensors[f"{group}:diagonal"] = moment.total.diagonal()
+            tensors[f"{group}:folded"] = fold(moment.total)
+            tensors |= _shared_tensors(group, moment, torch.float32)
+        self._write("sum", _shard_name(index), tensors)
 
     def fisher(self, new: Fisher | None, total: Fisher) -> None:
         """Write the Fisher information of the new domain, if any, and over every domain."""
@@ -204,9 +208,9 @@ class StateWriter:
         """What `contribution` has written of block `index`."""
         return as_moments(self._read("contribution", index))
 
-    def read_sum(self, index: int) -> dict[str, Moment]:
-        """What `sum` has written of block `index`."""
-        return as_moments(self._read("sum", index))
+    def read_sum(self, index: int) -> dict[str, Tensor]:
+        """What `sum` has written of block `index`, as it is stored: `as_moments` reads it."""
+        return self._read("sum", index)
 
     def finish(
         self, *, base: str, statistics: str, criterion: str, own: DomainEntry | None, others: Iterable[DomainEntry]
@@ -250,16 +254,6 @@ def contribution_tensors(moments: Moments, shapes: Shapes, compact: int | None) 
             packed = pack_low_rank(moment.total, rank[group])
             tensors |= zip((f"{group}:diagonal", f"{group}:codes", f"{group}:step"), packed, strict=True)
         tensors |= _shared_tensors(group, moment, torch.bfloat16)
-    return tensors
-
-
-def as_tensors(moments: Moments) -> dict[str, Tensor]:
-    """The moments of one block by name, each sum in full; `as_moments` reads them."""
-    tensors = {}
-    for group, moment in moments.items():
-        tensors[f"{group}:diagonal"] = moment.total.diagonal()
-        tensors[f"{group}:folded"] = fold(moment.total)
-        tensors |= _shared_tensors(group, moment, torch.float32)
     return tensors
 
 

@@ -28,7 +28,7 @@ from copal.recorder import MomentRecorder
 from copal.report import LayerReport, compare
 from copal.sensitivity import Moment
 from copal.solve import Pruned, PruneGroup
-from copal.state import StateWriter, as_moments, as_tensors, merge_blocks
+from copal.state import StateWriter, as_moments, merge_blocks
 from copal.streaming import Stream, StreamedModel
 
 __all__ = ["BlockStatistics", "Walk", "prune_block", "take_statistics"]
@@ -151,10 +151,9 @@ def _read_statistics(walk: Walk, index: int, taken: BlockStatistics) -> BlockSta
 
     A process that does not write gets the sum from the main one, and neither part of it.
     """
+    total = as_moments(tensors_from_main(walk.state.read_sum(index) if is_main() else None))
     if not is_main():
-        return replace(taken, total=as_moments(tensors_from_main(None)))
-    total = walk.state.read_sum(index)
-    tensors_from_main(as_tensors(total))
+        return replace(taken, total=total)
     before = walk.known.moments(index, walk.base.device) if walk.known else None
     new = walk.state.read_contribution(index) if walk.weight is not None else None
     return replace(taken, new=new, before=before, total=total)
