@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -21,7 +22,16 @@ from transformers.pytorch_utils import Conv1D
 from copal.errors import ModelError
 from copal.experts import find_routers, split_experts
 
-__all__ = ["Architecture", "as_rows", "find_blocks", "find_linears", "load_skeleton", "names_in_model", "shape_of"]
+__all__ = [
+    "Architecture",
+    "as_rows",
+    "find_blocks",
+    "find_linears",
+    "hidden_states",
+    "load_skeleton",
+    "names_in_model",
+    "shape_of",
+]
 
 _EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's checkpoints -> copal.experts
 
@@ -123,6 +133,11 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
 def as_rows(linear: nn.Module, weight: Tensor) -> Tensor:
     """A view of `weight` as (out features, in features): Conv1D keeps its transpose. Its own inverse."""
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def hidden_states(output: Any) -> Any:
+    """The hidden states in what a block returned: of some models that is a tuple, and they are its first element."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:

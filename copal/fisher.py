@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from copal.architecture import find_linears, shape_of
+from copal.architecture import find_linears, hidden_states, shape_of
 from copal.errors import NumericsError
 from copal.experts import Experts
 from copal.processes import gather, sum_by_name
@@ -56,7 +56,7 @@ class FisherRecorder:
         self._rho: Tensor | None = None  # (T,), of the layer's tokens
 
     def __enter__(self) -> Self:
-        self._hooks.append(self._block.register_forward_hook(lambda _, __, out: self._measure(out)))
+        self._hooks.append(self._block.register_forward_hook(lambda _, __, out: self._measure(hidden_states(out))))
         for name, linear in self._linears.items():
             self._hooks.append(linear.register_forward_hook(lambda _, __, y, name=name: self._watch(name, y)))
         for experts in [module for module in self._block.modules() if isinstance(module, Experts)]:
@@ -108,9 +108,8 @@ class FisherRecorder:
         """Which of the layer's tokens the expert that is about to run reads; None: it has run."""
         self._rows = rows
 
-    def _measure(self, output: Tensor | tuple[Tensor, ...]) -> None:
-        """The block gives `output`: what does each token count?"""
-        hidden = output[0] if isinstance(output, tuple) else output
+    def _measure(self, hidden: Tensor) -> None:
+        """The block gives `hidden` (..., H): what does each token count?"""
         self._rho = inverse_mean_square(hidden.detach()).squeeze(1)
 
     def _watch(self, name: str, y: Tensor) -> None:

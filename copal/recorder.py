@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from copal.architecture import find_linears, shape_of
+from copal.architecture import find_linears, hidden_states, shape_of
 from copal.errors import NumericsError
 from copal.experts import Experts
 from copal.processes import gather, sum_by_name
@@ -73,7 +73,7 @@ class MomentRecorder:
     def __enter__(self) -> Self:
         hooks, block = self._hooks, self._block
         hooks.append(block.register_forward_pre_hook(lambda *_: self._forget()))
-        hooks.append(block.register_forward_hook(lambda _, __, out: self._finish(_hidden_states(out))))
+        hooks.append(block.register_forward_hook(lambda _, __, out: self._finish(hidden_states(out))))
         for name, linear in self._linears.items():
             hooks.append(linear.register_forward_pre_hook(lambda _, args, name=name: self._before(name, args[0])))
             if self._gradient:
@@ -225,10 +225,6 @@ class _Input:
     group: str
     rows: Tensor | None
     share: float
-
-
-def _hidden_states(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _token_weights(seen: _Input, rho: Tensor, writes: bool) -> Tensor | float:

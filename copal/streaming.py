@@ -21,7 +21,7 @@ from accelerate.utils import set_module_tensor_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from copal.architecture import Architecture, as_rows, load_skeleton, names_in_model, shape_of
+from copal.architecture import Architecture, as_rows, hidden_states, load_skeleton, names_in_model, shape_of
 from copal.checkpoint import Checkpoint
 from copal.errors import ModelError, NumericsError, ResourceError, SmallerBatchWarning
 from copal.processes import device as own_device
@@ -296,7 +296,7 @@ class Stream:
             with torch.no_grad():
                 for tokens, hidden in zip(self._tokens, self._hidden, strict=True):
                     call = self._call(tokens, self._next)
-                    output = _hidden_states(block(hidden, *call.args, **call.kwargs))
+                    output = hidden_states(block(hidden, *call.args, **call.kwargs))
                     if not output.isfinite().all():
                         raise NumericsError(self._where_not_finite(block, hidden, call))
                     outputs.append(output)
@@ -315,7 +315,7 @@ class Stream:
                     self._tokens, torch.split(hidden, sizes), torch.split(gradient, sizes), strict=True
                 ):
                     call, x = self._call(tokens, index), states.detach().requires_grad_()
-                    y = _hidden_states(block(x, *call.args, **call.kwargs))
+                    y = hidden_states(block(x, *call.args, **call.kwargs))
                     before += torch.autograd.grad(y, x, dy)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
@@ -351,7 +351,7 @@ class Stream:
         found: list[str] = []
 
         def look(name: str, output: Any) -> None:
-            first = _hidden_states(output)
+            first = hidden_states(output)
             if isinstance(first, Tensor) and not first.isfinite().all():
                 found.append(name)
 
@@ -374,10 +374,6 @@ def _trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
-
-
-def _hidden_states(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
