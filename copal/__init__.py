@@ -16,7 +16,7 @@ the other, and print how well the last version predicts texts of each that it wa
 
 Half of the weights of the decoder blocks are then zero in `v2/model` and `v3/model`, which load with `from_pretrained`.
 `v3` knows both domains: the step for `medical` reads `v2/state` and no text of `legal`. A domain's folder holds `.txt`,
-`.jsonl` or `.parquet` files (`copal.calibration.read_documents`); versions count from 2, for the base is the first.
+`.jsonl` or `.parquet` files (`copal.documents.read_documents`); versions count from 2, for the base is the first.
 
 The package is a library: it reads no command line and no environment, downloads nothing and configures no logging. Its
 modules, each of which imports only from lines below its own:
@@ -35,6 +35,8 @@ modules, each of which imports only from lines below its own:
     sensitivity, packing, masks                     the formulas: statistics, their storage, scores to masks
     base, calibration                               the dense model, and a domain's text as token windows
     checkpoint, architecture, experts               how models are stored and built
+    documents                                       which documents of a domain are read
+    text_files, parquet_files, rows, domain_files   how files hold them, and which files are opened
     config, files, processes, progress, errors      what all of them use
 """
 

@@ -42,6 +42,8 @@ class CalibrationConfig:
         evaluation_share: share of the documents that is kept for evaluation, in (0, 1).
         seed: orders the documents and picks the part of each that is read.
         storage: what a state keeps of a domain: `full`, or `compact` (what each keeps and loses: `copal.packing`).
+        text_field: the field of a row (JSON lines, Parquet) that holds the text.
+        id_field: the field that holds a row's id, where it has one.
     """
 
     window_length: int = 512
@@ -50,6 +52,8 @@ class CalibrationConfig:
     evaluation_share: float = 0.2
     seed: int = 0
     storage: str = "full"
+    text_field: str = "text"
+    id_field: str = "id"
 
     def __post_init__(self) -> None:
         _check_whole("calibration.window_length", self.window_length, at_least=8)
@@ -59,11 +63,20 @@ class CalibrationConfig:
         _check_whole("calibration.seed", self.seed, at_least=0)
         if self.storage not in _STORAGES:
             raise SettingsError(f"calibration.storage must be one of {', '.join(_STORAGES)}, not {self.storage!r}")
+        for name in ("text_field", "id_field"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise SettingsError(f"calibration.{name} must be the name of a field, not {value!r}")
+        if self.text_field == self.id_field:
+            raise SettingsError(f"calibration.text_field and id_field must be two fields, not both {self.id_field!r}")
 
     def fingerprint(self) -> str:
         """SHA-256 of what alters the statistics: two states with the same value may be summed."""
         settings = asdict(self)
         del settings["evaluation_windows"]
+        for name, usual in (("text_field", "text"), ("id_field", "id")):  # states are older than these
+            if settings[name] == usual:
+                del settings[name]
         return fingerprint(settings)
 
 

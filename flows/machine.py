@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "prefect", "mlflow", "dvc")
+LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow", "accelerate", "safetensors", "prefect", "mlflow", "dvc")
 
 
 def has_gpu() -> bool:

@@ -63,6 +63,13 @@ def test_what_alters_no_statistic_alters_no_statistics_fingerprint():
     assert CalibrationConfig(seed=1).fingerprint() != CalibrationConfig().fingerprint()
 
 
+def test_states_of_before_the_names_of_fields_still_fit():
+    old = "13bb16981fc264d2c75ff51d26a1582c30ecf1da420a11a6171df0f5faa89a12"
+    assert CalibrationConfig().fingerprint() == old
+    assert CalibrationConfig(text_field="body").fingerprint() != old
+    assert CalibrationConfig(id_field="key").fingerprint() != old
+
+
 def test_canonical_json_has_one_spelling_and_no_nan():
     assert canonical_json({"b": 1, "a": [1.5, "é"]}) == '{"a":[1.5,"é"],"b":1}'.encode()
     with pytest.raises(ValueError, match="not JSON compliant"):

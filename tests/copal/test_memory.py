@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from support import larger_than_memory
+from support.memory import measured
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,16 +25,7 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
 
 
 def measure(folder: Path, megabytes: int) -> dict[str, float]:
-    program = larger_than_memory.__file__
-    done = subprocess.run(
-        [sys.executable, str(program), str(folder), str(megabytes)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    found: dict[str, float] = json.loads(done.stdout)
-    print(found)
-    return found
+    return measured(larger_than_memory, folder, megabytes)
 
 
 def test_two_steps_and_an_evaluation_take_less_memory_than_half_of_the_model(scratch):

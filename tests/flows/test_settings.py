@@ -68,7 +68,7 @@ def test_every_setting_is_read(params: Path) -> None:
         """
         model: {name: house-7b.v1, dtype: float32, processes: 4, batch: 2}
         calibration: {window_length: 64, windows: 4, evaluation_windows: 8, evaluation_share: 0.5, seed: 3,
-                      storage: compact}
+                      storage: compact, text_field: body, id_field: key}
         prune: {sparsity: 0.25, criterion: gradient, rounds: [0.5, 1.0], iterations: 2, damping: 0.1}
         domains: {legal: {weight: 2}, code: {weight: 0.5}, medical: null}
         gates: {forgetting: 0.5, champion: null, dense: 3, improvement: false, generation: false, promote: auto}
@@ -82,7 +82,14 @@ def test_every_setting_is_read(params: Path) -> None:
     assert settings == Settings(
         model=ModelSettings(name="house-7b.v1", dtype="float32", processes=4, batch=2),
         calibration=CalibrationConfig(
-            window_length=64, windows=4, evaluation_windows=8, evaluation_share=0.5, seed=3, storage="compact"
+            window_length=64,
+            windows=4,
+            evaluation_windows=8,
+            evaluation_share=0.5,
+            seed=3,
+            storage="compact",
+            text_field="body",
+            id_field="key",
         ),
         prune=PruneConfig(sparsity=0.25, criterion="gradient", rounds=(0.5, 1.0), iterations=2, damping=0.1),
         domains={
@@ -128,6 +135,9 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("calibration: {windows: true}", "calibration.windows"),
         ("calibration: {windows: '5'}", "calibration.windows"),
         ("calibration: {storage: tiny}", "calibration.storage"),
+        ("calibration: {text_field: ''}", "calibration.text_field"),
+        ("calibration: {id_field: 5}", "calibration.id_field"),
+        ("calibration: {text_field: id}", "calibration.text_field and id_field must be two fields"),
         ("model: {dtype: float16}", "model.dtype"),
         ("model: {processes: 0}", "model.processes"),
         ("model: {processes: two}", "model.processes"),
@@ -271,6 +281,7 @@ def test_the_fingerprint_is_of_what_alters_a_version_and_of_nothing_else(params:
     for same in (
         "model: {name: another, processes: 2, batch: 1}",
         "calibration: {evaluation_windows: 32}",
+        "calibration: {text_field: text, id_field: id}",
         "domains: {legal: {weight: 1.0}}",
         "watch: {repository: elsewhere, branch: main, interval: 1}",
         "registry: {uri: 'http://mlflow'}\nledger: {uri: 'postgresql://db/copal'}",
@@ -282,6 +293,8 @@ def test_the_fingerprint_is_of_what_alters_a_version_and_of_nothing_else(params:
         "calibration: {windows: 23}",
         "calibration: {evaluation_share: 0.3}",
         "calibration: {storage: compact}",
+        "calibration: {text_field: body}",
+        "calibration: {id_field: key}",
         "prune: {sparsity: 0.6}",
         "domains: {legal: {weight: 2}}",
         "domains: {code: {weight: 2}}",

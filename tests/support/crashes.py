@@ -28,7 +28,7 @@ from support.benches import copy_workspace
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = [  # all that a step imports: what is missing here, each process imports anew, which is half of its time
-    "torch", "transformers", "datasets", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
+    "torch", "transformers", "pyarrow.parquet", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store", "dvc.repo", "dvc.api", "flows.step.distributed", "flows.step.run",
     "alembic.command", "copal.generate", "dulwich.worktree", "dvc.cachemgr", "dvc.data_cloud", "dvc_render.vega",
     "jinja2", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.figure",

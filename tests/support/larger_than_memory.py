@@ -7,7 +7,6 @@ what comes out. Prints JSON: the checkpoint's size, resident memory of the bare 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from copal.config import CalibrationConfig, PruneConfig
 from copal.evaluation import evaluate
 from copal.solve import prune_group
 from copal.step import Base, NewDomain, Parent, prune_step
+from support.memory import memory
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 512, 1024, 256
 CPU = torch.device("cpu")
@@ -60,13 +60,6 @@ def write_checkpoint(folder: Path, size: int) -> int:
     index = {"metadata": {"total_size": written}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return written
-
-
-def memory(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process; not ru_maxrss, which a process has from the one that started it."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found
-    return 1024 * int(found[1])
 
 
 def main(folder: Path, size: int) -> None:

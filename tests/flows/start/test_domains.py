@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from copal.calibration import read_documents, split_documents
+from copal.documents import read_documents, split_documents
 from flows.models.packages import FetchError
 from flows.start import domains
 from flows.start.domains import DOMAINS, build_domain
