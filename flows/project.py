@@ -2,21 +2,24 @@
 
 Everything that copal does is done to a project. This file also has what needs registry and ledger together: whoever
 takes the lineage first publishes what a dead holder had sealed; and the log is in the ledger, its anchor in the
-registry, so that neither of the two can be rewritten alone.
+registry, so that neither of the two can be rewritten alone. And it says when a refusal of data still holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.ledger import ALIASES, LINEAGE, Claim, Ledger
+from copal.config import fingerprint
+from flows.data.dataset import UnusableDataError
+from flows.ledger import ALIASES, LINEAGE, Claim, Ledger, LedgerError, Refusal
 from flows.lineage.chain import anchor_at, anchor_problems, not_anchored
 from flows.lineage.entries import Details, Entry, WithdrawalDetails
 from flows.lineage.fields import LineageError
 from flows.lineage.history import History, Version
+from flows.machine import code_version
 from flows.params import load_settings
 from flows.registry.registry import Registry, open_registry
 from flows.registry.versions import WHY
@@ -33,6 +36,8 @@ __all__ = [
     "project_of",
     "read_history",
     "read_log",
+    "refusals",
+    "refusing",
 ]
 
 Tell = Callable[[str], None]
@@ -172,6 +177,37 @@ def complete_log(project: Project) -> list[Entry]:
         return entries
     details = WithdrawalDetails(domain=gone.name, dvc_md5=gone.dvc_md5)
     return [*entries, append_log(project, "withdrawal", version=head.number, why=head.tags.get(WHY), details=details)]
+
+
+def refusals(project: Project) -> Mapping[str, Refusal]:
+    """The refusals of data that still hold, by domain: the settings and copal are those that refused it.
+
+    Whoever reads this compares the md5. It only saves tries: where the ledger does not answer there are none, and what
+    needs it says so.
+    """
+    found: Mapping[str, Refusal] = {}
+    with suppress(LedgerError):
+        found = project.ledger.refusals()
+    refused_by = _refused_by(project) if found else ""
+    return {domain: refusal for domain, refusal in found.items() if refusal.settings == refused_by}
+
+
+@contextmanager
+def refusing(project: Project, domain: str, dvc_md5: str) -> Iterator[None]:
+    """Write down where the data of a domain turns out to be unusable, and forget that where it does not."""
+    try:
+        yield
+    except UnusableDataError as error:
+        with suppress(LedgerError):
+            project.ledger.refuse(domain, dvc_md5=dvc_md5, settings=_refused_by(project), reason=str(error))
+        raise
+    with suppress(LedgerError):
+        project.ledger.forget_refusal(domain)
+
+
+def _refused_by(project: Project) -> str:
+    """Fingerprint of what, beside the data, may refuse it: settings, and a copal that may read what another did not."""
+    return fingerprint([project.settings.fingerprint(), code_version()["version"]])
 
 
 def read_history(project: Project) -> History:

@@ -10,7 +10,7 @@ from prefect import flow
 from copal.errors import CopalError
 from flows.data.dataset import MissingDataError
 from flows.pending.missing_data import forget, note_missing, waiting
-from flows.pending.plan import Plan, plan
+from flows.pending.plan import Plan, plan, refusal_text
 from flows.project import hold_lineage, open_project
 from flows.runs.again import check_again
 from flows.runs.dispatch import adapt_deployment, adapt_on_worker
@@ -75,7 +75,8 @@ def take_up(
 
     So what is committed while a step runs is taken up too. What a killed process left to do for the newest version (its
     gates, say) is done first. A dataset that is refused does not keep the others waiting: all orders of the steps end
-    in the same model. Missing data is no error: the dataset version is looked for again later.
+    in the same model. Missing data is no error: the dataset version is looked for again later. What was refused before
+    is not tried again with the same settings, and stays an error.
 
     Args:
         workspace: the folder of the workspace.
@@ -116,8 +117,9 @@ def take_up(
             if number is not None:
                 made.append(number)
                 tried.remove((version.domain, version.md5))  # it may come back after another version
-    if found.problems or refused:
-        raise RefusedError("; ".join((*found.problems, *refused)))
+    known = [refusal_text(*each) for each in found.refused if (each[0].domain, each[0].md5) not in tried]
+    if found.problems or known or refused:
+        raise RefusedError("; ".join((*found.problems, *known, *refused)))
     return made
 
 

@@ -49,6 +49,7 @@ def doctor(path: Path) -> list[Check]:
         ("transformers", lambda: _package("transformers")),
         ("git", lambda: _git(path)),
         ("dvc", lambda: _dvc(workspace, settings)),
+        ("domains", lambda: _domains(workspace)),
         ("mlflow", lambda: _mlflow(workspace, settings)),
         ("ledger", lambda: _ledger(workspace, settings)),
         ("prefect", _prefect),
@@ -180,6 +181,25 @@ def _dvc(workspace: Workspace | None, settings: Settings) -> Check:
         ok=None,
         found=f"{found}; no remote",
         advice="the data is on this machine only: dvc remote add -d NAME URL, then dvc push",
+    )
+
+
+def _domains(workspace: Workspace | None) -> Check:
+    """Whether there is data that no step can use."""
+    if workspace is None:
+        return Check(name="domains", ok=True, found="none here: they are folders of a workspace, under data/")
+    from flows.pending.plan import plan
+    from flows.project import open_project
+
+    found = plan(open_project(workspace.root))
+    lines = [*found.problems, *(f"{version.path}: {refusal.reason}" for version, refusal in found.refused)]
+    if not lines:
+        return Check(name="domains", ok=True, found="none is refused")
+    return Check(
+        name="domains",
+        ok=None,
+        found=f"refused: {'; '.join(lines)}",
+        advice="mend the data and commit its new version, or change the setting; `copal adapt DOMAIN` tries at once",
     )
 
 

@@ -58,15 +58,16 @@ def check(root: Path, tell: Callable[[str], None]) -> None:
     Raises:
         CopalError: a dataset is refused, or there is no base model; what else was pending has been run.
     """
-    from flows.pending.plan import plan
+    from flows.pending.plan import plan, refusal_text
 
     project = open_project(root)  # anew for each check: params.yaml may have changed
     found = plan(project)
     if not found.pending and (found.head is None or found.head.concluded):
         lines = _waits({version.domain: wait for version, wait in found.waiting}) or _nothing_new(project, found)
         tell("\n".join([*(f"note: {note}" for note in found.notes), *lines]))
-        if found.problems:
-            raise CommandError("; ".join(found.problems))
+        problems = [*found.problems, *(refusal_text(*each) for each in found.refused)]
+        if problems:
+            raise CommandError("; ".join(problems))
         return
     if found.head is None:
         raise CommandError(f"{project.name} has no base model yet: run `copal init {root} --base SOURCE` first")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from copal.errors import CopalError
+from copal.errors import CopalError, DataError
 
 __all__ = [
     "DatasetError",
     "DatasetVersion",
     "MissingDataError",
+    "UnusableDataError",
 ]
 
 
@@ -19,6 +20,10 @@ class DatasetError(CopalError):
 
 class MissingDataError(DatasetError):
     """A pointer names data that is neither in the cache nor on a remote."""
+
+
+class UnusableDataError(DataError):
+    """The data that a step adds cannot be used: the same data is refused again, as long as settings stay the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

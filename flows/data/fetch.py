@@ -10,6 +10,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+from copal.domain_files import check_name
 from copal.files import flush, freed_bytes, locked
 from flows.data.commits import git_root
 from flows.data.dataset import DatasetError, DatasetVersion, MissingDataError
@@ -43,6 +44,7 @@ def fetch(repo: Path, version: DatasetVersion, cache: Path, *, remote_only: bool
     Raises:
         MissingDataError: a file is neither in DVC's cache nor on a remote that answers.
         DatasetError: a file is not what the pointer says, or DVC cannot read the repository at the version's commit.
+        DataError: the name of a file is not UTF-8, or has control characters.
     """
     if not re.fullmatch(r"[0-9a-f]{32}\.dir", version.md5):  # it becomes a path
         raise DatasetError(f"{version.path}: {version.md5!r} is not the md5 of a folder that DVC tracks")
@@ -89,13 +91,19 @@ def _download(root: Path, version: DatasetVersion, files: Path, *, scratch: Path
             listed = _listing(dvc, version)
             if any(part in ("", ".", "..") for name in listed for part in name.split("/")):
                 raise DatasetError(f"{where} lists a file outside its folder; nothing was fetched")
+            for name in listed:
+                check_name(name, version.path)
             DVCFileSystem(dvc).get(version.path, str(files), recursive=True)
         except DataIndexDirError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise missing from error
+            if isinstance(error.__cause__, UnicodeEncodeError):
+                check_name(error.__cause__.object, version.path)
             raise DatasetError(f"DVC cannot list {where} (md5 {version.md5}): {one_line(error.__cause__)}") from error
         except FileNotFoundError as error:
             raise missing from error
+        except RecursionError as error:
+            raise DatasetError(f"{where} (md5 {version.md5}) lists folders within folders without end") from error
     files.mkdir(exist_ok=True)  # a dataset without files
     _verify(version, files, listed)
 

@@ -1,4 +1,5 @@
-"""Ledger: who may work on a lineage or move its aliases, and the log of what happened to its versions, in SQL.
+"""Ledger: who may work on a lineage or move its aliases, the log of what happened to its versions, and which data was
+refused, in SQL.
 
 SQLite for one machine, PostgreSQL for a team. `Ledger` is the way in; nothing outside this room knows its tables.
 """
@@ -6,5 +7,6 @@ SQLite for one machine, PostgreSQL for a team. `Ledger` is the way in; nothing o
 from flows.ledger.claims import ALIASES, LINEAGE, Claim
 from flows.ledger.errors import ClaimLostError, LedgerError, LogMovedError
 from flows.ledger.ledger import Ledger
+from flows.ledger.refusals import Refusal
 
-__all__ = ["ALIASES", "LINEAGE", "Claim", "ClaimLostError", "Ledger", "LedgerError", "LogMovedError"]
+__all__ = ["ALIASES", "LINEAGE", "Claim", "ClaimLostError", "Ledger", "LedgerError", "LogMovedError", "Refusal"]

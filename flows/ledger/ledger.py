@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,6 +11,7 @@ from sqlalchemy import select
 from flows.ledger.claims import Claim, holding
 from flows.ledger.entries import add, read
 from flows.ledger.errors import LogMovedError
+from flows.ledger.refusals import Refusal, forget_refusal, note_refusal, read_refusals
 from flows.ledger.rows import Place
 from flows.ledger.store import Store, inserting
 from flows.ledger.tables import settled
@@ -139,6 +140,30 @@ class Ledger:
             newer = insert.excluded.entry > settled.c.entry
             key = [settled.c.lineage, settled.c.alias]
             connection.execute(insert.on_conflict_do_update(index_elements=key, set_={"entry": entry}, where=newer))
+
+    def refusals(self) -> Mapping[str, Refusal]:
+        """Whose data was refused last, and why, by domain; also of data and settings that are not wanted any more.
+
+        Raises:
+            LedgerError: they cannot be read.
+        """
+        return read_refusals(self._store, self.lineage)
+
+    def refuse(self, domain: str, *, dvc_md5: str, settings: str, reason: str) -> None:
+        """Write down why the data of a domain is refused; what was written of its other data goes.
+
+        Raises:
+            LedgerError: it cannot be written.
+        """
+        note_refusal(self._store, self.lineage, domain, dvc_md5=dvc_md5, settings=settings, reason=reason)
+
+    def forget_refusal(self, domain: str) -> None:
+        """The data of a domain is not refused any more.
+
+        Raises:
+            LedgerError: it cannot be written.
+        """
+        forget_refusal(self._store, self.lineage, domain)
 
     def _checked(self, stored: Sequence[Any]) -> list[Entry]:
         problems = chain_problems(stored)

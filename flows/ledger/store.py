@@ -123,13 +123,23 @@ class Store:
             self._known = True
         return True
 
+    def make(self, connection: Connection, table: Table) -> None:
+        """Make a table that ledgers of before are without, unless it is there."""
+        if not inspect(connection).has_table(table.name):
+            self._wait_for_makers(connection)
+            table.create(connection, checkfirst=True)
+
     def _create(self, connection: Connection) -> None:
-        if connection.dialect.name == "postgresql":
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CREATING})
-            if self._has_tables(connection):  # another process was faster
-                return
+        self._wait_for_makers(connection)
+        if self._has_tables(connection):  # another process was faster
+            return
         METADATA.create_all(connection, checkfirst=False)
         connection.execute(schema.insert().values(schema_version=VERSION))
+
+    def _wait_for_makers(self, connection: Connection) -> None:
+        """One process at a time makes tables; SQLite has one writer anyway."""
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CREATING})
 
     @functools.cached_property
     def _url(self) -> URL:

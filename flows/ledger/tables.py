@@ -1,10 +1,10 @@
-"""The tables of the ledger. A change of them raises `VERSION`."""
+"""The tables of the ledger. A change of them raises `VERSION`, unless a copal that does not know it can do without."""
 
 from __future__ import annotations
 
 from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, Double, Integer, MetaData, Table, Text
 
-__all__ = ["METADATA", "VERSION", "claims", "entries", "schema", "settled"]
+__all__ = ["METADATA", "VERSION", "claims", "entries", "refusals", "schema", "settled"]
 
 VERSION = 1
 
@@ -47,4 +47,16 @@ settled = Table(
     Column("lineage", Text, primary_key=True),
     Column("alias", Text, primary_key=True),
     Column("entry", BigInteger, nullable=False),
+)
+
+# Why the data of a domain was refused last. Younger than the others: a ledger may be without it.
+refusals = Table(
+    "refusals",
+    METADATA,
+    Column("lineage", Text, primary_key=True),
+    Column("domain", Text, primary_key=True),
+    Column("dvc_md5", Text, nullable=False),
+    Column("settings", Text, nullable=False),  # fingerprint of the settings that refused it
+    Column("reason", Text, nullable=False),
+    Column("since", Double, nullable=False),  # seconds since the epoch, by the clock of the database
 )

@@ -4,7 +4,8 @@ Desired is, for each domain, the version at the watched branch; actual is the ve
 is pending, in the order in which the pointers last changed. Nothing here depends on events, so a missed one, a
 force-push, a revert or ten versions at once need no special case. Neither Prefect nor torch is needed to know.
 
-Data that was looked for and not found is not tried again for a while (`flows.pending.missing_data`).
+Data that was looked for and not found is not tried again for a while (`flows.pending.missing_data`), and data that was
+refused not before it or the settings change (`flows.project.refusals`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import TYPE_CHECKING
 
 from copal.errors import DataError
 from flows.pending.missing_data import Waiting, waiting
-from flows.project import Project
+from flows.project import Project, refusals
 from flows.settings import check_domain_name
 
 if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
+    from flows.ledger import Refusal
     from flows.registry.versions import ModelVersion
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "plan", "refusal_text"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,7 @@ class Plan:
         head: the newest version; None before a base is registered.
         pending: dataset versions to adapt to now, oldest change first.
         waiting: dataset versions whose data was missing, and which are not due again yet.
+        refused: dataset versions whose data cannot be used with these settings.
         notes: what changes nothing but should be said, such as a pointer that is gone.
         problems: what keeps a dataset from being adapted to, such as a name that no domain may have.
     """
@@ -40,6 +43,7 @@ class Plan:
     head: ModelVersion | None
     pending: tuple[DatasetVersion, ...]
     waiting: tuple[tuple[DatasetVersion, Waiting], ...]
+    refused: tuple[tuple[DatasetVersion, Refusal], ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -66,8 +70,8 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
     withdrawn = {(entry.name, entry.dvc_md5) for entry in record.withdrawn} if record else set()
     root, branch = data_root(workspace, settings.watch), settings.watch.branch or "HEAD"
     desired = dataset_versions(root, branch)
-    missing = waiting(workspace, settings.model.name)
-    pending, later, notes, problems = [], [], [], []
+    missing, unusable = waiting(workspace, settings.model.name), refusals(project)
+    pending, later, useless, notes, problems = [], [], [], [], []
     for version in desired:
         try:
             check_domain_name(version.domain)
@@ -88,11 +92,28 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
                 f"or by `copal adapt {version.domain}`"
             )
             continue
-        wait = missing.get(version.domain)
-        if wait and wait.dvc_md5 == version.md5 and not wait.is_due(now):
+        wait, refusal = missing.get(version.domain), unusable.get(version.domain)
+        if refusal and refusal.dvc_md5 == version.md5:
+            useless.append((version, refusal))
+        elif wait and wait.dvc_md5 == version.md5 and not wait.is_due(now):
             later.append((version, wait))
         else:
             pending.append(version)
     gone = sorted(known.keys() - {version.domain for version in desired})
     notes += [f"data/{domain} is no longer tracked here; the model keeps what it knows of it" for domain in gone]
-    return Plan(head=head, pending=tuple(pending), waiting=tuple(later), notes=tuple(notes), problems=tuple(problems))
+    return Plan(
+        head=head,
+        pending=tuple(pending),
+        waiting=tuple(later),
+        refused=tuple(useless),
+        notes=tuple(notes),
+        problems=tuple(problems),
+    )
+
+
+def refusal_text(version: DatasetVersion, refusal: Refusal) -> str:
+    """One line on a dataset version that is not tried again."""
+    return (
+        f"{version.path} at {version.md5[:10]} was refused, and is not tried again before it or the settings change: "
+        f"{refusal.reason}"
+    )

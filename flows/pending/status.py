@@ -27,8 +27,8 @@ def status(project: Project) -> dict[str, Any]:
     counted, a share), weights_back (None where the parent is dense), perplexity and dense_perplexity ({domain: value}),
     seconds ({statistics, solve, evaluate}), gates (passed or failed; None where they never ran), failed ({gate: why})
     and aliases. `pending`, in the order in which the watcher would take them, each with domain, dvc_md5 and git_rev.
-    `waiting` for data that nobody has pushed, the same with tries, since and next_try. `notes` and `problems`: see
-    `flows.pending.plan.Plan`.
+    `waiting` for data that nobody has pushed, the same with tries, since and next_try. `refused` for data that cannot
+    be used with these settings, the same with reason and since. `notes` and `problems`: see `flows.pending.plan.Plan`.
 
     Raises:
         DatasetError: the repository cannot be read.
@@ -45,6 +45,10 @@ def status(project: Project) -> dict[str, Any]:
         "versions": [_version(version, registry.record(version), entries) for version in registry.versions()],
         "pending": [_dataset(version) for version in found.pending],
         "waiting": [_dataset(version) | wait.as_dict() for version, wait in found.waiting],
+        "refused": [
+            _dataset(version) | {"reason": refusal.reason, "since": refusal.since.isoformat(timespec="seconds")}
+            for version, refusal in found.refused
+        ],
         "notes": list(found.notes),
         "problems": list(found.problems),
     }

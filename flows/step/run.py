@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from copal.progress import Progress, silent
 from flows.gates.run import run_gates
-from flows.project import Project, complete_log, hold_lineage
+from flows.project import Project, complete_log, hold_lineage, refusing
 from flows.registry.errors import HeadMovedError
 from flows.step.finish import finish, sweep
 from flows.step.purge import Purged, purge_domain
@@ -93,6 +93,8 @@ def run_step(
     Args:
         tell: called with a line where another process has the lineage.
 
+    Data that is refused is written down in the ledger: a watcher tries it again only with other settings.
+
     Raises:
         CopalError: see the tasks; nothing was registered, unless it is the gates that could not run: then the next
             run does that.
@@ -101,7 +103,10 @@ def run_step(
         finish(project, claim, tasks.gates)
         step = resolve(project, domain, rev)
         sweep(project)
-        return _take(project, step, claim, tasks) if step else None
+        if step is None:
+            return None
+        with refusing(project, domain, step.version.md5):
+            return _take(project, step, claim, tasks)
 
 
 def run_withdrawal(

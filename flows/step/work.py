@@ -6,13 +6,15 @@ They take and give paths, ids and small values, never tensors.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copal.errors import DataError
 from copal.files import write_atomic
 from copal.progress import Progress, silent
+from flows.data.dataset import UnusableDataError
 from flows.data.recorded import dataset_of
 from flows.lineage.record import Domain
 from flows.machine import device_and_dtype
@@ -40,13 +42,16 @@ def fetch_data(project: Project, step: Step) -> dict[str, str]:
     Raises:
         MissingDataError: a pointer's data is nowhere.
         DatasetError: what was fetched is not what the pointer says.
+        DataError: a file has a name that is none; `UnusableDataError` where it is of the domain that the step adds.
     """
     from flows.data.fetch import fetch_version
 
     wanted = [*([] if step.withdraws else [step.version]), *map(dataset_of, step.earlier)]
-    return {
-        version.domain: str(fetch_version(project.workspace, project.settings.watch, version)) for version in wanted
-    }
+    folders = {}
+    for version in wanted:
+        with _of(step, version.domain):
+            folders[version.domain] = str(fetch_version(project.workspace, project.settings.watch, version))
+    return folders
 
 
 def prune_domain(settings: Settings, step: Step, data: str | None, progress: Progress = silent) -> StepReport:
@@ -183,10 +188,22 @@ def windows_of(step: Step, domain: str, data: Path, settings: Settings) -> Domai
     from copal.calibration import domain_windows
 
     tokenizer = AutoTokenizer.from_pretrained(step.base, local_files_only=True, trust_remote_code=False)
+    with _of(step, domain):
+        try:
+            return domain_windows(data, tokenizer, settings.calibration)
+        except DataError as error:
+            raise DataError(str(error).replace(str(data), f"data/{domain}")) from error
+
+
+@contextmanager
+def _of(step: Step, domain: str) -> Iterator[None]:
+    """What refuses the data of the domain that the step adds will do so again: it gets a type of its own."""
     try:
-        return domain_windows(data, tokenizer, settings.calibration)
+        yield
     except DataError as error:
-        raise DataError(str(error).replace(str(data), f"data/{domain}")) from error
+        if domain != step.new:
+            raise
+        raise UnusableDataError(str(error)) from error
 
 
 def _predicted(windows: DomainWindows) -> int:

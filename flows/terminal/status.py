@@ -50,6 +50,10 @@ def render_status(found: Mapping[str, Any]) -> RenderableType:
     ]
     below += [f"pending: {entry['domain']} at {entry['dvc_md5'][:10]}" for entry in found["pending"]]
     below += [waits(entry) for entry in found["waiting"]]
+    below += [
+        f"refused: {entry['domain']} at {entry['dvc_md5'][:10]} since {entry['since']}: {entry['reason']}"
+        for entry in found["refused"]
+    ]
     below += [f"note: {note}" for note in found["notes"]]
     below += [f"problem: {problem}" for problem in found["problems"]]
     if not found["versions"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -213,6 +215,121 @@ def test_watch_says_in_one_line_that_only_data_is_missing(bench, capsys):
     assert pending.startswith("pending: code at ")
     assert waits.startswith("waiting for data: code at ")
     assert "looked for once since" in waits
+
+
+# --- data that cannot be used
+
+
+def test_refused_data_is_not_tried_again_before_it_or_the_settings_change(bench, capsys):
+    """Issue 13, point 9."""
+    bench.commit("bad", 0, documents=3)
+    bench.commit("code", 1)
+    taken = []
+
+    def noted(root, domain, rev):
+        taken.append(domain)
+        return step(root, domain, rev)
+
+    with pytest.raises(RefusedError, match="data/bad has"):
+        take(bench, one=noted)
+    assert taken == ["bad", "code"]
+    shutil.rmtree(bench.workspace.cache)
+    with pytest.raises(RefusedError, match=r"data/bad at .* was refused, and is not tried again .*: data/bad has"):
+        take(bench, one=noted)
+    code, out, err = told(bench, capsys, "watch", "--once")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "data/bad has" in err
+    assert out.startswith("nothing new: version 2 of tiny knows code")
+    assert taken == ["bad", "code"]  # neither fetched nor read
+    assert not bench.workspace.cache.exists()
+
+    (found,) = status(bench.project)["refused"]
+    assert (found["domain"], found["dvc_md5"][-4:]) == ("bad", ".dir")
+    assert found["reason"].startswith("data/bad has")
+    assert "refused: bad at " in told(bench, capsys, "status")[1]
+    assert "refused: data/bad: data/bad has" in told(bench, capsys, "doctor")[1]
+
+    bench.set("evaluation_share: 0.4", "evaluation_share: 0.5")
+    assert look(bench)[0] == ["bad"]
+    bench.set("evaluation_share: 0.5", "evaluation_share: 0.4")
+    assert look(bench)[0] == []
+    bench.commit("bad", 2)
+    assert take(bench, one=noted) == [3]
+    assert status(bench.project)["refused"] == []
+
+
+def test_a_step_by_hand_tries_refused_data_and_what_it_makes_of_it_counts(bench, monkeypatch):
+    sha = bench.commit("code", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("copal.documents.ENDINGS", ())
+        patch.setattr("copal.domain_files.ENDINGS", ())  # as an older copal, which could not read it
+        with pytest.raises(RefusedError, match="holds no document"):
+            take(bench)
+    assert look(bench)[0] == []
+    assert step(str(bench.root), "code", sha) == 2
+    assert bench.project.ledger.refusals() == {}
+
+
+def test_an_earlier_domain_that_cannot_be_read_refuses_no_other(bench):
+    bench.commit("code", 0)
+    assert take(bench) == [2]
+    md5 = bench.registry.record(bench.registry.head()).step.dvc_md5
+    bench.commit("legal", 1)
+    (bench.workspace.cache / md5 / "documents.jsonl").write_text("no JSON\n")
+    with pytest.raises(RefusedError, match=r"data/legal: data/code/documents.jsonl, line 1: not JSON"):
+        take(bench)
+    assert look(bench)[0] == ["legal"]
+    assert bench.project.ledger.refusals() == {}
+
+
+def test_a_link_that_git_tracks_in_the_place_of_a_domain_leads_nowhere(bench, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "a.txt").write_text("what nobody may read")
+    bench.commit("code", 0)
+    shutil.rmtree(bench.root / "data" / "code")
+    (bench.root / "data" / "code").symlink_to(tmp_path / "secret")
+    git(bench.root, "add", "--force", "data/code")
+    git(bench.root, "commit", "-q", "-m", "a link")
+    with contextlib.suppress(RefusedError):
+        take(bench)
+    files = [path for path in bench.workspace.private.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"what nobody may read" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.txt", "\x1b[2J.md", "sub\n/a.txt"], ids=ascii)
+def test_a_listing_with_names_that_are_none_is_refused_before_anything_is_written(bench, name):
+    """DVC's own hand writes none, so that of somebody else does."""
+    bench.commit("code", 0)
+    objects = bench.root / ".dvc" / "cache" / "files" / "md5"
+    pointer = bench.root / "data" / "code.dvc"
+    (listing,) = objects.rglob("*.dir")
+    content = listing.read_text().replace('"documents.jsonl"', json.dumps(name)).encode()
+    old, new = f"{listing.parent.name}{listing.name}", f"{hashlib.md5(content).hexdigest()}.dir"
+    (objects / new[:2]).mkdir(exist_ok=True)
+    (objects / new[:2] / new[2:]).write_bytes(content)
+    pointer.write_text(pointer.read_text().replace(old, new))
+    git(bench.root, "commit", "-q", "-a", "-m", "names that are none")
+
+    with pytest.raises(RefusedError) as caught:
+        take(bench)
+
+    assert f"data/code holds {name!a}: the name is not UTF-8, or has control characters" in str(caught.value)
+    assert not list(bench.workspace.cache.glob("*.dir"))
+    assert look(bench)[0] == []  # it is not tried again
+
+
+def test_letters_in_names_and_in_the_path_of_the_workspace_are_letters(make_bench, tmp_path, capsys):
+    bench = make_bench(tmp_path / "a%20b::c#d" / "[w]?")
+    for seed, domain in enumerate(("code", "legal")):
+        bench.write(domain, seed)
+        for name in ("std::vector", "100%", "%41", "a#b", "a?b[1]*"):
+            (bench.root / "data" / domain / f"{name}.txt").write_text(f"{domain} of {name}")
+        bench.track(domain)
+    assert take(bench) == [2, 3]
+    shutil.rmtree(bench.workspace.cache)
+    for command in (["verify", "3"], ["status"], ["export", "3", str(tmp_path / "%out#")]):
+        code, out, err = told(bench, capsys, *command)
+        assert (code, err) == (0, ""), (command, out)
 
 
 # --- data in another repository

@@ -13,7 +13,8 @@ from flows.cli import doctor as module
 from flows.cli.doctor import Check, doctor, render
 
 NAMES = [
-    "python", "torch", "transformers", "git", "dvc", "mlflow", "ledger", "prefect", "fastapi", "disk", "workspace",
+    "python", "torch", "transformers", "git", "dvc", "domains", "mlflow", "ledger", "prefect", "fastapi", "disk",
+    "workspace",
 ]  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def found(*versions: dict, **more) -> dict:
         "versions": list(versions),
         "pending": [],
         "waiting": [],
+        "refused": [],
         "notes": [],
         "problems": [],
     } | more
@@ -110,15 +111,25 @@ def test_what_is_pending_stands_below():
                     "next_try": "2026-01-01T00:02:00+00:00",
                 }
             ],
+            refused=[
+                {
+                    "domain": "bad",
+                    "dvc_md5": "00112233445566.dir",
+                    "git_rev": "d" * 40,
+                    "reason": "data/bad/a.jsonl, line 1: no field text",
+                    "since": "2026-01-01T00:00:00+00:00",
+                }
+            ],
             notes=["data/legal is no longer tracked here"],
             problems=["data/[Bad]: '[Bad]' cannot name a domain"],
         )
     )
-    assert " ".join(lines[-6:]).split("pending: ")[1].split(" note: ")[0] == (
+    assert " ".join(lines[-7:]).split("pending: ")[1].split(" refused: ")[0] == (
         "code at 0123456789 waiting for data: law at abcdef0123, looked for 2 times since 2026-01-01T00:00:00+00:00, "
         "again at 2026-01-01T00:02:00+00:00; run `dvc push` where the data is"
     )
-    assert lines[-2:] == [
+    assert lines[-3:] == [
+        "refused: bad at 0011223344 since 2026-01-01T00:00:00+00:00: data/bad/a.jsonl, line 1: no field text",
         "note: data/legal is no longer tracked here",
         "problem: data/[Bad]: '[Bad]' cannot name a domain",
     ]
