@@ -6,25 +6,27 @@ Nothing that other columns hold, and none of the descriptions that writers add, 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from copal.domain_files import DomainFile
 from copal.errors import DataError
-from copal.rows import LONGEST, PART, Document, Fields, document_of, listed, unreadable
+from copal.rows import PART, Document, Fields, document_of, listed, unreadable
 
 __all__ = ["read_parquet", "row_groups"]
 
 _BATCH = 8 << 20  # bytes that are decoded at a time, about
 _BATCH_ROWS = 512
+_LARGEST_ROW = 128 << 20  # bytes of all its columns, on average in a row group
 
 
 def read_parquet(file: DomainFile, fields: Fields, only: int | None = None) -> Iterator[Document]:
     """The documents of all row groups, or of the first 16 MB of one.
 
     Raises:
-        DataError: it is not Parquet, has no column with text or a row without, or rows of more than 32 MB.
+        DataError: it is not Parquet, has no column with text or a row without, or rows of more than 128 MB.
     """
     with _parquet_errors(file), file.path.open("rb") as stored:
         footer = _footer(stored)
@@ -89,24 +91,24 @@ def _rows(file: DomainFile, stored: BinaryIO, footer: Any, group: int, wanted: l
 
 
 def _rows_at_a_time(file: DomainFile, stored: BinaryIO, footer: Any, group: int, wanted: list[str]) -> int:
-    """How many rows may be decoded at once. Small pages may name one long value of a dictionary many times."""
+    """How many rows may be decoded at once. A small file may name one long value of a dictionary many times.
+
+    Of the sizes that the footer tells, only those of row groups are asked for: pyarrow ends the process where what a
+    column says of itself is damaged, unless it is Arrow's own reader that comes upon it.
+    """
     import pyarrow
     from pyarrow import compute, parquet
 
     rows = footer.row_group(group)
-    chunks = [rows.column(number) for number in range(rows.num_columns)]
-    chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in wanted]
-    longest = sum(chunk.total_uncompressed_size for chunk in chunks) / rows.num_rows
-    if any(chunk.has_dictionary_page for chunk in chunks):
-        reader = parquet.ParquetFile(
-            stored, metadata=footer, pre_buffer=False, buffer_size=1 << 20, read_dictionary=wanted
-        )
-        first = next(reader.iter_batches(batch_size=1, row_groups=[group], columns=wanted, use_threads=False))
-        for column in first.columns:
+    longest = rows.total_byte_size / rows.num_rows
+    if longest > _LARGEST_ROW:
+        raise DataError(f"{file.path}, row group {group}: rows of more than {_LARGEST_ROW >> 20} MB; split them")
+    reader = parquet.ParquetFile(stored, metadata=footer, pre_buffer=False, buffer_size=1 << 20, read_dictionary=wanted)
+    options = {"batch_size": 1, "row_groups": [group], "columns": wanted, "use_threads": False}
+    for batch in itertools.islice(reader.iter_batches(**options), 1):
+        for column in batch.columns:
             if isinstance(column, pyarrow.DictionaryArray):
                 longest = max(longest, compute.max(compute.binary_length(column.dictionary)).as_py() or 0)
-    if longest > LONGEST:
-        raise DataError(f"{file.path}, row group {group}: rows of more than {LONGEST >> 20} MB; split the documents")
     return max(1, min(_BATCH_ROWS, int(_BATCH / max(longest, 1))))
 
 
@@ -126,5 +128,5 @@ def _parquet_errors(file: DomainFile) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last of names of columns
         raise unreadable(file, error, "a Parquet file") from error

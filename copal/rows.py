@@ -14,7 +14,7 @@ __all__ = ["LONGEST", "PART", "Document", "Fields", "document_of", "listed", "no
 
 LONGEST = 32 << 20  # bytes of a document or a line
 PART = 16 << 20  # bytes of a part of a large file
-_SHOWN = 20  # fields that an error names
+_SHOWN, _SHOWN_LETTERS = 20, 40  # fields that an error names, and how much of each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +78,13 @@ def _as_text(value: Any, where: str) -> Any:
 def listed(names: Iterable[str]) -> str:
     """Names of fields, which may be anything, for a message."""
     found = list(names)
-    shown = [name if name.isprintable() and len(name) <= 40 else f"{name[:40]!a}" for name in found[:_SHOWN]]
+    shown = [printable(name[:_SHOWN_LETTERS]) for name in found[:_SHOWN]]
     return ", ".join(shown + [f"and {len(found) - _SHOWN} more"] * (len(found) > _SHOWN)) or "none"
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey spelled out, as in `\\x1b`."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
@@ -87,6 +92,6 @@ def not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
 
 
 def unreadable(file: DomainFile, error: Exception, kind: str = "") -> DataError:
-    reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    reason = printable(" ".join((getattr(error, "strerror", None) or str(error)).split()))
     what = f"is not {kind}, or cannot be read" if kind else "cannot be read"
     return DataError(f"{file.path} {what}: {reason}; bring back a copy, or remove it")

@@ -258,7 +258,7 @@ def test_other_fields_may_hold_text_and_id(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "fine"}\n["text"]\n', "line 2: not a JSON object"),
         ("a.jsonl", b'{"body": "x", "more": 1}\n', "line 1: no field text (its fields: body, more); name the field"),
         ("a.jsonl", b"{}\n", "line 1: no field text (its fields: none)"),
-        ("a.jsonl", b'{"\\u001b[2J": "x"}\n', "line 1: no field text (its fields: '\\x1b[2J')"),
+        ("a.jsonl", b'{"\\u001b[2J": "x"}\n', "line 1: no field text (its fields: \\x1b[2J)"),
         ("a.jsonl", b'{"text": 5}\n', "line 1: the field text is not text but int"),
         ("a.jsonl", b'{"text": null}\n', "line 1: the field text is not text"),
         ("a.jsonl", b'{"text": ' + b"[" * 9000 + b"]" * 9000 + b"}\n", "line 1: the field text is not text but list"),
@@ -412,8 +412,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "_MOST", documents._MOST >> 10)
     for module in (documents, parquet_files):
         monkeypatch.setattr(module, "PART", rows.PART >> 10)
-    for module in (text_files, parquet_files):
-        monkeypatch.setattr(module, "LONGEST", rows.LONGEST >> 10)
+    monkeypatch.setattr(text_files, "LONGEST", rows.LONGEST >> 10)
+    monkeypatch.setattr(parquet_files, "_LARGEST_ROW", parquet_files._LARGEST_ROW >> 10)
 
 
 def line(number: int) -> str:
@@ -491,8 +491,11 @@ def test_a_text_is_cut_and_a_line_refused_where_they_are_too_long(tmp_path: Path
     assert texts(tmp_path) == ["x" + "ü" * 16_383]
     write_jsonl(tmp_path / "b.jsonl", [{"text": "short"}, {"text": "y" * 40_000}])
     assert "b.jsonl, line 2: longer than" in refusal(tmp_path)
-    (tmp_path / "b.jsonl").unlink()
-    parquet(tmp_path, text=["z" * 40_000])
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_of_parquet_that_are_too_large_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    parquet(tmp_path, text=["z" * 150_000])
     assert "a.parquet, row group 0: rows of more than" in refusal(tmp_path)
 
 
