@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from copal.architecture import Architecture, as_rows, hidden_states, load_skeleton, names_in_model, shape_of
 from copal.checkpoint import Checkpoint
@@ -34,7 +35,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     has_bfloat16_products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bfloat16_products else torch.float32
 
@@ -111,8 +112,8 @@ class StreamedModel:
         stored = {linear: self._stored_weight(index, linear) for linear in self.architecture.linears[index]}
         source = source if source is not None else self.checkpoint
         tensors = source.read(list(stored.values())) if isinstance(source, Checkpoint) else source
-        return {
-            linear: as_rows(self._linear(index, linear), tensors[name]).to(self.device, torch.float32)
+        return {  # a GPU converts what it has got: 16 bits come over the bus, not 32
+            linear: as_rows(self._linear(index, linear), tensors[name]).to(self.device).float()
             for linear, name in stored.items()
         }
 
@@ -309,8 +310,10 @@ class Stream:
     def _run_back(self, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor | None:
         """What `backward` gives; None where memory ran out."""
         sizes, before = [len(tokens) for tokens in self._tokens], list[Tensor]()
+        # A GPU's fused kernels add up the gradient of attention in any order: a replay would have other bits.
+        attention = sdpa_kernel(SDPBackend.MATH) if self._model.device.type == "cuda" else nullcontext()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), attention:
                 for tokens, states, dy in zip(
                     self._tokens, torch.split(hidden, sizes), torch.split(gradient, sizes), strict=True
                 ):
