@@ -104,6 +104,19 @@ def test_memory_for_less_than_one_window_names_the_setting_and_leaves_nothing(ma
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [ON_GPU, ON_CPU])
+def test_memory_that_is_not_enough_for_the_solve_is_told_in_one_line_and_leaves_nothing(
+    make_model, make_windows, tmp_path, monkeypatch, error
+):
+    def solve(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("copal.step.prune_group", solve)
+    with pytest.raises(ResourceError, match=r"the solve of one block, .*: take a device with more"):
+        step(make_model(), tmp_path / "out", make_windows(0))
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_error_is_not_taken_for_want_of_memory(make_model, make_windows, tmp_path):
     with memory_for(0, RuntimeError("mat1 and mat2")), pytest.raises(RuntimeError, match="mat1"):
         step(make_model(), tmp_path / "out", make_windows(0))
