@@ -23,11 +23,13 @@ def test_two_processes_give_what_one_gives(make_model, domains, tmp_path, cpu):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_give_what_one_gives(make_model, domains, tmp_path):
+@pytest.mark.parametrize(("devices", "backend"), [("0", ("gloo",)), ("0,1", ())])
+def test_two_processes_on_one_gpu_or_two_give_what_one_gives(make_model, domains, tmp_path, devices, backend):
+    if torch.cuda.device_count() < len(devices.split(",")):
+        pytest.skip(f"needs the CUDA devices {devices}")
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     base = make_model()
     in_processes.run(base, domains, one, torch.device("cuda"))
-    in_processes.launch(base, domains, two)
+    in_processes.launch(base, domains, two, *backend, environment={"CUDA_VISIBLE_DEVICES": devices})
     in_processes.same(one, two)

@@ -90,10 +90,10 @@ def launch(
 ) -> None:
     """`run` in two processes."""
     save_file(windows, out / "windows.safetensors")
-    root = str(Path(__file__).parents[2])
+    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     subprocess.run(
         [sys.executable, *LAUNCH.split(), __file__, str(base), str(out / "windows.safetensors"), str(out), *backend],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **(environment or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), **(environment or {})},
         timeout=300,
         check=True,
     )
