@@ -17,13 +17,13 @@ from support.llamas import write_llama
 
 
 def run(setting: Setting, told: Told) -> None:
-    """Each ratio, best of two; a single try of the last, which takes longest."""
+    """Each ratio, best of two; a single try of the tenth step, which takes longest."""
     sizes, base = setting.sizes, setting.scratch / "base"
     write_llama(base, sizes.bench, dtype=setting.dtype, device=setting.device)
     inputs = Inputs(
         base=Base(folder=base, fingerprint="random"),
         calibration={name: setting.windows(seed, sizes.bench.vocabulary) for seed, name in enumerate("abc")},
-        evaluation={},
+        evaluation={name: setting.windows(seed, sizes.bench.vocabulary) for seed, name in enumerate("abc", start=3)},
         device=setting.device,
         dtype=setting.dtype,
     )
@@ -32,6 +32,7 @@ def run(setting: Setting, told: Told) -> None:
         partial(cost.statistics, inputs, repeats=2, criterion="loss"),
         partial(cost.solve, inputs, repeats=2),
         partial(cost.tenth_step, inputs, repeats=1, domains=sizes.chain),
+        partial(cost.tenth_evaluation, inputs, repeats=2, domains=sizes.chain),
     )
     for measure in measurements:
         ratio = measure()
@@ -47,5 +48,5 @@ def run(setting: Setting, told: Told) -> None:
         )
     told.note(
         f"Llama of {sizes.bench.blocks} blocks, hidden size {sizes.bench.hidden}, {sizes.windows} windows of "
-        f"{sizes.length} tokens, {setting.dtype}; the last row is step {sizes.chain} of a chain against step 2."
+        f"{sizes.length} tokens, {setting.dtype}; of the chain, step {sizes.chain} against step 2."
     )

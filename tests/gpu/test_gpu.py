@@ -89,7 +89,9 @@ def test_the_script_needs_a_few_packages_only_and_tells_every_part(tmp_path: Pat
         "memory that runs out halves the batch", "torch takes 2:4 weights",
     }  # fmt: skip
     assert {row["kernel"] for row in found["Products"]} == {"dense"}
-    assert [row[""] for row in found["Ratios"]] == ["statistics, output", "statistics, loss", "solve", "tenth step"]
+    assert [row[""] for row in found["Ratios"]] == [
+        "statistics, output", "statistics, loss", "solve", "tenth step", "tenth evaluation",
+    ]  # fmt: skip
     steps = [(row["blocks"], row["criterion"], row["step"]) for row in found["Seconds and memory of a step"]]
     assert steps == [
         ("1", "output", "1"), ("1", "output", "2"), ("1", "loss", "1"), ("1", "loss", "2"),
