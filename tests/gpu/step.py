@@ -94,7 +94,7 @@ def _steps(setting: Setting, told: Told, llama: Llama, folder: Path, criterion: 
 def _step(
     setting: Setting, told: Told, llama: Llama, folder: Path, criterion: str, number: int, parent: Parent | None
 ) -> tuple[Parent, float]:
-    """A row of the table: a step and the evaluation of what it made."""
+    """A row of the table: a step and the evaluation of what it made; below a few blocks' row, its seconds scaled."""
     out = folder / f"{criterion}-{number}"
     _forget_peaks(setting.device)
     began = time.perf_counter()
@@ -115,18 +115,15 @@ def _step(
         dtype=setting.dtype,
     )  # fmt: skip
     evaluated = time.perf_counter() - began - whole
-    statistics, solve = report.seconds["statistics"], report.seconds["solve"]
+    parts = {name: report.seconds[name] for name in ("statistics", "solve")}
+    parts |= {"read, write, compare": whole - sum(parts.values()), "whole step": whole, "evaluate": evaluated}
+    which, table = {"criterion": criterion, "step": f"{number}"}, "Seconds and memory of a step"
     told.row(
-        "Seconds and memory of a step",
+        table,
         {
-            "blocks": str(llama.blocks),
-            "criterion": criterion,
-            "step": f"{number}",
-            "statistics": f"{statistics:.1f}",
-            "solve": f"{solve:.1f}",
-            "read, write, compare": f"{whole - statistics - solve:.1f}",
-            "whole step": f"{whole:.1f}",
-            "evaluate": f"{evaluated:.1f}",
+            "blocks": f"{llama.blocks}, measured",
+            **which,
+            **{f"{name}, s": f"{seconds:.1f}" for name, seconds in parts.items()},
             "device peak, GB": _device_peak(setting.device),
             "host peak, GB": _host_peak(),
             "model, GB": _gb(_bytes(out / "model")),
@@ -134,6 +131,10 @@ def _step(
             "zeros": f"{report.sparsity:.4f}",
         },
     )
+    scale = setting.sizes.step.blocks / llama.blocks
+    if scale > 1:
+        scaled = {f"{name}, s": f"{scale * seconds:.1f}" for name, seconds in parts.items()}
+        told.row(table, {"blocks": f"{setting.sizes.step.blocks}, that times {scale:g}"} | which | scaled)
     return Parent.from_step(out, number + 1, parent), whole + evaluated
 
 
