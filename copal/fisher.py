@@ -30,7 +30,7 @@ from copal.architecture import find_linears, hidden_states, shape_of
 from copal.errors import NumericsError
 from copal.experts import Experts
 from copal.processes import gather, sum_by_name
-from copal.sensitivity import inverse_mean_square
+from copal.sensitivity import inverse_mean_square, squares
 
 __all__ = ["Fisher", "FisherRecorder", "add_fisher"]
 
@@ -120,7 +120,7 @@ class FisherRecorder:
 
     def _add(self, name: str, gradient: Tensor, rows: Tensor | None) -> None:
         """Add the `gradient` at the outputs of `name`, of all tokens or of `rows`."""
-        total = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
+        total = squares(gradient).sum(0)
         counted = float(gradient.shape[:-1].numel())
         if name in self._writers:
             assert self._rho is not None

@@ -128,7 +128,7 @@ def test_the_pruned_folder_loads_with_from_pretrained_and_differs_in_the_linears
         ({"base": Base(folder=Path(), fingerprint="other")}, "another base model"),
         ({"calibration": CalibrationConfig(window_length=32, windows=9)}, "other calibration settings"),
         ({"calibration": COMPACT}, "other calibration settings"),
-        ({"prune": PruneConfig(criterion="gradient")}, r"made with prune\.criterion output"),
+        ({"prune": PruneConfig(criterion="gradient")}, r"made with prune\.criterion loss"),
     ],
 )
 def test_a_state_of_another_base_or_other_settings_is_refused(make_model, dialects, tmp_path, change, message):
