@@ -60,6 +60,10 @@ class _TupleWantedError(Exception):
     """A model took element 0 of what its block returned: its blocks return tuples."""
 
 
+class _LastBlockError(Exception):
+    """A model has called its last block: what comes after, a head as wide as the vocabulary, is not wanted."""
+
+
 class StreamedModel:
     """A causal language model whose blocks are read when they run.
 
@@ -186,11 +190,15 @@ class StreamedModel:
                 raise _TupleWantedError
             hidden.append(hidden_states)
             calls.append(_Call(args, kwargs))
+            if len(calls) == len(self):
+                raise _LastBlockError
             return (hidden_states,) if self._returns_tuple else hidden_states
 
         try:
             with self._forwards([forward] * len(self)):
                 self.model(tokens, use_cache=False)
+        except _LastBlockError:
+            pass
         except _TupleWantedError:
             self._returns_tuple = True
             return self._record(tokens)

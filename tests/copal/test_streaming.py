@@ -213,3 +213,16 @@ def test_a_head_that_is_not_finite_is_named(make_model, make_windows, tmp_path, 
     bad = broken(make_model(), tmp_path / "bad", "model.norm.weight", torch.inf)
     with pytest.raises(NumericsError, match=r"on code: the loss .* last norm"):
         evaluate(bad, {"code": make_windows(0)}, device=cpu, dtype=torch.float32)
+
+
+def test_a_domain_is_read_without_the_head_which_may_be_wider_than_all_blocks(make_model, make_windows, tmp_path):
+    """Logits of a batch that nobody wanted took 4 GB of a model with 256,000 words."""
+    seen = []
+    hook = register_module_forward_pre_hook(
+        lambda module, _: seen.append(module) if getattr(module, "out_features", 0) == 128 else None
+    )
+    try:
+        step(make_model(hidden=48), tmp_path / "out", make_windows(0))
+    finally:
+        hook.remove()
+    assert seen == []
