@@ -25,11 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from copal.architecture import Architecture, as_rows, hidden_states, load_skeleton, names_in_model, shape_of
 from copal.checkpoint import Checkpoint
 from copal.errors import ModelError, NumericsError, ResourceError, SmallerBatchWarning
+from copal.labels import loss_gradient
 from copal.processes import device as own_device
 
 __all__ = ["Stream", "StreamedModel", "compute_dtype", "place"]
-
-_AT_A_TIME = 64  # tokens whose logits are turned into a gradient
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -264,18 +263,11 @@ class Stream:
             yield from ((window, logits) for window, _, logits in self._windows_logits())
 
     def loss_gradient(self) -> Tensor:
-        """After the last block: the gradient (N, L, H), by hidden state, of each window's summed cross-entropy."""
+        """After the last block: the gradient (N, L, H), by hidden state, of each window's loss (`copal.labels`)."""
         gradients: list[Tensor] = []
         with torch.enable_grad():
             for window, hidden, logits in self._windows_logits():
-                # By hand, and some tokens at a time so that V numbers of each stay in a cache: a quarter of autograd's
-                # time. Probabilities, less 1 for the token that came.
-                by_logit = torch.zeros_like(logits)
-                parts = (logits[0, :-1], window[0, 1:, None], by_logit[0, :-1])
-                for known, came, wrong in zip(*(part.detach().split(_AT_A_TIME) for part in parts), strict=True):
-                    probabilities = known.softmax(-1, dtype=torch.float32)
-                    wrong.copy_(probabilities.scatter_add_(1, came, torch.full_like(came, -1, dtype=torch.float32)))
-                gradients += torch.autograd.grad(logits, hidden, by_logit)
+                gradients += torch.autograd.grad(logits, hidden, loss_gradient(logits[0].detach(), window[0])[None])
         return torch.cat(gradients)
 
     def backward(
