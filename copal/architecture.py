@@ -31,6 +31,7 @@ __all__ = [
     "load_skeleton",
     "names_in_model",
     "shape_of",
+    "tie_weights",
 ]
 
 _EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's checkpoints -> copal.experts
@@ -62,7 +63,8 @@ class Architecture:
 def load_skeleton(folder: Path) -> PreTrainedModel:
     """Build the causal language model that `folder`/config.json names, its parameters on the meta device.
 
-    No code of the checkpoint is run, and no weight is read. Experts are taken apart (`copal.experts`).
+    No code of the checkpoint is run, and no weight is read. Experts are taken apart (`copal.experts`). Head and
+    embeddings are tied where config.json says so; whether they stay so depends on what is stored (`tie_weights`).
 
     Raises:
         ModelError: `folder` holds no configuration of a causal language model that transformers knows, or its experts
@@ -80,6 +82,17 @@ def load_skeleton(folder: Path) -> PreTrainedModel:
     model.tie_weights()
     split_experts(model)
     return model
+
+
+def tie_weights(model: PreTrainedModel, missing: set[str]) -> set[str]:
+    """Tie parameters of `model`, loaded but for those named in `missing`, as `from_pretrained` does.
+
+    Of a pair that config.json ties, a checkpoint may hold one tensor, either of the two; or both, and then they are
+    tied only if they are equal. Gives those of `missing` that have got no values.
+    """
+    missing = set(missing)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    return missing
 
 
 def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:

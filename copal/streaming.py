@@ -21,7 +21,15 @@ from accelerate.utils import set_module_tensor_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from copal.architecture import Architecture, as_rows, hidden_states, load_skeleton, names_in_model, shape_of
+from copal.architecture import (
+    Architecture,
+    as_rows,
+    hidden_states,
+    load_skeleton,
+    names_in_model,
+    shape_of,
+    tie_weights,
+)
 from copal.checkpoint import Checkpoint
 from copal.errors import ModelError, NumericsError, ResourceError, SmallerBatchWarning
 from copal.processes import device as own_device
@@ -74,12 +82,15 @@ class StreamedModel:
         self._returns_tuple = False
         in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
         outside = {
-            name: self.stored_name(name)
-            for name, parameter in self.model.named_parameters()  # a tied head is named once
+            name
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
             if id(parameter) not in in_blocks
         }
-        self._load(self.model, outside)
-        self.model.tie_weights()
+        ties = self.model.all_tied_weights_keys
+        absent = outside & {*ties, *ties.values()} - self._stored.keys()
+        self._load(self.model, {name: self.stored_name(name) for name in sorted(outside - absent)})
+        for name in tie_weights(self.model, absent):
+            raise ModelError(f"{folder} has no tensor {name}")
         stored_buffers = self.model.state_dict().keys() & self._stored.keys()  # the rest is made anew, never stored
         for name, buffer in list(self.model.named_buffers()):
             stored = self.stored_name(name)
