@@ -85,7 +85,7 @@ def random_model(kind: str, **more: Any) -> PreTrainedModel:
     AutoModelForCausalLM.register(UnheardOfConfig, UnheardOf, exist_ok=True)
     torch.manual_seed(0)
     settings = {"vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
-    config = AutoConfig.for_model(kind, **settings, **ARCHITECTURES.get(kind, {}), **more)
+    config = AutoConfig.for_model(kind, **{**settings, **ARCHITECTURES.get(kind, {}), **more})
     return AutoModelForCausalLM.from_config(config)
 
 
