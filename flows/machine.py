@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "code_version",
     "device_and_dtype",
+    "forward_dtype",
     "has_gpu",
     "surroundings",
 ]
@@ -42,11 +43,16 @@ def device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
     return here, compute_dtype(settings.model.dtype, here)
 
 
+def forward_dtype(settings: Settings) -> str:
+    """The dtype of forward passes here, as records tell it: `bfloat16`, say."""
+    return str(device_and_dtype(settings)[1]).removeprefix("torch.")
+
+
 def surroundings(settings: Settings) -> dict[str, Any]:
     """What made a version beside data and settings: code, libraries, hardware, seeds, time."""
     import torch
 
-    device, dtype = device_and_dtype(settings)
+    device, _ = device_and_dtype(settings)
     return {
         "code": code_version(),
         "libraries": {name: installed_version(name) for name in LIBRARIES} | {"python": platform.python_version()},
@@ -55,7 +61,7 @@ def surroundings(settings: Settings) -> dict[str, Any]:
             "system": platform.platform(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": forward_dtype(settings),
         },
         "seeds": {"calibration": settings.calibration.seed},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

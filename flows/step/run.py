@@ -134,7 +134,7 @@ def run_withdrawal(
 
 
 def _take(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:
-    prepare(step)
+    prepare(project, step)
     try:
         made = _make(project, step, claim, tasks)
     except BaseException as error:
@@ -148,7 +148,7 @@ def _take(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:
 
 
 def _make(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:
-    report = staged_report(step)
+    report = staged_report(project, step)
     evaluation = staged_evaluation(step)
     if report is None or evaluation is None:
         data = tasks.fetch(project, step)

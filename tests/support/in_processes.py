@@ -55,6 +55,11 @@ def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.d
     scores = evaluate(parent.model, windows, device=device, dtype=torch.float32)
     processes = len(gather(None))
     assert gather((reports, scores)) == [(reports, scores)] * processes
+    odd = {"odd": windows["code"][:3]}  # of two processes, one walks twice and one once
+    twice, once = (
+        evaluate(base, odd, device=device, dtype=torch.float32, batch=1, hidden_bytes=most) for most in (1, 10**9)
+    )
+    assert twice == once
     refused = ""
     try:
         evaluate(parent.model, {"short": windows["code"][:1]}, device=device, dtype=torch.float32)
