@@ -22,7 +22,7 @@ from copal.checkpoint import Checkpoint, Stored
 from copal.embeddings import longest_window, token_rows
 from copal.errors import ModelError
 from copal.folder import CONFIG
-from copal.foreign import leaves, plainly, read_object, refuse_keys
+from copal.foreign import leaves, plainly, read_object, refuse_keys, unheard
 from copal.progress import Progress, silent
 from copal.tokenizer import check_tokenizer, check_tokenizer_files, load_tokenizer
 
@@ -68,7 +68,8 @@ def dry_load(folder: Path) -> Loaded:
     _check_buffers(folder, model, checkpoint.stored)
     find_blocks(model)
     check_tokenizer_files(folder)
-    check_tokenizer(folder, load_tokenizer(folder), token_rows(model))
+    with unheard():
+        check_tokenizer(folder, load_tokenizer(folder), token_rows(model))
     generation = folder / "generation_config.json"
     if generation.is_file():
         read_object(generation)

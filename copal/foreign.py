@@ -7,6 +7,8 @@ modules and asks hubs where a key of those files says so. All keys that do are l
 from __future__ import annotations
 
 import json
+import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -179,8 +181,25 @@ def plainly(what: str) -> Iterator[None]:
             yield
     except CopalError:
         raise
-    except Exception as error:  # tokenizers raises no subclass of it, transformers whatever a value leads to
+    except BaseException as error:  # tokenizers raises Exception itself, transformers whatever a value leads to
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # how Rust fails
+            raise
         raise ModelError(f"{what}: {one_line(error)}") from error
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """While libraries in Rust look at what others wrote: they tell the terminal of their failures themselves."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def one_line(error: BaseException) -> str:

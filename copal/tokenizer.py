@@ -20,7 +20,8 @@ _MAP = "special_tokens_map.json"
 _OBJECTS = ("tokenizer_config.json", _MAP, "added_tokens.json")
 _CLASS = re.compile(r"(?!Auto)[A-Za-z]\w*(Tokenizer(Fast)?|Backend)")
 _TOKEN = {"__type", "content", "id", "lstrip", "normalized", "rstrip", "single_word", "special"}
-_SAMPLE = "The quick brown fox jumps over 13 lazy dogs."
+_SAMPLE = "The quick brown fox jumps over 13 lazy dogs.\n\tna\u00efve \u6771\u4eac \U0001f642"
+_LARGEST = 256 << 20  # bytes of a file; the largest on the hub have 35 MB
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -56,8 +57,10 @@ def check_tokenizer_files(folder: Path) -> None:
     Raises:
         ModelError: names the file, the key and what to do.
     """
-    for path in [folder / name for name in TOKENIZER if (folder / name).is_file()]:
+    for path in [folder / name for name in (*TOKENIZER, "chat_template.jinja") if (folder / name).is_file()]:
         refuse_pointer(path)
+        if path.stat().st_size > _LARGEST:
+            raise ModelError(f"{path} is larger than {_LARGEST >> 20} MB, which no tokenizer is")
         if path.name in _OBJECTS:
             settings = read_object(path)
             refuse_keys(path, settings)

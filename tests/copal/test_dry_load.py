@@ -83,6 +83,7 @@ def sentencepiece_only(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
 
 
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 LAST = "model.layers.1.mlp.down_proj.weight"
 REFUSED: dict[str, tuple[Edit, str]] = {
     # tokenizers
@@ -97,6 +98,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "broken merges.txt": (slow_tokenizer('{"a": 0}', "b\n\n"), "cannot be loaded"),
     "tokenizer.json that is a list": (file("tokenizer.json", "[]"), "cannot be loaded"),
     "tokenizer.json nested deep": (file("tokenizer.json", "[" * 100_000 + "]" * 100_000), "cannot be loaded"),
+    "tokenizer.json over which Rust panics": (
+        lambda folder: edit_json(folder / "tokenizer.json", normalizer=CHARSMAP),
+        "Cannot parse precompiled_charsmap",
+    ),
     "added token": (tokens("lessee"), "token 'lessee' with id 258, and the model's embeddings have 258 rows"),
     "special token": (tokenizer_config(bos_token="<new>"), "token '<new>' with id 258"),
     "special token of another type": (tokenizer_config(bos_token=5), "cannot be loaded"),
