@@ -153,12 +153,15 @@ def _check_tensors(
     wanted: dict[str, Tensor] = model.state_dict()
     taken: dict[str, str] = {}
     surplus = []
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *_IGNORED]
+    ignored = "|".join(f"({pattern})" for pattern in (*(model._keys_to_ignore_on_load_unexpected or ()), *_IGNORED))
+    tables = {name for name, _ in model.named_buffers()}
     for name, place in names.items():
         if place in taken:
             raise ModelError(f"{folder} holds two tensors for one place in the model: {taken[place]} and {name}")
         if place not in wanted:
-            surplus += [] if any(re.search(pattern, place) for pattern in ignored) else [name]
+            # Masks and constants that older code stored: transformers makes them anew, or needs them no more.
+            table = place in tables or stored[name].dtype not in _FLOATS or not stored[name].shape
+            surplus += [] if table or re.search(ignored, place) else [name]
             continue
         taken[place] = name
         _check_tensor(folder, name, stored[name], wanted[place])
@@ -169,14 +172,19 @@ def _check_tensors(
         for name in tie(model, wanted.keys() - taken.keys())
         if name in parameters or not any(re.search(pattern, name) for pattern in optional)
     ]
-    for what, found in (("lack", missing), ("hold, beyond", surplus)):
-        if found:
-            some = ", ".join(sorted(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-            raise ModelError(
-                f"the weights in {folder} {what} what its config.json asks for: {some}; "
-                "take the config.json that belongs to these weights"
-            )
+    remedy = "take the config.json that belongs to these weights"
+    if missing:
+        raise ModelError(f"the weights in {folder} lack what its config.json asks for: {_some(missing)}; {remedy}")
+    if surplus:
+        raise ModelError(
+            f"the weights in {folder} hold what its config.json has no place for: {_some(surplus)}; {remedy}, or "
+            "load and save the model with transformers, which leaves out what it has no use for"
+        )
     return tuple(taken.values())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_tensor(folder: Path, name: str, found: Stored, wanted: Tensor) -> None:

@@ -109,8 +109,11 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "template that is no text": (file("chat_template.jinja", b"\xff"), "cannot be loaded"),
     # config.json against the weights
     "missing tensor": (weights(lambda stored: stored.pop(LAST)), f"lack what its config.json asks for: {LAST}"),
-    "surplus tensor": (weights(lambda stored: stored.update(x=torch.ones(2))), "hold, beyond what"),
-    "fewer layers than stored": (config(num_hidden_layers=1), "hold, beyond what its config.json asks for: model.lay"),
+    "surplus tensor": (
+        weights(lambda stored: stored.update(x=torch.ones(2))),
+        "hold what its config.json has no place for",
+    ),
+    "fewer layers than stored": (config(num_hidden_layers=1), "has no place for: model.layers.1."),
     "wrong shape": (config(intermediate_size=96), "config.json wants (32, 96)"),
     "int8": (weights(lambda s: s.update({LAST: s[LAST].to(torch.int8)})), f"{LAST} is stored as I8"),
     "float8": (weights(lambda s: s.update({LAST: s[LAST].to(torch.float8_e4m3fn)})), "as F8_E4M3, and copal prunes"),
@@ -128,7 +131,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "no heads": (config(num_attention_heads=0), "no causal language model|not a causal language model"),
     "unknown activation": (config(hidden_act="reluu"), "reluu"),
     "unknown dtype": (config(dtype="float7"), "float7"),
-    "no layers": (config(num_hidden_layers=0), "hold, beyond what"),
+    "no layers": (config(num_hidden_layers=0), "hold what its config.json has no place for"),
     "nested deep": (file("config.json", '{"a":' * 100_000 + "1" + "}" * 100_000), "config.json is nested too deep"),
     "an adapter": (file("adapter_config.json", "{}"), "holds an adapter"),
     "generation_config.json": (file("generation_config.json", "[]"), "generation_config.json is not a JSON object"),
@@ -187,7 +190,13 @@ VALID: dict[str, Edit] = {
     "GPT-2's tokenizer": slow_tokenizer('{"a": 0, "b": 1, "c": 2, "bc": 3, "<s>": 4, "</s>": 5}'),
     "a chat template that cannot be rendered": file("chat_template.jinja", "{% for %}{{ 1 / 0 }}"),
     "tables of old checkpoints": weights(
-        lambda stored: stored.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+        lambda stored: stored.update(
+            {
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                "model.layers.0.self_attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool),
+                "model.layers.0.self_attn.masked_bias": torch.tensor(-1e4),
+            }
+        )
     ),
     "leftovers of another machine": tokenizer_config(
         tokenizer_file="/root/tokenizer.json", special_tokens_map_file="/etc/hostname", name_or_path="/home/me"
