@@ -33,8 +33,13 @@ modules, each of which imports only from lines below its own:
     streaming                                       a model larger than memory, block by block
     allocation, fisher, labels                      what the loss minds, and so how many zeros each row gets
     sensitivity, packing, masks                     the formulas: statistics, their storage, scores to masks
-    base, calibration                               the dense model, and a domain's text as token windows
-    checkpoint, architecture, experts               how models are stored and built
+    base                                            the dense model
+    dry_load                                        whether a model folder can be used, before anything is made of it
+    embeddings                                      for how many tokens and positions a model has rows
+    calibration, tokenizer                          a domain's text as token windows
+    checkpoint, architecture                        how models are stored and built
+    experts, folder                                 their experts, and the files that they consist of
+    foreign                                         what others wrote, read within bounds
     config, files, processes, progress, errors      what all of them use
 """
 

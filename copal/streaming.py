@@ -22,8 +22,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from copal.architecture import Architecture, as_rows, hidden_states, load_skeleton, names_in_model, shape_of
+from copal.architecture import Architecture, as_rows, hidden_states, load_skeleton, names_in_model, shape_of, tie
 from copal.checkpoint import Checkpoint
+from copal.embeddings import RowsThere
 from copal.errors import ModelError, NumericsError, ResourceError, SmallerBatchWarning
 from copal.labels import loss_gradient
 from copal.processes import device as own_device
@@ -78,14 +79,14 @@ class StreamedModel:
         self._stored = {name: stored for stored, name in self._name_of.items()}
         self._blocks = [self.model.get_submodule(name) for name in self.architecture.blocks]
         self._returns_tuple = False
-        in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
-        outside = {
-            name: self.stored_name(name)
-            for name, parameter in self.model.named_parameters()  # a tied head is named once
-            if id(parameter) not in in_blocks
-        }
-        self._load(self.model, outside)
-        self.model.tie_weights()
+        inside = tuple(f"{name}." for name in self.architecture.blocks)
+        parameters = self.model.named_parameters(remove_duplicate=False)  # config.json alone has tied some of them
+        outside = {name for name, _ in parameters if not name.startswith(inside)}
+        ties = self.model.all_tied_weights_keys
+        absent = outside & {*ties, *ties.values()} - self._stored.keys()
+        self._load(self.model, {name: self.stored_name(name) for name in sorted(outside - absent)})
+        for name in tie(self.model, absent):
+            raise ModelError(f"{folder} has no tensor {name}")
         stored_buffers = self.model.state_dict().keys() & self._stored.keys()  # the rest is made anew, never stored
         for name, buffer in list(self.model.named_buffers()):
             stored = self.stored_name(name)
@@ -194,7 +195,7 @@ class StreamedModel:
             return (hidden_states,) if self._returns_tuple else hidden_states
 
         try:
-            with self._forwards([forward] * len(self)):
+            with self._forwards([forward] * len(self)), RowsThere(self.folder, tokens):
                 self.model(tokens, use_cache=False)
         except _LastBlockError:
             pass

@@ -175,13 +175,11 @@ def _evaluated(step: Step, report: StepReport, windows: Mapping[str, DomainWindo
 
 def windows_of(step: Step, domain: str, data: Path, settings: Settings) -> DomainWindows:
     """The windows of `domain`, read from the folder `data`; errors name the user's folder, not the cache's."""
-    from transformers import AutoTokenizer
-
     from copal.calibration import domain_windows
+    from copal.tokenizer import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(step.base, local_files_only=True, trust_remote_code=False)
     try:
-        return domain_windows(data, tokenizer, settings.calibration)
+        return domain_windows(data, load_tokenizer(step.base), settings.calibration)
     except DataError as error:
         raise DataError(str(error).replace(str(data), f"data/{domain}")) from error
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from copal.architecture import Architecture, find_blocks, load_skeleton
@@ -17,7 +16,7 @@ from copal.errors import ModelError
 from copal.evaluation import evaluate
 from copal.step import Base, NewDomain, prune_step
 from copal.streaming import StreamedModel
-from support.architectures import ARCHITECTURES, QWEN_MOE, SMALL, write_model
+from support.architectures import ARCHITECTURES, QWEN_MOE, SMALL, nats_of_the_whole_model, write_model
 
 ROUTERS = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
 
@@ -27,13 +26,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     write_model(request.param, folder)
     return folder
-
-
-def nats_of_the_whole_model(folder: Path, windows: torch.Tensor) -> float:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(windows).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
 
 
 def test_streaming_gives_the_loss_of_the_whole_model(folder, make_windows, cpu):

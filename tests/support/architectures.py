@@ -1,11 +1,13 @@
-"""A tiny random model of each architecture that copal is tried with."""
+"""A tiny random model of every architecture that the contract names, and what the whole model makes of windows."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -56,12 +58,19 @@ class UnheardOf(PreTrainedModel):
     """An architecture that copal has no word of: other names, another call of a block, a tuple as its result."""
 
     config_class = UnheardOfConfig
+    _tied_weights_keys = {"head.weight": "words.weight"}  # noqa: RUF012
 
     def __init__(self, config: UnheardOfConfig) -> None:
         super().__init__(config)
         self.words, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
         self.tower = nn.ModuleDict({"floors": nn.ModuleList(Floor() for _ in range(2))})
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutput:
         x = self.words(input_ids)
@@ -70,13 +79,24 @@ class UnheardOf(PreTrainedModel):
         return CausalLMOutput(logits=self.head(x))
 
 
-def write_model(architecture: str, folder: Path) -> None:
-    """The folder of a model of two blocks, float32, of 64 tokens, without a tokenizer."""
+def random_model(kind: str, **more: Any) -> PreTrainedModel:
+    """A tiny random model of that type, of 64 tokens and 64 positions; `more` goes into its configuration."""
     AutoConfig.register("unheard_of", UnheardOfConfig, exist_ok=True)
     AutoModelForCausalLM.register(UnheardOfConfig, UnheardOf, exist_ok=True)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        architecture, vocab_size=64, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-        **ARCHITECTURES[architecture],
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    settings = {"vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
+    config = AutoConfig.for_model(kind, **{**settings, **ARCHITECTURES.get(kind, {}), **more})
+    return AutoModelForCausalLM.from_config(config)
+
+
+def write_model(architecture: str, folder: Path) -> None:
+    """The folder of `random_model`, float32, without a tokenizer."""
+    random_model(architecture).save_pretrained(folder)
+
+
+def nats_of_the_whole_model(folder: Path, windows: torch.Tensor) -> float:
+    """What `from_pretrained` makes of windows (N, L): the summed negative log-likelihood of the predicted tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(windows).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
