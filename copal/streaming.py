@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,10 +195,8 @@ class StreamedModel:
             return (hidden_states,) if self._returns_tuple else hidden_states
 
         try:
-            with self._forwards([forward] * len(self)), RowsThere(self.folder, tokens):
+            with suppress(_LastBlockError), self._forwards([forward] * len(self)), RowsThere(self.folder, tokens):
                 self.model(tokens, use_cache=False)
-        except _LastBlockError:
-            pass
         except _TupleWantedError:
             self._returns_tuple = True
             return self._record(tokens)
