@@ -115,6 +115,7 @@ class StreamedModel:
 
         `source`: another checkpoint of the same model, or its tensors by the checkpoint's names.
         """
+        _trim_heap()
         stored = {linear: self._stored_weight(index, linear) for linear in self.architecture.linears[index]}
         source = source if source is not None else self.checkpoint
         tensors = source.read(list(stored.values())) if isinstance(source, Checkpoint) else source
