@@ -57,10 +57,12 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
 
     exported = tmp_path / "out" / "pruned"
     assert run("export", "latest", exported, *here)[0] == 0
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    weight = AutoModelForCausalLM.from_pretrained(exported).model.layers[0].mlp.up_proj.weight
-    assert (weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    layers = AutoModelForCausalLM.from_pretrained(exported).model.layers
+    weights = torch.cat([weight.flatten() for name, weight in layers.named_parameters() if "_proj" in name])
+    assert (weights == 0).float().mean() == pytest.approx(0.5, abs=1e-3)
     assert AutoTokenizer.from_pretrained(exported)("text")["input_ids"]
     assert "is not an empty folder" in refused("export", "2", exported, *here)
 
