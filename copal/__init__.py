@@ -22,6 +22,7 @@ The package is a library: it reads no command line and no environment, downloads
 modules, each of which imports only from lines below its own:
 
     step                                            one step of continual pruning: start reading here
+    estimate, memory, shapes                        what a step takes, before it runs: beside all of the following
     survey                                          where the loss decides: what is known of all blocks beforehand
     walk                                            what a step does to each block
     report, parent                                  what a step tells of itself, and what it builds on
@@ -40,6 +41,7 @@ modules, each of which imports only from lines below its own:
     checkpoint, architecture                        how models are stored and built
     experts, folder                                 their experts, and the files that they consist of
     foreign                                         what others wrote, read within bounds
+    meter, hardware, known                          what estimates are made from
     config, files, processes, progress, errors      what all of them use
 """
 

@@ -13,7 +13,10 @@ from copal.architecture import Architecture, find_blocks, load_skeleton
 from copal.checkpoint import Checkpoint
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError
+from copal.estimate import estimate_step
 from copal.evaluation import evaluate
+from copal.meter import Meter
+from copal.shapes import StepSettings
 from copal.step import Base, NewDomain, prune_step
 from copal.streaming import StreamedModel
 from support.architectures import ARCHITECTURES, QWEN_MOE, SMALL, nats_of_the_whole_model, write_model
@@ -78,6 +81,25 @@ def test_where_the_loss_decides_half_of_all_weights_go_and_no_row_strays_too_far
     assert zeros == sum(layer.zeros for layer in report.layers)
     assert zeros == sum(layer.weights // 2 for layer in report.layers)
     assert len({layer.zeros / layer.weights for layer in report.layers}) > 1
+
+
+def test_what_a_step_takes_is_computed_from_the_configuration_alone(folder, make_windows, tmp_path, cpu):
+    calibration = CalibrationConfig(window_length=32, windows=2)
+    prune = PruneConfig(criterion="loss", rounds=(1.0,), iterations=1)
+    with Meter() as meter:
+        prune_step(
+            Base(folder=folder, fingerprint="-"), None,
+            NewDomain(name="a", md5="-", windows=make_windows(0, windows=2, vocabulary=64)), tmp_path / "v",
+            calibration=calibration, prune=prune, device=cpu, dtype=torch.float32,
+        )  # fmt: skip
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    settings = StepSettings(calibration=calibration, prune=prune, domains=1, dtype=torch.float32)
+    found = estimate_step(tmp_path, settings)
+    operations = sum(work.half + work.single for part, work in found.work.items() if part != "evaluation")
+    assert meter.operations.total() == pytest.approx(operations, rel=0.01)  # angles of rotary embeddings: once a batch
+    files = [file for part in ("model", "state") for file in (tmp_path / "v" / part).rglob("*.safetensors")]
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+    assert found.disk.version == sum(file.stat().st_size for file in files) - headers
 
 
 def test_a_checkpoint_without_the_base_models_prefix_is_read_and_written_as_it_is(make_windows, tmp_path, cpu):
