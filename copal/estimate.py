@@ -25,6 +25,7 @@ _FLOAT = 4  # bytes of a float32
 # a round does beside them (scores, sorting, the first residual), and by a report.
 _ITERATION, _ROUND, _REPORT = 22, 60, 20
 _FILES = 1e9  # bytes of files that are read, written or hashed in a second
+_LOGITS = 6  # of float32 matrices as large as a window's logits: from logits to their loss
 _MERGE = 40  # of float32 matrices as large as the second moments, while a domain's are packed, unpacked and added
 
 
@@ -165,12 +166,13 @@ def _work(shape: ModelShape, settings: StepSettings) -> dict[str, Work]:
     scored = calibration.evaluation_windows * (settings.domains + (2 if settings.has_parent else 1))
     parts = {
         "statistics": _over(shape, lambda kind: _statistics(kind, settings) + _packing(kind, shape, settings)),
-        "way back": _over(shape, lambda kind: Work(half=calibration.windows * (kind.forward + kind.backward))),
+        "way back": _over(shape, lambda kind: _way_back(kind, settings))
+        + _logits(shape, settings) * calibration.windows,
         "solve": _over(shape, lambda kind: _solve(kind, settings)),
         "report": _over(shape, lambda kind: _report(kind, settings)),
-        "evaluation": _over(shape, lambda kind: Work(half=scored * kind.forward)) + Work(half=scored * shape.outside),
+        "evaluation": _over(shape, lambda kind: Work(scored * kind.forward, 0, scored * kind.forward_moved))
+        + _logits(shape, settings, back=False) * scored,
     }
-    parts["way back"] += Work(half=2 * calibration.windows * shape.outside)
     if not settings.by_loss:
         del parts["way back"]
     return parts
@@ -188,8 +190,21 @@ def _statistics(kind: BlockShape, settings: StepSettings) -> Work:
     return Work(
         half=settings.calibration.windows * kind.statistics + products,
         single=2 * tokens * kind.weights if settings.by_gradient else 0,
-        moved=_MERGE * _FLOAT * sum(group.inputs**2 for group in kind.groups),
+        moved=settings.calibration.windows * kind.forward_moved
+        + _MERGE * _FLOAT * sum(group.inputs**2 for group in kind.groups),
     )
+
+
+def _way_back(kind: BlockShape, settings: StepSettings) -> Work:
+    """The forward pass once more, and the gradient from the end of the block to its beginning."""
+    once = Work(half=kind.forward + kind.backward, moved=kind.forward_moved + kind.backward_moved)
+    return once * settings.calibration.windows
+
+
+def _logits(shape: ModelShape, settings: StepSettings, *, back: bool = True) -> Work:
+    """The head of one window, its probabilities in float32 and, where asked for, the gradient back."""
+    probabilities = _LOGITS * _FLOAT * settings.calibration.window_length * shape.vocabulary
+    return Work(half=shape.outside, moved=shape.outside_moved + probabilities) * (2 if back else 1)
 
 
 def _packing(kind: BlockShape, shape: ModelShape, settings: StepSettings) -> Work:

@@ -46,16 +46,20 @@ NAMED = {
 }
 
 
-def this_machine(device: torch.device, dtype: torch.dtype) -> Hardware:
-    """What `device` does now, by a second or less of work: whatever else it does slows it."""
+def this_machine(device: torch.device, dtype: torch.dtype, size: int = 1024) -> Hardware:
+    """What `device` does now, by a second or less of work: whatever else it does slows it.
+
+    Args:
+        size: of the matrices that are multiplied; on a CPU at most 2048.
+    """
     on_gpu = device.type == "cuda"
-    size = 8192 if on_gpu else 1024
+    size = min(size, 8192 if on_gpu else 2048)
 
     def product(dtype: torch.dtype) -> float:
         matrix = torch.ones(size, size, device=device, dtype=dtype)
         return 2 * size**3 / _best(device, lambda: matrix @ matrix)
 
-    vector = torch.ones(size * size * 16, device=device)
+    vector = torch.ones(2**28 if on_gpu else 2**24, device=device)
     single = product(torch.float32)
     return Hardware(
         half=single if dtype == torch.float32 else product(dtype),

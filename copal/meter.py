@@ -1,4 +1,4 @@
-"""Operations and memory of tensor code, counted while it runs; on fake tensors it takes neither."""
+"""Operations of tensor code and what it does to memory, counted while it runs; on fake tensors it takes neither."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         operations: so far, by the dtype of what comes out; a multiplication and its addition are two.
+        moved: bytes that operators other than products have read and written; views move nothing.
         most: bytes that were alive at one time.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations = Counter[torch.dtype]()
-        self.most = self._now = 0
+        self.moved = self.most = self._now = 0
         self._alive: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -35,11 +36,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         there = _storages((args, kwargs))
         out = func(*args, **kwargs)
+        made = {key: storage for key, storage in _storages(out).items() if key not in there}
         operations = _operations(func._overloadpacket, args, kwargs, out)
         if operations:
             self.operations[(out[0] if isinstance(out, tuple) else out).dtype] += operations
-        for key, storage in _storages(out).items():
-            if key not in there and key not in self._alive:
+        elif made or func._schema.is_mutable:
+            self.moved += sum(
+                tensor.nbytes for tensor in tree_leaves((args, kwargs, out)) if isinstance(tensor, Tensor)
+            )
+        for key, storage in made.items():
+            if key not in self._alive:
                 self._add(key, storage)
         return out
 

@@ -100,6 +100,7 @@ class BlockShape:
         forward: operations of one window; a multiplication and its addition are two.
         statistics: the same while statistics are taken, where experts read all tokens.
         backward: from the gradient after the block to the one before it, without the forward that comes first.
+        forward_moved, backward_moved: bytes that go through memory beside products, likewise.
         held: most bytes of one batch while statistics are taken, the inputs of all groups among them.
         held_back: the same on the way back.
     """
@@ -110,6 +111,8 @@ class BlockShape:
     forward: int
     statistics: int
     backward: int
+    forward_moved: int
+    backward_moved: int
     held: int
     held_back: int
 
@@ -128,7 +131,7 @@ class ModelShape:
         stored: bytes of a parameter in the checkpoint.
         hidden, vocabulary: H and V.
         blocks: each kind of them.
-        outside: operations outside the blocks for one window: those of the head.
+        outside, outside_moved: operations outside the blocks for one window, those of the head, and bytes moved.
         held_outside: most bytes of one window outside the blocks, its logits among them.
     """
 
@@ -138,6 +141,7 @@ class ModelShape:
     vocabulary: int
     blocks: tuple[BlockShape, ...]
     outside: int
+    outside_moved: int
     held_outside: int
 
     @property
@@ -192,6 +196,7 @@ def model_shape(folder: Path, settings: StepSettings) -> ModelShape:
         vocabulary=vocabulary,
         blocks=tuple(found),
         outside=outside.operations.total(),
+        outside_moved=outside.moved,
         held_outside=outside.most,
     )
 
@@ -255,7 +260,7 @@ def _look_at(block: nn.Module, count: int, call: _Call, batch: int, gradient: bo
     hidden = call.hidden.requires_grad_()
     with FisherRecorder(block, ()), Meter() as running:
         output = hidden_states(block(*call.args, **call.kwargs))
-        forward = running.operations.total()
+        forward, moved = running.operations.total(), running.moved
         torch.autograd.grad(output, hidden, torch.empty_like(output))
     linears = find_linears(block)
     shapes = {name: shape_of(linear) for name, linear in linears.items()}
@@ -269,6 +274,8 @@ def _look_at(block: nn.Module, count: int, call: _Call, batch: int, gradient: bo
         forward=forward // batch,
         statistics=taking.operations.total() // batch,
         backward=(running.operations.total() - forward) // batch,
+        forward_moved=moved // batch,
+        backward_moved=(running.moved - moved) // batch,
         held=taking.most,
         held_back=running.most,
     )
