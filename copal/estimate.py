@@ -48,6 +48,11 @@ class Disk:
         """What stays of the step; `copal gc` frees the running sum once there is a newer one."""
         return self.model + self.contribution + self.total
 
+    @property
+    def most(self) -> int:
+        """Most that the step's own folder takes at one time: hidden states go before the model comes."""
+        return self.contribution + self.total + max(self.model, self.hidden)
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -186,7 +191,7 @@ def _over(shape: ModelShape, work: Callable[[BlockShape], Work]) -> Work:
 def _statistics(kind: BlockShape, settings: StepSettings) -> Work:
     """The forward pass, and sums over tokens of products of what each group reads."""
     tokens = settings.calibration.windows * settings.calibration.window_length
-    products = tokens * sum(product_operations(group.inputs) for group in kind.groups)
+    products = tokens * sum(product_operations(group.inputs, settings.dtype) for group in kind.groups)
     return Work(
         half=settings.calibration.windows * kind.statistics + products,
         single=2 * tokens * kind.weights if settings.by_gradient else 0,

@@ -19,7 +19,10 @@ from copal.processes import gather, share_of_windows
 from copal.progress import Progress, silent
 from copal.streaming import StreamedModel, place
 
-__all__ = ["Score", "backward_transfer", "evaluate", "geometric_mean"]
+__all__ = ["HIDDEN_BYTES", "Score", "backward_transfer", "evaluate", "geometric_mean"]
+
+HIDDEN_BYTES = 10**9
+"""What the hidden states of all evaluation windows may take between two blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ def evaluate(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch: int = 8,
-    hidden_bytes: int = 10**9,
+    hidden_bytes: int = HIDDEN_BYTES,
     progress: Progress = silent,
 ) -> dict[str, Score]:
     """Score the checkpoint in `folder` on every domain's windows in one walk over its blocks.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from copal.evaluation import HIDDEN_BYTES
 from copal.shapes import BlockShape, ModelShape, StepSettings
 
 __all__ = ["Memory", "memory"]
@@ -46,15 +47,17 @@ def _hidden(shape: ModelShape, settings: StepSettings) -> int:
 
 
 def _outside(shape: ModelShape, settings: StepSettings) -> Iterator[int]:
-    """Phases outside the blocks; a window's logits come with their probabilities, and with their gradient."""
-    hidden, scored = _hidden(shape, settings), settings.calibration.evaluation_windows // settings.processes + 1
-    logits = shape.held_outside + 2 * _FLOAT * settings.calibration.window_length * shape.vocabulary
-    of_a_window = settings.calibration.window_length * shape.hidden * settings.dtype.itemsize
-    evaluated = settings.domains * scored * of_a_window
-    yield evaluated + logits
-    yield from (evaluated + kind.parameters * settings.dtype.itemsize + kind.held for kind in shape.blocks)
+    """Phases outside the blocks: evaluation, where logits become probabilities, and the head's gradient."""
+    calibration, itemsize = settings.calibration, settings.dtype.itemsize
+    words = calibration.window_length * shape.vocabulary
+    window = calibration.window_length * shape.hidden * itemsize
+    scored = settings.domains * -(-calibration.evaluation_windows // settings.processes) * window
+    states = min(scored, HIDDEN_BYTES)  # and once more those of one domain
+    yield states + shape.held_outside + 2 * _FLOAT * words
+    again = min(states, calibration.evaluation_windows * window)
+    yield from (states + again + kind.parameters * itemsize + kind.held for kind in shape.blocks)
     if settings.by_loss:
-        yield 2 * hidden + logits
+        yield 2 * _hidden(shape, settings) + shape.held_outside + itemsize * words
 
 
 def _block(kind: BlockShape, shape: ModelShape, settings: StepSettings) -> Iterator[float]:

@@ -65,7 +65,7 @@ def sizes(
     window_length: _Whole = 512,
     batch: _Whole = 8,
     processes: _Whole = 1,
-    criterion: Literal["output", "gradient", "loss"] = "output",
+    criterion: Literal["loss", "output", "gradient"] = "loss",
     storage: Literal["full", "compact"] = "full",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     as_json: Json = False,
@@ -73,13 +73,12 @@ def sizes(
     """Say what a step takes, before there is one: disk, memory and time.
 
     Args:
-        model: A Hugging Face folder (config.json is enough), or a well-known model such as Llama-2-7B; default: what one
-            domain's statistics take of every well-known model.
+        model: A Hugging Face folder (config.json is enough), or a well-known model such as Llama-2-7B; default: what
+            one domain's statistics take of every well-known model.
         domains: Of the version that comes out; the other numbers and words are settings, as in params.yaml.
     """
-    from flows.models.sizes import known_sizes
+    from flows.models.sizes import known_sizes, step_settings
     from flows.models.sizes import sizes as ask
-    from flows.models.sizes import step_settings
     from flows.terminal.sizes import render_known, render_sizes
 
     with working("looking at shapes"):

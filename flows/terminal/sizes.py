@@ -51,8 +51,8 @@ def _heading(found: Mapping[str, Any]) -> str:
     return (
         f"{found['model']}: {count(found['parameters'])} parameters in {found['blocks']} blocks. A step with "
         f"{calibration['windows']} windows of {calibration['window_length']} tokens, batch {settings['batch']}, "
-        f"criterion {settings['prune']['criterion']}, storage {calibration['storage']}, {settings['dtype']}, to a version with "
-        f"{settings['domains']} domain{'s' if settings['domains'] > 1 else ''}{processes}:"
+        f"criterion {settings['prune']['criterion']}, storage {calibration['storage']}, {settings['dtype']}, to a "
+        f"version with {settings['domains']} domain{'s' if settings['domains'] > 1 else ''}{processes}:"
     )
 
 

@@ -199,6 +199,44 @@ def test_base_fetches_a_folder(run, refused, tiny_base, tmp_path):
     assert "is not an empty folder" in refused("base", tiny_base, tmp_path / "base")
 
 
+# --- sizes
+
+
+def test_sizes_of_a_well_known_model(run):
+    code, out, err = run("sizes", "llama-2-7b", "--json", "--criterion", "loss", "--domains", "5")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["parameters"], found["blocks"]) == (6_738_415_616, 32)
+    assert found["settings"]["domains"] == 5
+    assert found["disk"]["model"] == 13_476_831_232
+    assert found["disk"]["hidden"] == 32 * 24 * 512 * 4096 * 2
+    assert found["memory"]["gpu"] < found["hardware"]["L40S"]["memory"]
+    assert set(found["seconds"]) == {"this machine", "A100-80GB", "H100-80GB", "H200", "L40S"}
+    assert all(set(parts) == {*found["operations"], "files"} for parts in found["seconds"].values())
+    assert found["seconds"]["H100-80GB"]["solve"] < found["seconds"]["A100-80GB"]["solve"]
+
+
+def test_sizes_of_a_folder_in_words(run, tiny_base):
+    code, out, err = run("sizes", tiny_base)
+    assert (code, err) == (0, "")
+    for said in ("2 blocks", "running sum", "without a GPU", "way back", "H100-80GB", "files, at 1 GB/s"):
+        assert said in out
+
+
+def test_sizes_of_every_well_known_model(run):
+    code, out, _ = run("sizes")
+    assert code == 0
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    assert {"SmolLM2-135M", "Llama-2-13B", "Llama-3-70B", "Mixtral-8x7B"} < set(rows)
+    assert "(0.408)" in rows["Llama-2-7B"]
+    assert "(0.049)" in rows["Llama-2-7B"]
+
+
+def test_sizes_of_what_is_no_model(refused, tmp_path):
+    assert "'nonesuch' is no folder, and no model whose shape copal knows: SmolLM2-135M" in refused("sizes", "nonesuch")
+    assert "has no config.json" in refused("sizes", tmp_path)
+
+
 # --- doctor and demo
 
 

@@ -92,6 +92,23 @@ def test_adapt_refuses_before_it_starts_anything(bench, refused, monkeypatch):
     assert "nonesuch" in refused("adapt", "code", "--rev", "nonesuch", *here)
 
 
+def test_plan_says_what_would_run_and_begins_nothing(bench, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flows.watch", None)  # importing it would fail
+    bench.commit("code", 0)
+    bench.set("prune: {iterations: 30}", "prune: {iterations: 30, sparsity: 0.6}")
+    before = bench.snapshot()
+    code, out, err = run("plan", "--json", "--workspace", bench.root)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert [step["domain"] for step in found["steps"]] == ["code"]
+    assert [change["name"] for change in found["settings"]] == ["prune.sparsity"]
+    code, out, err = run("plan", "--workspace", bench.root)
+    assert (code, err) == (0, "")
+    for said in ("what would run, in this order", "prune.sparsity", "counts at the first step", "memory needed"):
+        assert said in out
+    assert bench.snapshot() == before
+
+
 def test_watch_without_a_base(bench, run, refused):
     bench.set("name: tiny", "name: other")
     code, out, _ = run("watch", "--once", "--workspace", bench.root)
