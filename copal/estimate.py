@@ -131,7 +131,7 @@ def _disk(shape: ModelShape, settings: StepSettings) -> Disk:
     fisher = _FLOAT * shape.outputs if settings.by_loss else 0
     reads = settings.calibration.windows * settings.calibration.window_length * shape.hidden * settings.dtype.itemsize
     return Disk(
-        model=shape.parameters * shape.stored,
+        model=shape.size,
         contribution=own + fisher,
         total=total + fisher,
         hidden=shape.block_count * reads if settings.by_loss else 0,

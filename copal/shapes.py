@@ -19,16 +19,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from copal.architecture import Architecture, find_linears, hidden_states, load_skeleton, shape_of
+from copal.architecture import Architecture, find_linears, hidden_states, load_shapes, shape_of
 from copal.checkpoint import Checkpoint
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError
 from copal.experts import Experts
 from copal.fisher import FisherRecorder
+from copal.foreign import plainly
 from copal.meter import Meter
 from copal.recorder import MomentRecorder
 
 __all__ = ["BlockShape", "Group", "ModelShape", "StepSettings", "model_shape"]
+
+_MOST = 100_000  # parameter tensors; mixtures of hundreds of experts have half as many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +132,7 @@ class ModelShape:
     Attributes:
         parameters: tied ones count once.
         stored: bytes of a parameter in the checkpoint.
+        size: bytes of the checkpoint.
         hidden, vocabulary: H and V.
         blocks: each kind of them.
         outside, outside_moved: operations outside the blocks for one window, those of the head, and bytes moved.
@@ -137,6 +141,7 @@ class ModelShape:
 
     parameters: int
     stored: int
+    size: int
     hidden: int
     vocabulary: int
     blocks: tuple[BlockShape, ...]
@@ -166,15 +171,35 @@ class ModelShape:
 
 
 def model_shape(folder: Path, settings: StepSettings) -> ModelShape:
-    """Look at the model in `folder`; config.json is enough, and weights that lie there tell in which dtype they are.
+    """Look at the model in `folder`; config.json is enough, and weights that lie there tell how large they are.
 
     Raises:
         ModelError: `folder` holds no causal language model, or none that copal can take apart.
     """
-    batch, length = min(settings.batch, settings.windows), settings.calibration.window_length
-    model = load_skeleton(folder)
-    parameters, stored = int(model.num_parameters()), _stored_bytes(folder, model)
+    model = load_shapes(folder, _MOST)
+    parameters = int(model.num_parameters())
+    stored, size = _stored(folder, model)
+    with plainly(f"the shapes that {folder / 'config.json'} asks for do not fit one another"):
+        kinds, calls, outside, vocabulary = _run_fake(model, settings)
+    return ModelShape(
+        parameters=parameters,
+        stored=stored,
+        size=parameters * stored if size is None else size,
+        hidden=next(iter(calls.values())).hidden.shape[-1],
+        vocabulary=vocabulary,
+        blocks=kinds,
+        outside=outside.operations.total(),
+        outside_moved=outside.moved,
+        held_outside=outside.most,
+    )
+
+
+def _run_fake(
+    model: PreTrainedModel, settings: StepSettings
+) -> tuple[tuple[BlockShape, ...], dict[nn.Module, _Call], Meter, int]:
+    """Each kind of block; what each block is handed; operations and memory outside the blocks; V."""
     model.to(settings.dtype)
+    batch, length = min(settings.batch, settings.windows), settings.calibration.window_length
     blocks = [model.get_submodule(name) for name in Architecture.of(model).blocks]
     kinds: dict[Any, list[nn.Module]] = {}
     for block in blocks:
@@ -189,16 +214,7 @@ def model_shape(folder: Path, settings: StepSettings) -> ModelShape:
             _route_evenly(experts)
         calls, outside, vocabulary = _run_model(model, blocks, torch.zeros(batch, length, dtype=torch.long))
         found = [_look_at(kind[0], len(kind), calls[kind[0]], batch, settings.by_gradient) for kind in kinds.values()]
-    return ModelShape(
-        parameters=parameters,
-        stored=stored,
-        hidden=calls[blocks[0]].hidden.shape[-1],
-        vocabulary=vocabulary,
-        blocks=tuple(found),
-        outside=outside.operations.total(),
-        outside_moved=outside.moved,
-        held_outside=outside.most,
-    )
+    return tuple(found), calls, outside, vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,10 +319,11 @@ def _route_evenly(experts: Experts) -> None:
     experts.others = others  # type: ignore[method-assign]
 
 
-def _stored_bytes(folder: Path, model: PreTrainedModel) -> int:
-    """Bytes of a parameter: of the weights in `folder`, else as config.json says, else 2."""
+def _stored(folder: Path, model: PreTrainedModel) -> tuple[int, int | None]:
+    """Bytes of a parameter, and of all files, of the weights in `folder`; without any, as config.json says, else 2."""
     try:
         weights = Checkpoint(folder)
     except ModelError:
-        return int(getattr(model.config.dtype, "itemsize", 2))
-    return weights.dtype(weights.names()[0]).itemsize
+        return int(getattr(model.config.dtype, "itemsize", 2)), None
+    files = {stored.file for stored in weights.stored.values()}
+    return weights.dtype(weights.names()[0]).itemsize, sum((folder / file).stat().st_size for file in files)
