@@ -25,7 +25,9 @@ _FLOAT = 4  # bytes of a float32
 # a round does beside them (scores, sorting, the first residual), and by a report.
 _ITERATION, _ROUND, _REPORT = 22, 60, 20
 _FILES = 1e9  # bytes of files that are read, written or hashed in a second
-_LOGITS = 6  # of float32 matrices as large as a window's logits: from logits to their loss
+_LOGITS = (
+    24  # of float32 matrices as large as a window's logits: from these to the loss, where an exponential is several
+)
 _MERGE = 40  # of float32 matrices as large as the second moments, while a domain's are packed, unpacked and added
 
 

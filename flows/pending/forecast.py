@@ -115,7 +115,7 @@ def _clock(project: Project, record: Record, folder: Path) -> tuple[str, _Clock]
 
     settings = project.settings
     machine = this_machine(*device_and_dtype(settings))
-    times, timed_by = 1.0, "a short product on this machine: half or twice as long is possible"
+    times, timed_by = 1.0, "a short product on this machine: it may be half or twice as long"
     if record.step is not None and record.hardware == hardware(settings):
         then = recorded_settings(record.settings, "the record of the newest version")
         made = seconds(estimate_step(folder, settings_of_step(then, len(record.domains))), machine)

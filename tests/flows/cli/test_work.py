@@ -27,8 +27,8 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
     found = json.loads(run("status", "--json", *here)[1])
     assert [entry["domain"] for entry in found["pending"]] == ["code", "legal"]
 
-    code, out, _ = run("watch", "--once", *here)
-    assert code == 0
+    code, out, err = run("watch", "--once", "--debug", *here)
+    assert code == 0, err
     assert "version 2 of tiny: adapted to code\nversion 3 of tiny: adapted to legal\n" in out
     assert "perplexity by domain" in out
     code, out, err = run("watch", "--once", *here)
