@@ -31,7 +31,7 @@ modules, each of which imports only from lines below its own:
     state                                           the statistics of every domain on disk
     recorder                                        the statistics of one domain, taken while a block runs
     streaming                                       a model larger than memory, block by block
-    allocation, fisher                              what the loss minds, and so how many zeros each row gets
+    allocation, fisher, labels                      what the loss minds, and so how many zeros each row gets
     sensitivity, packing, masks                     the formulas: statistics, their storage, scores to masks
     base                                            the dense model
     dry_load                                        whether a model folder can be used, before anything is made of it

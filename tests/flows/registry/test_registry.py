@@ -135,7 +135,7 @@ def test_mlflow_shows_tags_metrics_datasets_and_links(registry: Registry, client
     assert run.info.run_name == "adapt legal"
     assert run.info.status == "FINISHED"
     assert run.data.params["prune.rounds"] == "[0.6, 1.0]"
-    assert run.data.params["prune.criterion"] == "output"
+    assert run.data.params["prune.criterion"] == "loss"
     assert (
         run.data.metrics.items()
         >= {
