@@ -17,7 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -32,6 +32,7 @@ __all__ = [
     "find_blocks",
     "find_linears",
     "hidden_states",
+    "load_config",
     "load_shapes",
     "load_skeleton",
     "names_in_model",
@@ -63,6 +64,18 @@ class Architecture:
         """
         blocks = find_blocks(model)
         return cls(tuple(blocks), tuple(tuple(find_linears(model.get_submodule(name))) for name in blocks))
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in `folder`, whose attention and experts are computed by transformers' own code.
+
+    Other implementations are fetched, or need a library of their own; they differ by rounding.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    attention, experts = config._attn_implementation, config._experts_implementation
+    config._attn_implementation = attention if attention in PLAIN_ATTENTION else None  # of all its parts
+    config._experts_implementation = experts if experts in PLAIN_EXPERTS else None
+    return config
 
 
 def load_skeleton(folder: Path) -> PreTrainedModel:
@@ -178,15 +191,9 @@ def _build(folder: Path, without_memory: AbstractContextManager[Any]) -> PreTrai
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
     with plainly(f"{folder} is not a causal language model that transformers knows"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # Others are fetched or need a library of their own, and differ by rounding.
-        attention = config._attn_implementation if config._attn_implementation in PLAIN_ATTENTION else None
-        experts = config._experts_implementation if config._experts_implementation in PLAIN_EXPERTS else None
+        config = load_config(folder)
         with without_memory:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, attn_implementation=attention, experts_implementation=experts
-            )
-            model.eval()
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
         model.tie_weights()
     split_experts(model)
     return model

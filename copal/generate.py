@@ -15,6 +15,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
+from copal.architecture import load_config
 from copal.embeddings import longest_window
 from copal.errors import ModelError, ResourceError
 
@@ -68,6 +69,7 @@ def continue_greedily(
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=load_config(folder),
                 dtype=dtype,
                 device_map="auto",
                 offload_folder=offload,

@@ -50,6 +50,7 @@ def main(folder: Path) -> None:
     from copal.dry_load import dry_load
     from copal.errors import ModelError
     from copal.evaluation import evaluate
+    from copal.generate import continue_greedily
     from copal.tokenizer import load_tokenizer
 
     for name in ("code.py", "modeling_llama.py", "tokenization_llama.py", "generate.py", "__init__.py"):
@@ -70,6 +71,7 @@ def main(folder: Path) -> None:
         except ModelError:
             refused += 1
         evaluate(folder, windows, dtype=torch.float32)
+        continue_greedily(folder, {"a": windows["a"][0]}, tokens=1, dtype=torch.float32)
         used += 1
         try:
             load_tokenizer(folder)
