@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
+# A machine with a GPU may have its own torch, and `make gpu` wants little else: it makes no $(VENV).
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
 STAMP := $(VENV)/.installed
 # Tests that share something expensive run in one process, and what takes longest is begun first: see tests/conftest.py.
 JOBS ?= 2
@@ -16,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick test-stack check bench ingredients soak constraints clean distclean
+.PHONY: help demo test quick test-stack check bench ingredients gpu soak constraints clean distclean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +43,9 @@ bench: $(STAMP) ## what a step costs, as ratios; fails where one is past its lim
 
 ingredients: $(STAMP) ## what each ingredient of a step is worth, on six domains
 	$(BIN)/python tests/bench/ingredients.py
+
+gpu: ## what needs a GPU, in under ten minutes, into bench/gpu.md (wants torch, transformers, safetensors, accelerate)
+	$(GPU_PYTHON) tests/gpu/run.py
 
 test-stack: $(STAMP) ## a whole stack, and a ledger on PostgreSQL (on Debian and Ubuntu: apt-get install postgresql)
 	$(PYTEST) -m team

@@ -22,6 +22,7 @@ The package is a library: it reads no command line and no environment, downloads
 modules, each of which imports only from lines below its own:
 
     step                                            one step of continual pruning: start reading here
+    estimate, memory, shapes                        what a step takes, before it runs: beside all of the following
     survey                                          where the loss decides: what is known of all blocks beforehand
     walk                                            what a step does to each block
     report, parent                                  what a step tells of itself, and what it builds on
@@ -31,12 +32,18 @@ modules, each of which imports only from lines below its own:
     state                                           the statistics of every domain on disk
     recorder                                        the statistics of one domain, taken while a block runs
     streaming                                       a model larger than memory, block by block
-    allocation, fisher                              what the loss minds, and so how many zeros each row gets
+    allocation, fisher, labels                      what the loss minds, and so how many zeros each row gets
     sensitivity, packing, masks                     the formulas: statistics, their storage, scores to masks
-    base, calibration                               the dense model, and a domain's text as token windows
-    checkpoint, architecture, experts               how models are stored and built
+    base                                            the dense model
+    dry_load                                        whether a model folder can be used, before anything is made of it
+    embeddings                                      for how many tokens and positions a model has rows
+    calibration, tokenizer                          a domain's text as token windows
+    checkpoint, architecture                        how models are stored and built
+    experts, folder                                 their experts, and the files that they consist of
     documents                                       which documents of a domain are read
     text_files, parquet_files, rows, domain_files   how files hold them, and which files are opened
+    foreign                                         what others wrote, read within bounds
+    meter, hardware, known                          what estimates are made from
     config, files, processes, progress, errors      what all of them use
 """
 

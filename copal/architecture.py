@@ -8,19 +8,23 @@ are found while the block runs: see `copal.recorder.MomentRecorder`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from copal.errors import ModelError
 from copal.experts import find_routers, split_experts
+from copal.foreign import PLAIN_ATTENTION, PLAIN_EXPERTS, plainly, quiet
 
 __all__ = [
     "Architecture",
@@ -28,9 +32,12 @@ __all__ = [
     "find_blocks",
     "find_linears",
     "hidden_states",
+    "load_config",
+    "load_shapes",
     "load_skeleton",
     "names_in_model",
     "shape_of",
+    "tie",
 ]
 
 _EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's checkpoints -> copal.experts
@@ -59,27 +66,61 @@ class Architecture:
         return cls(tuple(blocks), tuple(tuple(find_linears(model.get_submodule(name))) for name in blocks))
 
 
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in `folder`, whose attention and experts are computed by transformers' own code.
+
+    Other implementations are fetched, or need a library of their own; they differ by rounding.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    attention, experts = config._attn_implementation, config._experts_implementation
+    config._attn_implementation = attention if attention in PLAIN_ATTENTION else None  # of all its parts
+    config._experts_implementation = experts if experts in PLAIN_EXPERTS else None
+    return config
+
+
 def load_skeleton(folder: Path) -> PreTrainedModel:
     """Build the causal language model that `folder`/config.json names, its parameters on the meta device.
 
-    No code of the checkpoint is run, and no weight is read. Experts are taken apart (`copal.experts`).
+    No code of the checkpoint is run, and no weight is read. Experts are taken apart (`copal.experts`). Head and
+    embeddings are tied where config.json says so; whether they stay so depends on what is stored (`tie`).
 
     Raises:
         ModelError: `folder` holds no configuration of a causal language model that transformers knows, or its experts
             cannot be taken apart.
     """
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    return _build(folder, init_empty_weights(include_buffers=False))
+
+
+def load_shapes(folder: Path, most: int) -> PreTrainedModel:
+    """`load_skeleton`, of a folder that may ask for anything: buffers are on the meta device too, nothing is allocated.
+
+    Raises:
+        ModelError: as `load_skeleton`, or the model would have more than `most` parameter tensors.
+    """
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal most
+        most -= 1
+        if most < 0:
+            raise ModelError(f"{folder / 'config.json'} asks for far more layers or experts than the weights hold")
+
+    hook = register_module_parameter_registration_hook(count)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder} is not a causal language model that transformers knows: {reason}") from error
-    model.tie_weights()
-    split_experts(model)
-    return model
+        return _build(folder, torch.device("meta"))
+    finally:
+        hook.remove()
+
+
+def tie(model: PreTrainedModel, missing: set[str]) -> set[str]:
+    """Tie parameters of `model`, loaded but for those named in `missing`, as `from_pretrained` does.
+
+    Of a pair that config.json ties, a checkpoint may hold one tensor, either of the two; or both, and then they are
+    tied only if they are equal. Gives those of `missing` that have got no values.
+    """
+    missing = set(missing)
+    with quiet():
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    return missing
 
 
 def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
@@ -144,6 +185,18 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     """(O, I): out and in features of a linear."""
     rows, columns = as_rows(linear, linear.get_parameter("weight")).shape
     return rows, columns
+
+
+def _build(folder: Path, without_memory: AbstractContextManager[Any]) -> PreTrainedModel:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    with plainly(f"{folder} is not a causal language model that transformers knows"):
+        config = load_config(folder)
+        with without_memory:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+        model.tie_weights()
+    split_experts(model)
+    return model
 
 
 def _is_stack(modules: nn.ModuleList) -> bool:

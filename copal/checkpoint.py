@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,14 +19,33 @@ from torch import Tensor
 
 from copal.errors import ModelError
 from copal.files import write_json
+from copal.folder import WEIGHTS, WEIGHTS_INDEX, weight_files, weight_map
+from copal.foreign import one_line, refuse_pointer
 
-__all__ = ["Checkpoint", "CheckpointWriter", "save_shard"]
+__all__ = ["Checkpoint", "CheckpointWriter", "Stored", "save_shard"]
 
-_INDEX = "model.safetensors.index.json"
+_LONGEST_NAME = 300  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies in a checkpoint, and what it is there.
+
+    Attributes:
+        file: name of the safetensors file.
+        dtype: as safetensors spells it: `F32`, `BF16`, `F8_E4M3`, ...
+        shape: of the tensor.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Checkpoint:
     """Reads single tensors of a safetensors folder (one file, or shards with an index).
+
+    What is there is read from the files themselves, as transformers does; an index that says otherwise is refused.
 
     Raises:
         ModelError: a weights file is missing or damaged, or (on reading) a tensor is not there.
@@ -31,49 +53,56 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file_of: dict[str, str]
-        index = folder / _INDEX
-        single = folder / "model.safetensors"
-        if single.is_file():  # where both are there, transformers loads this one
-            self._file_of = dict.fromkeys(self._names_in(single), single.name)
-        elif index.is_file():
-            self._file_of = json.loads(index.read_text())["weight_map"]
-        else:
-            raise ModelError(f"{folder} has no safetensors weights (model.safetensors, or shards with their index)")
+        self.stored: dict[str, Stored] = {}
+        files = [name for name in weight_files(folder) if name != WEIGHTS_INDEX]
+        for file in files:
+            for name, stored in _header(folder / file).items():
+                if name in self.stored:
+                    raise ModelError(f"{folder} holds {name} twice: in {self.stored[name].file} and in {file}")
+                self.stored[name] = stored
+        if files != [WEIGHTS]:
+            self._check_index(weight_map(folder / WEIGHTS_INDEX))
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return sorted(self._file_of)
+        return sorted(self.stored)
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named tensors, in the dtype in which they are stored, on the CPU."""
         tensors: dict[str, Tensor] = {}
         for file in sorted({self._locate(name) for name in names}):
-            try:
-                with safe_open(self.folder / file, framework="pt") as shard:
-                    for name in names:
-                        if self._file_of[name] == file:
-                            tensors[name] = shard.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{self.folder / file} cannot be read: {error}") from error
+            with _opened(self.folder / file) as shard:
+                for name in names:
+                    if self.stored[name].file == file:
+                        tensors[name] = shard.get_tensor(name)
         return tensors
+
+    def read_rows(self, name: str, most: int) -> Iterator[Tensor]:
+        """Tensor `name` piece by piece: rows (its first dimension) that follow one another, of about `most` bytes."""
+        file, shape = self._locate(name), self.stored[name].shape
+        rows = max(1, most // max(1, 8 * math.prod(shape[1:])))
+        for start in range(0, shape[0] if shape else 1, rows):
+            with _opened(self.folder / file) as shard:  # anew, so that what was read does not stay mapped
+                yield shard.get_slice(name)[start : start + rows] if shape else shard.get_tensor(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which tensor `name` is stored."""
-        with safe_open(self.folder / self._locate(name), framework="pt") as shard:
+        with _opened(self.folder / self._locate(name)) as shard:
             return shard.get_slice(name)[:0].dtype  # type: ignore[no-any-return]
 
     def _locate(self, name: str) -> str:
-        if name not in self._file_of:
+        if name not in self.stored:
             raise ModelError(f"{self.folder} has no tensor {name}")
-        return self._file_of[name]
+        return self.stored[name].file
 
-    def _names_in(self, file: Path) -> list[str]:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                return list(shard.keys())
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} cannot be read: {error}") from error
+    def _check_index(self, placed: Mapping[str, str]) -> None:
+        index = self.folder / WEIGHTS_INDEX
+        for name, file in placed.items():
+            if name not in self.stored or self.stored[name].file != file:
+                raise ModelError(f"{index} names the tensor {name!r}, which is not in {file!r}")
+        for name, stored in self.stored.items():
+            if name not in placed:
+                raise ModelError(f"{index} does not name the tensor {name}, which is in {stored.file}")
 
 
 class CheckpointWriter:
@@ -107,10 +136,10 @@ class CheckpointWriter:
         assert self._written == self._shards
         assert self._weight_map.keys() == set(self._source.names())
         for path in sorted(self._source.folder.iterdir()):
-            if path.is_file() and path.suffix != ".safetensors" and path.name != _INDEX:
+            if path.is_file() and path.suffix != ".safetensors" and path.name != WEIGHTS_INDEX:
                 shutil.copyfile(path, self._folder / path.name)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
-        write_json(self._folder / _INDEX, index)
+        write_json(self._folder / WEIGHTS_INDEX, index)
 
 
 def save_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -127,3 +156,22 @@ def save_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             raise
         number = int(system.group(1))
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is damaged or not downloaded in full: {one_line(error)}") from error
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    refuse_pointer(path)
+    with _opened(path) as shard:
+        slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - it is no mapping
+        for name in slices:
+            if not name.isprintable() or len(name) > _LONGEST_NAME:
+                raise ModelError(f"{path} holds a tensor whose name no model has: {name[:_LONGEST_NAME]!r}")
+        return {name: Stored(path.name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}

@@ -111,7 +111,7 @@ class PruneConfig:
     """
 
     sparsity: float | str = 0.5
-    criterion: str = "output"
+    criterion: str = "loss"
     spread: float = 0.3
     rounds: tuple[float, ...] = (0.6, 0.8, 0.9, 1.0)
     iterations: int = 8

@@ -6,7 +6,7 @@
     ├── ModelError             a checkpoint is not a causal language model that copal can take apart
     ├── StateError             a sensitivity state does not belong to this base model or settings, or is damaged
     ├── NumericsError          NaN or infinity (names the layer)
-    └── ResourceError          memory is not enough (names the setting)
+    └── ResourceError          memory or disk is not enough (names the setting)
 
     SmallerBatchWarning        memory ran out, and what was done about it
 
@@ -53,7 +53,7 @@ class NumericsError(CopalError):
 
 
 class ResourceError(CopalError):
-    """Memory is not enough for the smallest piece of work."""
+    """Memory is not enough for the smallest piece of work, or memory or disk for what is about to begin."""
 
 
 class SmallerBatchWarning(UserWarning):

@@ -6,7 +6,7 @@ Shapes: N windows, L tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,10 @@ from copal.processes import gather, share_of_windows
 from copal.progress import Progress, silent
 from copal.streaming import StreamedModel, place
 
-__all__ = ["Score", "backward_transfer", "evaluate", "geometric_mean"]
+__all__ = ["HIDDEN_BYTES", "Score", "backward_transfer", "evaluate", "geometric_mean"]
+
+HIDDEN_BYTES = 10**9
+"""What the hidden states of all evaluation windows may take between two blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ def evaluate(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch: int = 8,
+    hidden_bytes: int = HIDDEN_BYTES,
     progress: Progress = silent,
 ) -> dict[str, Score]:
     """Score the checkpoint in `folder` on every domain's windows in one walk over its blocks.
@@ -59,6 +63,9 @@ def evaluate(
         device: None: this process's own GPU, or the CPU.
         dtype: of the forward pass; None: the fastest here.
         batch: windows that run through a block at a time; halved where memory runs out. Scores differ by rounding only.
+        hidden_bytes: that all windows may take between two blocks (tokens x hidden size x bytes of `dtype`); while a
+            block runs, one domain's are there twice. What is more goes in further walks, a batch at least in each;
+            scores are the same to the last bit.
 
     Raises:
         ModelError: `folder` cannot be read as a causal language model.
@@ -68,8 +75,53 @@ def evaluate(
     """
     device, dtype = place(device, dtype)
     model = StreamedModel(folder, device=device, dtype=dtype)
-    streams = {domain: model.start(share_of_windows(tokens), batch) for domain, tokens in windows.items()}
-    total = len(model) + len(streams)  # the head is worth a block
+    walks = _walks(model, {domain: share_of_windows(tokens) for domain, tokens in windows.items()}, batch, hidden_bytes)
+    done, total = 0, len(walks) * len(model) + sum(map(len, walks))  # the head is worth a block
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        progress("evaluate", done, total)
+
+    sums = dict.fromkeys(windows, (0.0, 0))
+    for parts in walks:
+        _walk(model, parts, batch, sums, tell)
+    scores = {}
+    for domain in windows:
+        shares = gather(sums[domain])
+        nats, tokens = sum(nats for nats, _ in shares), sum(tokens for _, tokens in shares)
+        if not math.isfinite(nats):
+            raise NumericsError(f"on {domain}: the loss of {folder} is {nats}: check its last norm and its head")
+        scores[domain] = Score(nats, tokens)
+    return scores
+
+
+def _walks(
+    model: StreamedModel, windows: Mapping[str, Tensor], batch: int, hidden_bytes: int
+) -> list[dict[str, Tensor]]:
+    """The windows of each walk: whole batches, for a batch's shape decides how its sums are rounded."""
+    walks: list[dict[str, list[Tensor]]] = []
+    room = 0
+    for domain, tokens in windows.items():
+        of_a_window = model.start(tokens[:1], 1).hidden.nbytes
+        for part in torch.split(tokens, batch):
+            if not walks or len(part) * of_a_window > room:
+                walks.append({})
+                room = hidden_bytes
+            walks[-1].setdefault(domain, []).append(part)
+            room -= len(part) * of_a_window
+    return [{domain: torch.cat(parts) for domain, parts in walk.items()} for walk in walks]
+
+
+def _walk(
+    model: StreamedModel,
+    windows: Mapping[str, Tensor],
+    batch: int,
+    sums: dict[str, tuple[float, int]],
+    tell: Callable[[], None],
+) -> None:
+    """Run `windows` through all blocks and add their (nats, tokens) to `sums`; what it keeps meanwhile goes with it."""
+    streams = {domain: model.start(tokens, batch) for domain, tokens in windows.items()}
     for index in range(len(model)):
         with model.block(index) as block:
             for domain, stream in streams.items():
@@ -77,21 +129,15 @@ def evaluate(
                     stream.advance(block)
                 except NumericsError as error:
                     raise NumericsError(f"on {domain}: {error}") from error
-        progress("evaluate", index + 1, total)
-    scores = {}
-    for number, (domain, stream) in enumerate(streams.items(), start=1):
-        nats, tokens = 0.0, 0
+        tell()
+    for domain, stream in streams.items():
+        nats, tokens = sums[domain]
         for window, logits in stream.logits():
             targets = window[0, 1:]
             nats += F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item()
             tokens += targets.numel()
-        shares = gather((nats, tokens))
-        nats, tokens = sum(nats for nats, _ in shares), sum(tokens for _, tokens in shares)
-        if not math.isfinite(nats):
-            raise NumericsError(f"on {domain}: the loss of {folder} is {nats}: check its last norm and its head")
-        scores[domain] = Score(nats, tokens)
-        progress("evaluate", len(model) + number, total)
-    return scores
+        sums[domain] = nats, tokens
+        tell()
 
 
 def backward_transfer(when_newest: Mapping[str, float], now: Mapping[str, float]) -> float | None:

@@ -4,8 +4,8 @@ For output k of a linear, over the tokens t of a domain that reach it:
 
     f_k = sum_t (dL / dy_tk)^2 / sum_t rho_t
 
-with L the cross-entropy of a window, summed over its tokens, against the text's own next tokens: the diagonal of the
-empirical Fisher information (Kunstner et al. 2019, arXiv 1905.12558), taken at outputs. rho_t is what the token counts
+with L the cross-entropy of a window, summed over its tokens, against labels that the model draws itself
+(`copal.labels`): the diagonal of the Fisher information, taken at outputs. rho_t is what the token counts
 in the second moment G of the same linear (`copal.recorder`): 1, or the inverse of the hidden state's mean square where
 the linear writes to the residual stream; so f_k G_ll is the mean of squared gradients times a mean of squared inputs.
 When weight W_kl goes, the loss moves to first order by f_k W_kl^2 G_ll in the mean square, as though gradient and input
@@ -30,7 +30,7 @@ from copal.architecture import find_linears, hidden_states, shape_of
 from copal.errors import NumericsError
 from copal.experts import Experts
 from copal.processes import gather, sum_by_name
-from copal.sensitivity import inverse_mean_square
+from copal.sensitivity import inverse_mean_square, squares
 
 __all__ = ["Fisher", "FisherRecorder", "add_fisher"]
 
@@ -120,7 +120,7 @@ class FisherRecorder:
 
     def _add(self, name: str, gradient: Tensor, rows: Tensor | None) -> None:
         """Add the `gradient` at the outputs of `name`, of all tokens or of `rows`."""
-        total = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
+        total = squares(gradient).sum(0)
         counted = float(gradient.shape[:-1].numel())
         if name in self._writers:
             assert self._rho is not None

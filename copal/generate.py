@@ -15,6 +15,8 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
+from copal.architecture import load_config
+from copal.embeddings import longest_window
 from copal.errors import ModelError, ResourceError
 
 __all__ = ["Continuation", "continue_greedily"]
@@ -46,7 +48,8 @@ def continue_greedily(
 
     The model is loaded whole, once: on the GPUs, then in memory, and what fits in neither stays on the disk and is read
     for each token (accelerate's device map), so that a model larger than memory is slow here and nothing worse. There
-    is no cache of keys and values: prompts and continuations are short, and not every architecture has one.
+    is no cache of keys and values: prompts and continuations are short, and not every architecture has one. A model
+    with learned positions sees the last tokens for which it has some.
 
     Args:
         folder: a Hugging Face folder with safetensors weights.
@@ -66,6 +69,7 @@ def continue_greedily(
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=load_config(folder),
                 dtype=dtype,
                 device_map="auto",
                 offload_folder=offload,
@@ -73,9 +77,10 @@ def continue_greedily(
                 trust_remote_code=False,
             )
             first = torch.device("cpu") if model.device.type == "meta" else model.device  # meta: its place is the disk
+            most = longest_window(model) or start + tokens
             ends = torch.full((len(written),), start + tokens)
             for place in range(start, start + tokens):
-                logits = model(written.to(first), use_cache=False).logits[:, -1].float().cpu()
+                logits = model(written[:, -most:].to(first), use_cache=False).logits[:, -1].float().cpu()
                 fine = logits.isfinite().all(dim=1)
                 ends[finite & ~fine] = place
                 finite &= fine

@@ -91,17 +91,15 @@ def from_main(value: _T) -> _T:
     return box[0]
 
 
-def tensors_from_main(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The main process's `tensors`, on this process's device; the others hand in None."""
-    found = {}
-    if tensors is not None:
-        found = {name: tensor.to(device()).contiguous() for name, tensor in tensors.items()}
+def tensors_from_main(tensors: Mapping[str, Tensor] | None, here: torch.device) -> dict[str, Tensor]:
+    """The main process's `tensors` on `here`, where this process computes; the others hand in None."""
+    found = {} if tensors is None else {name: tensor.to(here).contiguous() for name, tensor in tensors.items()}
     if _state().num_processes == 1:
         return found
     kinds = from_main({name: (tensor.shape, tensor.dtype) for name, tensor in found.items()})
     for name, (shape, dtype) in kinds.items():
         if tensors is None:
-            found[name] = torch.empty(shape, dtype=dtype, device=device())
+            found[name] = torch.empty(shape, dtype=dtype, device=here)
         distributed.broadcast(found[name], src=0)
     return found
 

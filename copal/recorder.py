@@ -29,9 +29,9 @@ from copal.architecture import find_linears, hidden_states, shape_of
 from copal.errors import NumericsError
 from copal.experts import Experts
 from copal.processes import gather, sum_by_name
-from copal.sensitivity import Moment, inverse_mean_square
+from copal.sensitivity import Moment, inverse_mean_square, squares
 
-__all__ = ["OTHERS_SHARE", "MomentRecorder"]
+__all__ = ["OTHERS_SHARE", "MomentRecorder", "product_operations"]
 
 OTHERS_SHARE = 0.01
 """What a token counts in the moments of an expert to which it is not routed; one that is routed there counts 1 (ours).
@@ -42,6 +42,7 @@ small experts trained on bytes, pruned by 80%, shares from 1e-6 to 0.01 differed
 of 1, as if there were no routing, cost 3 to 6%.
 """
 
+_SMALL = 1024  # features of a product over tokens
 _TOKENS_OF_A_PRODUCT = 512  # in one 16-bit product over tokens of an expert, which come in any number
 
 
@@ -201,8 +202,8 @@ class MomentRecorder:
     def _add_gradient(self, name: str, seen: _Input, y: Tensor, weights: Tensor | float) -> None:
         """Add to the sum of (y_k x_l)^2 of one linear; y = W x, so its bias is taken off."""
         bias = self._linears[name].bias
-        squares = (y - bias if isinstance(bias, Tensor) else y).reshape(-1, y.shape[-1]).float().square()
-        product = (squares * weights).T @ seen.x.reshape(-1, seen.x.shape[-1]).float().square()
+        of_outputs = squares(y - bias if isinstance(bias, Tensor) else y).mul_(weights)
+        product = of_outputs.T @ squares(seen.x)
         known = name in self._gradient_sums
         self._gradient_sums[name] = self._gradient_sums[name].add_(product) if known else product
 
@@ -234,21 +235,33 @@ def _token_weights(seen: _Input, rho: Tensor, writes: bool) -> Tensor | float:
     return seen.share * counted if known else seen.share
 
 
-def _add_upper(total: Tensor, tokens: Tensor, weights: Tensor | float, at_a_time: int, panels: int = 4) -> None:
+def _add_upper(total: Tensor, tokens: Tensor, weights: Tensor | float, at_a_time: int) -> None:
     """Add sum_t weights_t x_t x_t^T of `tokens` (T, I) to the upper triangle of `total`; below it nothing is defined.
 
-    The triangle is covered by `panels` strips of rows, each from the diagonal to the right: with four of them, 5/8 of
-    the whole product is computed. Products have the dtype of `tokens`. A 16-bit product is rounded: only `at_a_time`
-    tokens go into one (those of a window, whatever the batch or the process), and the diagonal is summed in float32.
+    Products have the dtype of `tokens`. A 16-bit product is rounded: only `at_a_time` tokens go into one (those of a
+    window, whatever the batch or the process), and the diagonal is summed in float32.
     Measured, correlations are then off by 4e-5 (root mean square), about what storing them in float16 costs.
     """
-    features = tokens.shape[1]
-    width = -(-features // panels)
     exact = tokens.dtype == torch.float32
+    strips = _strips(tokens.shape[1], tokens.dtype)
     scaled = tokens if isinstance(weights, float) and weights == 1 else (tokens.float() * weights**0.5).to(tokens.dtype)
     for part in (scaled,) if exact else torch.split(scaled, at_a_time):
         before = total.diagonal().clone()
-        for start in range(0, features, width):
-            total[start : start + width, start:] += part[:, start : start + width].T @ part[:, start:]
+        for start, end in strips:
+            total[start:end, start:] += part[:, start:end].T @ part[:, start:]
         if not exact:
-            total.diagonal().copy_(before + part.float().square().sum(0))
+            total.diagonal().copy_(before + squares(part).sum(0))
+
+
+def _strips(features: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """First row and end of each strip of an (I, I) triangle; a strip goes from the diagonal to the right.
+
+    With four of them, 5/8 of the whole square is covered. A small 16-bit product is done sooner as a whole.
+    """
+    width = -(-features // 4) if dtype == torch.float32 or features > _SMALL else features
+    return [(start, min(start + width, features)) for start in range(0, features, width)]
+
+
+def product_operations(features: int, dtype: torch.dtype) -> int:
+    """Operations for one token of `features` in `dtype` that is added to a sum x x^T."""
+    return sum(2 * (end - start) * (features - start) for start, end in _strips(features, dtype))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Moment", "inverse_mean_square", "merge", "output_energy", "scores"]
+__all__ = ["Moment", "inverse_mean_square", "merge", "output_energy", "scores", "squares"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,15 @@ def scores(weight: Tensor, second: Tensor, exponent: float, gradient: Tensor | N
     return weight.abs() * squares.pow(exponent)
 
 
+def squares(values: Tensor) -> Tensor:
+    """x^2 (T, C) float32 of `values` (..., C)."""
+    # Squared where they were copied to: on a CPU a second new tensor of that size costs more than all the arithmetic.
+    return values.reshape(-1, values.shape[-1]).to(torch.float32, copy=True).square_()
+
+
 def inverse_mean_square(hidden: Tensor) -> Tensor:
     """rho (T, 1) of hidden states (..., H): one over the mean square of each; 0 where that is 0."""
-    size = hidden.reshape(-1, hidden.shape[-1]).float().square().mean(1, keepdim=True)
+    size = squares(hidden).mean(1, keepdim=True)
     return torch.where(size > 0, size.reciprocal(), 0.0)
 
 

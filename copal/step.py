@@ -13,18 +13,20 @@ Taking a domain out is the same walk without windows: what is left is the sum of
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from copal.base import Base
 from copal.checkpoint import Checkpoint, CheckpointWriter
 from copal.config import CalibrationConfig, Pattern, PruneConfig
-from copal.errors import ModelError, StateError
+from copal.errors import ModelError, ResourceError, StateError
 from copal.files import atomic_folder
 from copal.packing import block_bytes
 from copal.parent import Parent, ParentState
@@ -108,12 +110,12 @@ def prune_step(
         ModelError: the base or the parent's model cannot be read.
         StateError: the parent's state is damaged or was made otherwise, or has no domain beside the one that is to go.
         NumericsError: an activation, a statistic or a solution is not finite.
-        ResourceError: memory is not enough for one window at a time.
+        ResourceError: memory is not enough for one window at a time, or for the statistics and the solve of a block.
         SettingsError: more processes than windows.
     """
     known = _known(base, parent, domain, calibration, prune)
     model = _load(base, prune, device, dtype)
-    with atomic_folder(out) if is_main() else nullcontext(out) as folder:
+    with atomic_folder(out) if is_main() else nullcontext(out) as folder, _memory_for_a_block():
         clock, layers = Clock(), list[LayerReport]()
         checkpoint, state = _writers(model, folder, calibration)
         stream = _start(model, domain, batch, clock)
@@ -196,6 +198,20 @@ def _start(model: StreamedModel, domain: Domain, batch: int, clock: Clock) -> St
         if isinstance(domain, WithdrawnDomain):
             return model.start(torch.arange(_PROBE).unsqueeze(0), batch)
         return model.start(share_of_windows(domain.windows), batch)
+
+
+@contextmanager
+def _memory_for_a_block() -> Iterator[None]:
+    """Say it plainly where memory runs out beside the windows, of which fewer at a time may do (`copal.streaming`)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise ResourceError(
+            "memory is not enough for the statistics and the solve of one block, however small model.batch is: "
+            "take a device with more"
+        ) from error
 
 
 def _manifest(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from copal.architecture import Architecture, as_rows, hidden_states, load_skeleton, names_in_model, shape_of
+from copal.architecture import Architecture, as_rows, hidden_states, load_skeleton, names_in_model, shape_of, tie
 from copal.checkpoint import Checkpoint
+from copal.embeddings import RowsThere
 from copal.errors import ModelError, NumericsError, ResourceError, SmallerBatchWarning
+from copal.labels import loss_gradient
 from copal.processes import device as own_device
 
 __all__ = ["Stream", "StreamedModel", "compute_dtype", "place"]
@@ -34,7 +37,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     has_bfloat16_products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bfloat16_products else torch.float32
 
@@ -57,6 +60,10 @@ class _TupleWantedError(Exception):
     """A model took element 0 of what its block returned: its blocks return tuples."""
 
 
+class _LastBlockError(Exception):
+    """A model has called its last block: what comes after, a head as wide as the vocabulary, is not wanted."""
+
+
 class StreamedModel:
     """A causal language model whose blocks are read when they run.
 
@@ -72,14 +79,14 @@ class StreamedModel:
         self._stored = {name: stored for stored, name in self._name_of.items()}
         self._blocks = [self.model.get_submodule(name) for name in self.architecture.blocks]
         self._returns_tuple = False
-        in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
-        outside = {
-            name: self.stored_name(name)
-            for name, parameter in self.model.named_parameters()  # a tied head is named once
-            if id(parameter) not in in_blocks
-        }
-        self._load(self.model, outside)
-        self.model.tie_weights()
+        inside = tuple(f"{name}." for name in self.architecture.blocks)
+        parameters = self.model.named_parameters(remove_duplicate=False)  # config.json alone has tied some of them
+        outside = {name for name, _ in parameters if not name.startswith(inside)}
+        ties = self.model.all_tied_weights_keys
+        absent = outside & {*ties, *ties.values()} - self._stored.keys()
+        self._load(self.model, {name: self.stored_name(name) for name in sorted(outside - absent)})
+        for name in tie(self.model, absent):
+            raise ModelError(f"{folder} has no tensor {name}")
         stored_buffers = self.model.state_dict().keys() & self._stored.keys()  # the rest is made anew, never stored
         for name, buffer in list(self.model.named_buffers()):
             stored = self.stored_name(name)
@@ -108,11 +115,12 @@ class StreamedModel:
 
         `source`: another checkpoint of the same model, or its tensors by the checkpoint's names.
         """
+        _trim_heap()
         stored = {linear: self._stored_weight(index, linear) for linear in self.architecture.linears[index]}
         source = source if source is not None else self.checkpoint
         tensors = source.read(list(stored.values())) if isinstance(source, Checkpoint) else source
-        return {
-            linear: as_rows(self._linear(index, linear), tensors[name]).to(self.device, torch.float32)
+        return {  # a GPU converts what it has got: 16 bits come over the bus, not 32
+            linear: as_rows(self._linear(index, linear), tensors[name]).to(self.device).float()
             for linear, name in stored.items()
         }
 
@@ -183,10 +191,12 @@ class StreamedModel:
                 raise _TupleWantedError
             hidden.append(hidden_states)
             calls.append(_Call(args, kwargs))
+            if len(calls) == len(self):
+                raise _LastBlockError
             return (hidden_states,) if self._returns_tuple else hidden_states
 
         try:
-            with self._forwards([forward] * len(self)):
+            with suppress(_LastBlockError), self._forwards([forward] * len(self)), RowsThere(self.folder, tokens):
                 self.model(tokens, use_cache=False)
         except _TupleWantedError:
             self._returns_tuple = True
@@ -253,17 +263,11 @@ class Stream:
             yield from ((window, logits) for window, _, logits in self._windows_logits())
 
     def loss_gradient(self) -> Tensor:
-        """After the last block: the gradient (N, L, H), by hidden state, of each window's summed cross-entropy."""
+        """After the last block: the gradient (N, L, H), by hidden state, of each window's loss (`copal.labels`)."""
         gradients: list[Tensor] = []
         with torch.enable_grad():
             for window, hidden, logits in self._windows_logits():
-                # By hand, for it takes half of autograd's time: probabilities, less 1 for the token that came.
-                wrong = logits[0, :-1].detach().float().softmax(-1)
-                came = window[0, 1:, None]
-                wrong.scatter_add_(1, came, torch.full_like(came, -1, dtype=wrong.dtype))
-                by_logit = torch.zeros_like(logits)
-                by_logit[0, :-1] = wrong
-                gradients += torch.autograd.grad(logits, hidden, by_logit)
+                gradients += torch.autograd.grad(logits, hidden, loss_gradient(logits[0].detach(), window[0])[None])
         return torch.cat(gradients)
 
     def backward(
@@ -309,8 +313,10 @@ class Stream:
     def _run_back(self, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor | None:
         """What `backward` gives; None where memory ran out."""
         sizes, before = [len(tokens) for tokens in self._tokens], list[Tensor]()
+        # A GPU's fused kernels add up the gradient of attention in any order: a replay would have other bits.
+        attention = sdpa_kernel(SDPBackend.MATH) if self._model.device.type == "cuda" else nullcontext()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), attention:
                 for tokens, states, dy in zip(
                     self._tokens, torch.split(hidden, sizes), torch.split(gradient, sizes), strict=True
                 ):

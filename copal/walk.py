@@ -151,7 +151,8 @@ def _read_statistics(walk: Walk, index: int, taken: BlockStatistics) -> BlockSta
 
     A process that does not write gets the sum from the main one, and neither part of it.
     """
-    total = as_moments(tensors_from_main(walk.state.read_sum(index) if is_main() else None))
+    stored = walk.state.read_sum(index) if is_main() else None
+    total = as_moments(tensors_from_main(stored, walk.base.device))
     if not is_main():
         return replace(taken, total=total)
     before = walk.known.moments(index, walk.base.device) if walk.known else None

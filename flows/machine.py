@@ -1,8 +1,9 @@
-"""This machine and what runs on it: processes, device, code and libraries."""
+"""This machine and what runs on it: processes, device, what is free, code and libraries."""
 
 from __future__ import annotations
 
 import platform
+import shutil
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 __all__ = [
     "code_version",
     "device_and_dtype",
+    "forward_dtype",
+    "free_device_memory",
+    "free_disk",
+    "free_memory",
+    "hardware",
     "has_gpu",
     "surroundings",
 ]
@@ -42,24 +48,77 @@ def device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
     return here, compute_dtype(settings.model.dtype, here)
 
 
+def forward_dtype(settings: Settings) -> str:
+    """The dtype of forward passes here, as records tell it: `bfloat16`, say."""
+    return str(device_and_dtype(settings)[1]).removeprefix("torch.")
+
+
 def surroundings(settings: Settings) -> dict[str, Any]:
     """What made a version beside data and settings: code, libraries, hardware, seeds, time."""
-    import torch
-
-    device, dtype = device_and_dtype(settings)
     return {
         "code": code_version(),
         "libraries": {name: installed_version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        "hardware": {
-            "machine": platform.machine(),
-            "system": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "dtype": str(dtype).removeprefix("torch."),
-        },
+        "hardware": hardware(settings),
         "seeds": {"calibration": settings.calibration.seed},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def hardware(settings: Settings) -> dict[str, Any]:
+    """What forward passes run on here, and their dtype."""
+    import torch
+
+    device, _ = device_and_dtype(settings)
+    return {
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": forward_dtype(settings),
+    }
+
+
+def free_disk(place: Path) -> int:
+    """Bytes that a file in the folder `place`, which need not be there yet, may take."""
+    there = next(folder for folder in (place.resolve(), *place.resolve().parents) if folder.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that processes may still take: of the machine, or less where a container or a service is limited.
+
+    Args:
+        groups: where the system (Linux) tells of limits: those of this process's group and of the groups around it.
+    """
+    import psutil
+
+    rooms = [int(psutil.virtual_memory().available)]
+    for folder in _groups(groups):
+        try:
+            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+            told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            rooms.append(limit - used + int(told.get("inactive_file", 0)))  # of files: given back when it is wanted
+        except (OSError, ValueError):  # no limit ("max"), or nothing of the kind
+            continue
+    return max(0, min(rooms))
+
+
+def _groups(groups: Path) -> list[Path]:
+    try:
+        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return [groups]
+    folder = groups / own.removeprefix("0::").strip("/")
+    return [folder, *(parent for parent in folder.parents if parent == groups or groups in parent.parents)]
+
+
+def free_device_memory(processes: int) -> int | None:
+    """Bytes that are free on the fullest of the GPUs that so many processes take; None without one."""
+    import torch
+
+    if not has_gpu():
+        return None
+    return min(int(torch.cuda.mem_get_info(number)[0]) for number in range(min(processes, torch.cuda.device_count())))
 
 
 def code_version() -> dict[str, Any]:

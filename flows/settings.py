@@ -170,15 +170,17 @@ class WatchSettings(_Section):
 
 
 class RunSettings(_Section):
-    """How long a step may take.
+    """How long a step may take, and how much.
 
     Attributes:
         lease: seconds after which a worker that gives no sign of life may be taken over, at least 1.
         time_limit: seconds after which a step is stopped; None is never.
+        check_resources: a step that would not fit into disk or memory is refused before it begins.
     """
 
     lease: Annotated[float, Field(ge=1, allow_inf_nan=False), _must_be("a number of seconds of at least 1")] = 60.0
     time_limit: Annotated[_Number | None, _must_be("a number of seconds above 0 or null")] = None
+    check_resources: _Switch = True
 
 
 class RegistrySettings(_Section):

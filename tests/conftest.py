@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from flows.models.base import BaseModel, fetch_base  # noqa: E402
+from support.windows import dialect  # noqa: E402
 
 settings.register_profile("any machine", deadline=None)  # a busy one is no failure
 settings.load_profile("any machine")
@@ -114,12 +115,5 @@ def real_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 @pytest.fixture
 def make_windows() -> Callable[..., torch.Tensor]:
-    """make_windows(seed, windows=8) -> (N, L) tokens; each seed speaks another dialect (other tokens, other order)."""
-
-    def make(seed: int, windows: int = 8, length: int = 32, vocabulary: int = 128) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        favoured = torch.rand(vocabulary, generator=generator) ** 4
-        drawn = torch.multinomial(favoured, windows * length, replacement=True, generator=generator)
-        return drawn.view(windows, length)
-
-    return make
+    """make_windows(seed, windows=8) -> (N, L) tokens: `support.windows.dialect`."""
+    return dialect

@@ -1,4 +1,4 @@
-"""`copal doctor`: is this machine ready, and what to do if not. Python, libraries, git, stores, disk, workspace."""
+"""`copal doctor`: is this machine ready, and what to do if not. Python, libraries, git, stores, room, workspace."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from copal.errors import CopalError
 from flows.data.git import run_git
+from flows.lineage.figures import gigabytes
+from flows.machine import free_disk, free_memory
 from flows.params import load_settings
 from flows.settings import Settings, without_secrets
 from flows.workspace import Workspace, WorkspaceError, open_workspace
+
+if TYPE_CHECKING:
+    from flows.step.resources import Demand
 
 __all__ = ["Check", "doctor", "render"]
 
@@ -54,7 +60,8 @@ def doctor(path: Path) -> list[Check]:
         ("ledger", lambda: _ledger(workspace, settings)),
         ("prefect", _prefect),
         ("fastapi", lambda: _package("fastapi")),
-        ("disk", lambda: _disk(path, workspace, settings)),
+        ("disk", lambda: _room("disk", path, workspace, settings)),
+        ("memory", lambda: _room("memory", path, workspace, settings)),
     ]
     return [*(_look(name, look) for name, look in looks), place]
 
@@ -262,36 +269,38 @@ def _prefect() -> Check:
     return Check(name="prefect", ok=True, found=f"{check.found}, the server {shown} answers")
 
 
-def _disk(path: Path, workspace: Workspace | None, settings: Settings) -> Check:
-    place = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    base = _base_size(workspace, settings)
-    if base is None:
-        return Check(
-            name="disk", ok=True, found=f"{free / _GIB:.1f} GiB free; a step needs about 2.2 times the base model"
-        )
-    needed = 2.2 * base + _GIB
-    found = f"{free / _GIB:.1f} GiB free; a step needs about {needed / _GIB:.1f} GiB"
-    if free >= needed:
-        return Check(name="disk", ok=True, found=found)
-    return Check(name="disk", ok=False, found=found, advice=f"make room, or move {place} to a larger disk")
+def _room(name: str, path: Path, workspace: Workspace | None, settings: Settings) -> Check:
+    """What is free of `name` (disk or memory), against what a step to one more domain needs."""
+    free = free_disk(path) if name == "disk" else free_memory()
+    kinds = ("disk",) if name == "disk" else ("memory", "gpu")
+    found = [one for one in _demands(workspace, settings) if one.kind in kinds]
+    if not found:
+        said = f"{gigabytes(free)} free; `copal sizes MODEL` says what a step on a model needs"
+        return Check(name=name, ok=True, found=said)
+    lacking = [one for one in found if one.needed > one.free]
+    said = "; ".join(
+        f"{gigabytes(one.free)} of {one.what} free; a step needs about {gigabytes(one.needed)}" for one in found
+    )
+    return Check(name=name, ok=not lacking, found=said, advice="; ".join(one.advice for one in lacking))
 
 
-def _base_size(workspace: Workspace | None, settings: Settings) -> int | None:
-    """Bytes of the base model; None where it cannot be told without fetching it."""
-    from flows.registry.registry import open_registry
+def _demands(workspace: Workspace | None, settings: Settings) -> tuple[Demand, ...]:
+    """What a step needs; nothing where there is no base yet, or no workspace."""
+    from flows.project import project_of
+    from flows.step.resources import config_of_base, demands
 
     if workspace is None:
-        return None
+        return ()
+    project = project_of(workspace, settings)
     try:
-        registry = open_registry(workspace, settings)
-        versions = registry.versions()
-        if not versions or "://" in versions[0].location.removeprefix("file://"):
-            return None
-        model = registry.folder(versions[0]) / "model"
+        head = project.registry.head()
+        if head is None:
+            return ()
+        domains = len(project.registry.record(head).domains)
+        with config_of_base(project.registry) as folder:
+            return demands(project, folder, domains + 1) if folder else ()
     except CopalError:  # the check of MLflow tells
-        return None
-    return sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+        return ()
 
 
 def _workspace(path: Path) -> tuple[Workspace | None, Settings, Check]:

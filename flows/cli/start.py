@@ -1,4 +1,4 @@
-"""Getting started: `copal init`, `base`, `doctor`, `demo` and `completion`."""
+"""Getting started: `copal init`, `base`, `sizes`, `doctor`, `demo` and `completion`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
-from flows.cli.context import Folder
-from flows.cli.output import hint, say
+from flows.cli.context import Folder, Json
+from flows.cli.output import hint, say, show
 from flows.terminal.progress import progress_bar, working
 
-__all__ = ["base", "completion", "demo", "doctor", "init"]
+__all__ = ["base", "completion", "demo", "doctor", "init", "sizes"]
+
+_Whole = Annotated[int, Parameter(validator=Number(gte=1))]
 
 
 def init(folder: Path, /, *, base: str | None = None) -> int:
@@ -50,6 +53,41 @@ def base(source: str, folder: Path, /) -> int:
     with progress_bar() as progress:
         found = fetch_base(source, folder.expanduser().resolve(), progress)
     say(f"{found.folder}: {found.source}, fingerprint {found.fingerprint}")
+    return 0
+
+
+def sizes(
+    model: str | None = None,
+    /,
+    *,
+    domains: _Whole = 3,
+    windows: _Whole = 24,
+    window_length: _Whole = 512,
+    batch: _Whole = 8,
+    processes: _Whole = 1,
+    criterion: Literal["loss", "output", "gradient"] = "loss",
+    storage: Literal["full", "compact"] = "full",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    as_json: Json = False,
+) -> int:
+    """Say what a step takes, before there is one: disk, memory and time.
+
+    Args:
+        model: A Hugging Face folder (config.json is enough), or a well-known model such as Llama-2-7B; default: what
+            one domain's statistics take of every well-known model.
+        domains: Of the version that comes out; the other numbers and words are settings, as in params.yaml.
+    """
+    from flows.models.sizes import known_sizes, step_settings
+    from flows.models.sizes import sizes as ask
+    from flows.terminal.sizes import render_known, render_sizes
+
+    with working("looking at shapes"):
+        settings = step_settings(
+            windows=windows, window_length=window_length, storage=storage, criterion=criterion, domains=domains,
+            batch=batch, processes=processes, dtype=dtype,
+        )  # fmt: skip
+        found = known_sizes(settings) if model is None else ask(model, settings)
+    show(found, as_json, render_known if model is None else render_sizes)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Adapting a model to domains: `copal watch`, `adapt`, `status`, `withdraw` and `gc`."""
+"""Adapting a model to domains: `copal watch`, `adapt`, `status`, `plan`, `withdraw` and `gc`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from cyclopts.validators import Number
 
 from flows.cli.context import Folder, Json, open_project
 from flows.cli.output import hint, say, show, show_versions
+from flows.terminal.progress import working
 
 if TYPE_CHECKING:
     from flows.registry.registry import Registry
     from flows.step.purge import Purged
 
-__all__ = ["adapt", "gc", "status", "watch", "withdraw"]
+__all__ = ["adapt", "gc", "plan", "status", "watch", "withdraw"]
 
 
 def watch(
@@ -90,6 +91,17 @@ def status(
         show({"lineages": found}, as_json, lambda _: render_lineages(found, project.name))
     else:
         show(ask(project), as_json, render_status)
+    return 0
+
+
+def plan(*, as_json: Json = False, workspace: Folder = Path()) -> int:
+    """Show what would run: in which order, how long, how large, and which settings count. Begins nothing."""
+    from flows.pending.forecast import forecast
+    from flows.terminal.forecast import render_forecast
+
+    with working("looking at what is pending and what it takes"):
+        found = forecast(open_project(workspace))
+    show(found, as_json, render_forecast)
     return 0
 
 

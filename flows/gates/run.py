@@ -172,16 +172,15 @@ def _chain(registry: Registry, version: ModelVersion, record: Record) -> tuple[d
 
 def _write(project: Project, version: ModelVersion, record: Record, model: Path) -> dict[str, str | None]:
     """What is wrong with the text that the model writes after the beginning of an evaluation window, by domain."""
-    from transformers import AutoTokenizer
-
     from copal.calibration import domain_windows
     from copal.generate import continue_greedily
     from copal.processes import device
     from copal.streaming import compute_dtype
+    from copal.tokenizer import load_tokenizer
     from flows.data.fetch import fetch_version
 
     workspace, settings = project.workspace, project.settings
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(model)
     found: dict[str, str | None] = {}
     prompts = {}
     for domain in record.domains_at(version.number):

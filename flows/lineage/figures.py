@@ -10,6 +10,7 @@ __all__ = [
     "figure",
     "four_digits",
     "geometric_mean",
+    "gigabytes",
     "markdown_table",
     "mean",
     "percent",
@@ -17,6 +18,7 @@ __all__ = [
     "printable",
     "short",
     "three_digits",
+    "timespan",
     "utc",
 ]
 
@@ -78,6 +80,19 @@ def count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{name}"
     return f"{value:.3g}"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes, as 13.5 GB or 101 MB: powers of ten."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def timespan(seconds: float) -> str:
+    """As 12 s, 3.4 min or 2.1 h."""
+    for size, name in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
 
 
 def utc(text: str) -> str:

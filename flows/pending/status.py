@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "lineages",
+    "plain_dataset",
     "status",
 ]
 
@@ -43,10 +44,10 @@ def status(project: Project) -> dict[str, Any]:
     return {
         "model": project.name,
         "versions": [_version(version, registry.record(version), entries) for version in registry.versions()],
-        "pending": [_dataset(version) for version in found.pending],
-        "waiting": [_dataset(version) | wait.as_dict() for version, wait in found.waiting],
+        "pending": [plain_dataset(version) for version in found.pending],
+        "waiting": [plain_dataset(version) | wait.as_dict() for version, wait in found.waiting],
         "refused": [
-            _dataset(version) | {"reason": refusal.reason, "since": refusal.since.isoformat(timespec="seconds")}
+            plain_dataset(version) | {"reason": refusal.reason, "since": refusal.since.isoformat(timespec="seconds")}
             for version, refusal in found.refused
         ],
         "notes": list(found.notes),
@@ -80,7 +81,8 @@ def lineages(project: Project) -> list[dict[str, Any]]:
     return found
 
 
-def _dataset(version: DatasetVersion) -> dict[str, Any]:
+def plain_dataset(version: DatasetVersion) -> dict[str, Any]:
+    """What `status` tells of a dataset version."""
     return {"domain": version.domain, "dvc_md5": version.md5, "git_rev": version.git_rev}
 
 

@@ -12,13 +12,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from copal.errors import SettingsError
 from copal.files import write_atomic
 from copal.progress import Progress
 from flows.data.git import commit, git
 from flows.params import load_settings
+from flows.settings import Settings
 from flows.workspace import Workspace, WorkspaceError, exclusive, open_workspace
 
 if TYPE_CHECKING:
+    from flows.models.base import BaseModel
     from flows.registry.versions import ModelVersion
 
 __all__ = ["default_params", "init_with_base", "init_workspace", "model_name_for"]
@@ -80,6 +83,7 @@ def init_with_base(
             base = fetch_base(source, fetched, progress)
             workspace = _lay_out(folder, model_name)
             settings = load_settings(workspace.params)
+            _check_window(settings, base)
             project = project_of(workspace, settings)
             root = register_root(project, base, progress)
             project.registry.log_page(root, render_page(read_history(project)))
@@ -127,6 +131,16 @@ def _commit(folder: Path) -> None:
     paths = [name for name in _FILES if (folder / name).exists()]
     git(folder, "add", "--", *paths)
     commit(folder, "Make this a copal workspace", paths)
+
+
+def _check_window(settings: Settings, base: BaseModel) -> None:
+    """Check that the base has learned positions for the windows that it will be calibrated on."""
+    length, longest = settings.calibration.window_length, base.longest_window
+    if longest is not None and length > longest:
+        raise SettingsError(
+            f"calibration.window_length is {length}, and {base.source} has learned positions for {longest} tokens: "
+            "make the workspace without --base, lower that setting in its params.yaml, and register the base then"
+        )
 
 
 @contextmanager

@@ -24,8 +24,10 @@ __all__ = [
     "Step",
     "WithdrawError",
     "find_step",
+    "find_withdrawal",
     "resolve",
     "resolve_withdrawal",
+    "run_folder",
     "step_on",
 ]
 
@@ -90,7 +92,7 @@ def resolve(project: Project, domain: str, rev: str | None) -> Step | None:
         CopalError: see `find_step`.
     """
     found = find_step(project, domain, rev)
-    return None if found is None else step_on(project.registry, *found, _run_folder(project, found[2]))
+    return None if found is None else step_on(project.registry, *found, run_folder(project, found[2]))
 
 
 def find_step(project: Project, domain: str, rev: str | None) -> tuple[ModelVersion, DatasetVersion, str] | None:
@@ -123,6 +125,19 @@ def resolve_withdrawal(project: Project, domain: str, why: str) -> Step | None:
     """The step that takes a domain out of the head; None where it was withdrawn already.
 
     Raises:
+        CopalError: see `find_withdrawal`.
+    """
+    found = find_withdrawal(project, domain, why)
+    if found is None:
+        return None
+    run = run_folder(project, found[2])
+    return step_on(project.registry, *found, run, withdraws=True, why=why.strip())
+
+
+def find_withdrawal(project: Project, domain: str, why: str) -> tuple[ModelVersion, DatasetVersion, str] | None:
+    """What such a step would build on and take out, and the key that names it; None as there. Fetches nothing.
+
+    Raises:
         DataError: no domain may have that name.
         WithdrawError: the head does not know the domain, or knows nothing else; or `why` says nothing.
         NoBaseError: no base is registered yet.
@@ -150,11 +165,11 @@ def resolve_withdrawal(project: Project, domain: str, why: str) -> Step | None:
         )
     version = dataset_of(known[domain])
     key = withdrawal_key(head.number, domain, version.md5, project.settings.fingerprint())
-    run = _run_folder(project, key)
-    return step_on(project.registry, head, version, key, run, withdraws=True, why=why.strip())
+    return head, version, key
 
 
-def _run_folder(project: Project, key: str) -> Path:
+def run_folder(project: Project, key: str) -> Path:
+    """The step's own folder."""
     return project.workspace.runs / f"{project.name}-{key[:16]}"
 
 

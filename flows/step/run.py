@@ -14,13 +14,15 @@ from flows.registry.errors import HeadMovedError
 from flows.step.finish import finish, sweep
 from flows.step.purge import Purged, purge_domain
 from flows.step.register import register_step
-from flows.step.resolve import Step, resolve, resolve_withdrawal
+from flows.step.resolve import Step, find_step, find_withdrawal, run_folder, step_on
+from flows.step.resources import check_resources
 from flows.step.staging import Evaluation, discard, prepare, staged_evaluation, staged_report
 from flows.step.work import evaluate_step, fetch_data, prune_domain
 from flows.workspace import exclusive
 
 if TYPE_CHECKING:
     from copal.step import StepReport
+    from flows.data.dataset import DatasetVersion
     from flows.gates.judge import GateResult
     from flows.ledger import Claim
     from flows.registry.versions import ModelVersion
@@ -101,12 +103,12 @@ def run_step(
     """
     with hold_lineage(project, f"adapt to {domain}", tell) as claim:
         finish(project, claim, tasks.gates)
-        step = resolve(project, domain, rev)
+        found = find_step(project, domain, rev)
         sweep(project)
-        if step is None:
+        if found is None:
             return None
-        with refusing(project, domain, step.version.md5):
-            return _take(project, step, claim, tasks)
+        with refusing(project, domain, found[1].md5):
+            return _take(project, _fitting(project, found), claim, tasks)
 
 
 def run_withdrawal(
@@ -130,16 +132,30 @@ def run_withdrawal(
     alone = exclusive(project.workspace) if purge else nullcontext()  # first, as `copal gc` takes them
     with alone, hold_lineage(project, f"withdraw {domain}", tell) as claim:
         finish(project, claim, tasks.gates)
-        step = resolve_withdrawal(project, domain, why)
+        found = find_withdrawal(project, domain, why)
         sweep(project)
-        made = _take(project, step, claim, tasks) if step else None
+        made = _take(project, _fitting(project, found, why.strip()), claim, tasks) if found else None
         claim.check()
         purged = purge_domain(project, domain, why.strip()) if purge else None
         return Withdrawal(made=made, purged=purged)
 
 
+def _fitting(project: Project, found: tuple[ModelVersion, DatasetVersion, str], why: str | None = None) -> Step:
+    """The step that was found, once it is sure that it fits; weights are fetched after that.
+
+    Args:
+        why: of a withdrawal.
+    """
+    head, version, key = found
+    run, withdraws = run_folder(project, key), why is not None
+    if not (run / "version").is_dir():  # else what takes most is done
+        others = {domain.name for domain in project.registry.record(head).domains} - {version.domain}
+        check_resources(project, len(others) + (not withdraws))
+    return step_on(project.registry, head, version, key, run, withdraws=withdraws, why=why)
+
+
 def _take(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:
-    prepare(step)
+    prepare(project, step)
     try:
         made = _make(project, step, claim, tasks)
     except BaseException as error:
@@ -153,7 +169,7 @@ def _take(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:
 
 
 def _make(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:
-    report = staged_report(step)
+    report = staged_report(project, step)
     evaluation = staged_evaluation(step)
     if report is None or evaluation is None:
         data = tasks.fetch(project, step)

@@ -1,6 +1,6 @@
 """The run folder of a step: what one run of the step has finished stays there for the next run.
 
-    runs/<model>-<key>/step.json  what the folder is for, and the code that works on it
+    runs/<model>-<key>/step.json  what the folder is for, and the code and the dtype that work on it
                        version/   model/, state/ and the report, once pruning is whole
                        evaluation.json    once evaluation is
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from copal.errors import StateError
 from copal.files import write_atomic
 from flows.lineage.record import Domain
-from flows.machine import code_version
+from flows.machine import code_version, forward_dtype
 from flows.project import Project
 from flows.step.resolve import Step
 
@@ -52,10 +52,11 @@ class Evaluation:
     seconds: float
 
 
-def prepare(step: Step) -> None:
+def prepare(project: Project, step: Step) -> None:
     """Make the step's run folder ready: what an earlier run finished stays, what it left half done goes.
 
-    What another version of copal made goes too: it might not be what this one would make.
+    What another version of copal made goes too, and what was made in another dtype, as `auto` is on another machine: it
+    might not be what this run would make, and what the record will say of it.
     """
     meant = {
         "model": step.model,
@@ -63,6 +64,7 @@ def prepare(step: Step) -> None:
         "key": step.key,
         "head": step.head,
         "code": code_version(),
+        "dtype": forward_dtype(project.settings),
     }
     if meant_for(step.run) != meant:
         discard(step)
@@ -73,7 +75,7 @@ def prepare(step: Step) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def staged_report(step: Step) -> StepReport | None:
+def staged_report(project: Project, step: Step) -> StepReport | None:
     """The report of the version that an earlier run staged; None where there is none, or it is damaged."""
     from copal.step import read_report
 
@@ -81,7 +83,7 @@ def staged_report(step: Step) -> StepReport | None:
         return read_report(step.out) if step.out.is_dir() else None
     except StateError:
         discard(step)
-        prepare(step)
+        prepare(project, step)
         return None
 
 

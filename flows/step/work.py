@@ -17,9 +17,10 @@ from copal.progress import Progress, silent
 from flows.data.dataset import UnusableDataError
 from flows.data.recorded import dataset_of
 from flows.lineage.record import Domain
-from flows.machine import device_and_dtype
+from flows.machine import device_and_dtype, forward_dtype
 from flows.project import Project
 from flows.settings import Settings
+from flows.step.dense import known_figures
 from flows.step.resolve import Step
 from flows.step.staging import EVALUATION_FILE, Evaluation, evaluation_text
 
@@ -104,10 +105,8 @@ def evaluate_step(
     data: Mapping[str, str],
     progress: Progress = silent,
 ) -> Evaluation:
-    """Evaluate the staged version on every domain, and the new domain, if any, on the parent and on the dense base.
-
-    The dense base's figures on earlier domains are taken from the head's record where the evaluation windows are the
-    same.
+    """Evaluate the staged version on every domain, the parent on the new domain, if any, and the dense base where the
+    lineage does not know its figure (`flows.step.dense`): as a rule on the new domain alone.
     """
     from flows.step.distributed import evaluate_in_processes, evaluate_jobs
 
@@ -117,14 +116,12 @@ def evaluate_step(
     windows = {name: windows_of(step, name, Path(folder), settings) for name, folder in sorted(data.items())}
     tokens = {name: found.evaluation for name, found in windows.items()}
 
-    recorded = registry.record(registry.version(step.head)).dense_perplexity
-    unchanged = {
-        entry.name for entry in step.earlier if entry.evaluation_digest == windows[entry.name].evaluation_digest
-    }
-    dense = {name: recorded[name] for name in unchanged}
+    known = known_figures(registry, registry.version(step.head), forward_dtype(settings))
+    digests = {name: found.evaluation_digest for name, found in windows.items()}
+    dense = {name: known[digest] for name, digest in digests.items() if digest in known}
     jobs: dict[str, tuple[Path, list[str]]] = {"after": (step.out / "model", list(tokens))}
-    if tokens.keys() - unchanged:
-        jobs["dense"] = (step.base, [name for name in tokens if name not in unchanged])
+    if unknown := [name for name in tokens if name not in dense]:
+        jobs["dense"] = (step.base, unknown)
     if new and step.parent:
         jobs["before"] = (step.parent / "model", [new])
     model, todo = settings.model, list(jobs.values())
@@ -183,14 +180,12 @@ def _evaluated(step: Step, report: StepReport, windows: Mapping[str, DomainWindo
 
 def windows_of(step: Step, domain: str, data: Path, settings: Settings) -> DomainWindows:
     """The windows of `domain`, read from the folder `data`; errors name the user's folder, not the cache's."""
-    from transformers import AutoTokenizer
-
     from copal.calibration import domain_windows
+    from copal.tokenizer import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(step.base, local_files_only=True, trust_remote_code=False)
     with _of(step, domain):
         try:
-            return domain_windows(data, tokenizer, settings.calibration)
+            return domain_windows(data, load_tokenizer(step.base), settings.calibration)
         except DataError as error:
             raise DataError(str(error).replace(str(data), f"data/{domain}")) from error
 

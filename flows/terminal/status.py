@@ -38,7 +38,8 @@ def render_status(found: Mapping[str, Any]) -> RenderableType:
     """`status` for people: a table with a row a version and a column a domain, and below it what is pending.
 
     The row on top is the dense base, on the data of the newest version that knows a domain. Where an earlier version
-    was measured on other data of that domain, its figure has an asterisk: it does not compare with those below.
+    was measured on other data of that domain, or in another dtype, its figure has an asterisk: it does not compare with
+    those below.
     """
     from rich.console import Group
     from rich.text import Text
@@ -103,7 +104,7 @@ def _table(model: str, versions: list[Mapping[str, Any]]) -> RenderableType:
             end_section=version["parent"] is None,
         )
     if not compares:
-        table.caption = "* measured on another version of the domain's data"
+        table.caption = "* measured on other data of the domain, or in another dtype"
         table.caption_justify = "left"
     return table
 
@@ -123,7 +124,7 @@ def _cells(version: Mapping[str, Any], dense: Mapping[str, float]) -> tuple[list
         if domain not in version["perplexity"]:
             cells.append("")
             continue
-        # The dense model gives the same tokens the same figure: another figure was measured on other data.
+        # The dense model gives the same tokens in the same dtype the same figure.
         same = math.isclose(version["dense_perplexity"][domain], value, rel_tol=1e-6)
         compares = compares and same
         cells.append(f"{version['perplexity'][domain]:.2f}{'' if same else '*'}")

@@ -3,8 +3,9 @@
 - statistics: collecting and storing a domain's statistics / a plain forward of the dense model over the same windows;
   with the criterion `loss`, which goes back through the model as well, and with `output`.
 - solve: `prune_group` / SparseGPT on the same matrices and statistics, of every third block.
-- tenth step: the whole step of the 10th domain / that of the 2nd, on few windows with a short solve, so that reading,
-  merging and writing the state weigh most.
+- tenth step: the step of the 10th domain / that of the 2nd, on few windows with a short solve, so that reading,
+  merging and writing the state weigh most; evaluation left out.
+- tenth evaluation: that of the step of the 10th domain / that of the 2nd: it grows, and by no more than its windows do.
 
 The two sides of a ratio take turns, so that whatever else the machine does hits both; each side's best time counts.
 Exits with 1 where a ratio is past its limit.
@@ -32,6 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from copal.allocation import RowZeros
 from copal.baselines import sparsegpt
 from copal.config import PruneConfig
+from copal.evaluation import evaluate
 from copal.progress import Progress, silent
 from copal.recorder import MomentRecorder
 from copal.sensitivity import Moment
@@ -147,6 +149,36 @@ def tenth_step(inputs: Inputs, repeats: int, domains: int = 10, each: int = 2, p
     return Ratio("tenth step", last, second, 1.1)
 
 
+def tenth_evaluation(
+    inputs: Inputs, repeats: int, domains: int = 10, each: int = 2, progress: Progress = silent
+) -> Ratio:
+    """Evaluation in the last of `domains` steps / in the second, on `each` windows of a domain.
+
+    A step scores its version on every domain, and the parent and the dense base on the new one: windows of 12 domains
+    against those of 4, and of three models the weights are read on either side. So the ratio is at most 3, and a tenth
+    more is for what else the machine does.
+    """
+    parts = torch.split(torch.cat(list(inputs.evaluation.values())), each)[:domains]
+    windows = {f"domain-{number}": part for number, part in enumerate(parts, start=1)}
+
+    def evaluation(number: int) -> float:
+        """As in step `number`; the dense base in the place of all three models, for zeros cost as much."""
+        known = dict(list(windows.items())[:number])
+        new = {f"domain-{number}": known[f"domain-{number}"]}
+        with _timed(inputs) as seconds:
+            for scored in (known, new, new):
+                evaluate(inputs.base.folder, scored, device=inputs.device, dtype=inputs.dtype, batch=BATCH)
+        return seconds[0]
+
+    evaluation(1)  # warms up
+    costs, references = [], []
+    for turn in range(repeats):
+        costs.append(evaluation(domains))
+        references.append(evaluation(2))
+        progress("tenth evaluation", turn + 1, repeats)
+    return Ratio("tenth evaluation", min(costs), min(references), 1.1 * (domains + 2) / (2 + 2))
+
+
 def _groups(inputs: Inputs, every: int) -> Iterator[tuple[dict[str, Tensor], Moment]]:
     """Dense weights and statistics of each group of linears of blocks 0, `every`, 2 `every`, ..."""
     model = StreamedModel(inputs.base.folder, device=inputs.device, dtype=inputs.dtype)
@@ -203,6 +235,7 @@ def main() -> int:
             statistics(inputs, repeats=2, criterion="output", progress=progress),
             solve(inputs, repeats=2, progress=progress),
             tenth_step(inputs, repeats=2, progress=progress),
+            tenth_evaluation(inputs, repeats=2, progress=progress),
         ]
     windows, length = next(iter(inputs.calibration.values())).shape
     print(f"{windows} windows of {length} tokens, {inputs.dtype}, {inputs.device}, {torch.get_num_threads()} threads")

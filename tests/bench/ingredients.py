@@ -36,13 +36,12 @@ from flows.start.domains import DOMAINS, build_domain
 from flows.terminal.progress import progress_bar
 
 HELD_OUT = ("headers", "readmes", "manual")
-DEFAULT = PruneConfig(criterion="loss")
+DEFAULT = PruneConfig()
 INGREDIENTS: dict[str, tuple[PruneConfig, PruneGroup | None]] = {
     "SparseGPT on every domain": (DEFAULT, sparsegpt),
     "copal": (DEFAULT, None),
     "all rows alike (criterion output)": (replace(DEFAULT, spread=0.0), None),
     "rows within 0.15 of the sparsity": (replace(DEFAULT, spread=0.15), None),
-    "rows within 0.4 of the sparsity": (replace(DEFAULT, spread=0.4), None),
     "Wanda's exponent": (replace(DEFAULT, exponent=0.5), None),
     "one round": (replace(DEFAULT, rounds=(1.0,)), None),
 }

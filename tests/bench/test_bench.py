@@ -149,9 +149,11 @@ def test_what_a_step_costs_is_measured_and_nothing_is_left_behind(inputs: Inputs
         cost.statistics(inputs, repeats=1, criterion="output"),
         cost.solve(inputs, repeats=1, every=2),
         cost.tenth_step(inputs, repeats=1, domains=4),
+        cost.tenth_evaluation(inputs, repeats=1),
     ]
     assert [(ratio.name, ratio.most) for ratio in ratios] == [
         ("statistics, loss", 3.5), ("statistics, output", 2), ("solve", 1.5), ("tenth step", 1.1),
+        ("tenth evaluation", 1.1 * 3),
     ]  # fmt: skip
     assert all(ratio.cost > 0 and ratio.reference > 0 for ratio in ratios)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -169,3 +171,20 @@ def test_the_chain_of_the_tenth_step_knows_every_domain_before_it(inputs: Inputs
     monkeypatch.setattr(cost, "prune_step", spy)
     cost.tenth_step(inputs, repeats=2, domains=5)
     assert known == [1, 2, 3, 4, 2, 5, 2, 5]
+
+
+def test_the_tenth_evaluation_scores_what_a_step_scores(inputs: Inputs, monkeypatch):
+    """A version on all domains, and two models on the new one; see `tests/flows/step/test_dense.py`."""
+    walks = []
+
+    def spy(folder, windows, **settings):
+        walks.append({name: len(tokens) for name, tokens in windows.items()})
+        return {}
+
+    monkeypatch.setattr(cost, "evaluate", spy)
+    assert cost.tenth_evaluation(inputs, repeats=1, domains=4).most == 1.1 * 6 / 4
+    of = {number: f"domain-{number}" for number in range(1, 5)}
+    assert walks[3:] == [
+        {of[1]: 2, of[2]: 2, of[3]: 2, of[4]: 2}, {of[4]: 2}, {of[4]: 2},
+        {of[1]: 2, of[2]: 2}, {of[2]: 2}, {of[2]: 2},
+    ]  # fmt: skip

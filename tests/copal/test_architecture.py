@@ -7,99 +7,28 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from copal.architecture import Architecture, find_blocks, load_skeleton
 from copal.checkpoint import Checkpoint
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import ModelError
+from copal.estimate import estimate_step
 from copal.evaluation import evaluate
+from copal.meter import Meter
+from copal.shapes import StepSettings
 from copal.step import Base, NewDomain, prune_step
 from copal.streaming import StreamedModel
+from support.architectures import ARCHITECTURES, QWEN_MOE, SMALL, nats_of_the_whole_model, write_model
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-KEY_VALUE = {"num_key_value_heads": 2}
-GEMMA = {**SMALL, **KEY_VALUE, "head_dim": 8, "query_pre_attn_scalar": 8}
-QWEN_MOE = {**SMALL, **KEY_VALUE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-ARCHITECTURES = {
-    "llama": {**SMALL, **KEY_VALUE},
-    "mistral": {**SMALL, **KEY_VALUE, "sliding_window": 16},
-    "qwen2": {**SMALL, **KEY_VALUE},
-    "qwen3": {**SMALL, **KEY_VALUE, "head_dim": 8},
-    "gemma2": {**GEMMA, "sliding_window": 16},
-    "gemma3_text": {**GEMMA, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
-    "phi3": {**SMALL, **KEY_VALUE, "pad_token_id": 0},
-    "opt": {
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "word_embed_proj_dim": 32,
-    },
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
-    "gpt_neox": SMALL,
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "mixtral": {**SMALL, **KEY_VALUE, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {**QWEN_MOE, "shared_expert_intermediate_size": 48},
-    "qwen3_moe": {**QWEN_MOE, "head_dim": 8},
-    "unheard_of": {},
-}
 ROUTERS = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
-
-
-class UnheardOfConfig(PreTrainedConfig):
-    model_type = "unheard_of"
-
-
-class Floor(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.widen, self.narrow = nn.Linear(16, 16), nn.Linear(16, 24, bias=False), nn.Linear(24, 16)
-
-    def forward(self, x: torch.Tensor, scale: float) -> tuple[torch.Tensor]:
-        x = x + scale * self.mix(x).cumsum(1) / x.shape[1]
-        return (x + self.narrow(self.widen(x).relu()),)
-
-
-class UnheardOf(PreTrainedModel):
-    """An architecture that copal has no word of: other names, another call of a block, a tuple as its result."""
-
-    config_class = UnheardOfConfig
-
-    def __init__(self, config: UnheardOfConfig) -> None:
-        super().__init__(config)
-        self.words, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
-        self.tower = nn.ModuleDict({"floors": nn.ModuleList(Floor() for _ in range(2))})
-        self.post_init()
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutput:
-        x = self.words(input_ids)
-        for floor in self.tower["floors"]:
-            x = floor(x, scale=0.5)[0]
-        return CausalLMOutput(logits=self.head(x))
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    AutoConfig.register("unheard_of", UnheardOfConfig, exist_ok=True)
-    AutoModelForCausalLM.register(UnheardOfConfig, UnheardOf, exist_ok=True)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        request.param, vocab_size=64, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-        **ARCHITECTURES[request.param],
-    )  # fmt: skip
     folder = tmp_path_factory.mktemp(request.param)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    write_model(request.param, folder)
     return folder
-
-
-def nats_of_the_whole_model(folder: Path, windows: torch.Tensor) -> float:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(windows).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
 
 
 def test_streaming_gives_the_loss_of_the_whole_model(folder, make_windows, cpu):
@@ -152,6 +81,25 @@ def test_where_the_loss_decides_half_of_all_weights_go_and_no_row_strays_too_far
     assert zeros == sum(layer.zeros for layer in report.layers)
     assert zeros == sum(layer.weights // 2 for layer in report.layers)
     assert len({layer.zeros / layer.weights for layer in report.layers}) > 1
+
+
+def test_what_a_step_takes_is_computed_from_the_configuration_alone(folder, make_windows, tmp_path, cpu):
+    calibration = CalibrationConfig(window_length=32, windows=2)
+    prune = PruneConfig(criterion="loss", rounds=(1.0,), iterations=1)
+    with Meter() as meter:
+        prune_step(
+            Base(folder=folder, fingerprint="-"), None,
+            NewDomain(name="a", md5="-", windows=make_windows(0, windows=2, vocabulary=64)), tmp_path / "v",
+            calibration=calibration, prune=prune, device=cpu, dtype=torch.float32,
+        )  # fmt: skip
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    settings = StepSettings(calibration=calibration, prune=prune, domains=1, dtype=torch.float32)
+    found = estimate_step(tmp_path, settings)
+    operations = sum(work.half + work.single for part, work in found.work.items() if part != "evaluation")
+    assert meter.operations.total() == pytest.approx(operations, rel=0.01)  # angles of rotary embeddings: once a batch
+    files = [file for part in ("model", "state") for file in (tmp_path / "v" / part).rglob("*.safetensors")]
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+    assert found.disk.version == sum(file.stat().st_size for file in files) - headers
 
 
 def test_a_checkpoint_without_the_base_models_prefix_is_read_and_written_as_it_is(make_windows, tmp_path, cpu):

@@ -15,13 +15,13 @@ from copal.errors import ModelError
 
 
 def test_an_opened_base_has_its_fingerprint_and_its_tokenizer(tiny_base: Path) -> None:
-    heard = []
+    heard: list[tuple[str, int, int]] = []
     base = open_base(tiny_base, lambda *progress: heard.append(progress))
     assert base.folder == tiny_base
     assert base.fingerprint == base_fingerprint(tiny_base)
     tokens = base.tokenizer()("lessee", add_special_tokens=False)["input_ids"]
     assert len(tokens) == 6  # of bytes
-    assert {stage for stage, _, _ in heard} == {"fingerprint"}
+    assert {stage for stage, _, _ in heard} == {"check", "fingerprint"}
     assert heard[-1][1] == heard[-1][2] > 0
 
 

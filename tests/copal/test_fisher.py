@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from copal.architecture import find_linears
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import NumericsError
+from copal.labels import chances, draw
 from copal.state import StateReader
 from copal.step import Base, NewDomain, prune_step
 
@@ -46,7 +47,8 @@ def of_the_whole_model(folder: Path, windows: torch.Tensor) -> dict[str, torch.T
     sums, counted = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0)
     for window in windows.split(1):
         logits = model(window).logits
-        F.cross_entropy(logits[0, :-1], window[0, 1:], reduction="sum").backward()
+        labels = draw(logits[0].detach().softmax(-1), chances(window[0]))
+        F.cross_entropy(logits[0], labels, reduction="sum").backward()
         for (index, name), y in outputs.items():
             rho = torch.ones(len(y[0]))
             if name.endswith(WRITERS) and y.shape[-1] == 32:

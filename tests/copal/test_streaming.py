@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.backends.cuda import cudnn_sdp_enabled, flash_sdp_enabled, mem_efficient_sdp_enabled
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -19,6 +21,8 @@ from copal.errors import NumericsError, ResourceError, SmallerBatchWarning
 from copal.evaluation import evaluate
 from copal.state import StateReader
 from copal.step import Base, NewDomain, Parent, StepReport, prune_step
+from copal.streaming import StreamedModel, compute_dtype
+from support.versions import Lineage, share_of_other_masks
 
 
 def step(base: Path, out: Path, windows: torch.Tensor, batch: int = 8, parent: Parent | None = None) -> StepReport:
@@ -100,9 +104,64 @@ def test_memory_for_less_than_one_window_names_the_setting_and_leaves_nothing(ma
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [ON_GPU, ON_CPU])
+def test_memory_that_is_not_enough_for_the_solve_is_told_in_one_line_and_leaves_nothing(
+    make_model, make_windows, tmp_path, monkeypatch, error
+):
+    def solve(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("copal.step.prune_group", solve)
+    with pytest.raises(ResourceError, match=r"the solve of one block, .*: take a device with more"):
+        step(make_model(), tmp_path / "out", make_windows(0))
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_error_is_not_taken_for_want_of_memory(make_model, make_windows, tmp_path):
     with memory_for(0, RuntimeError("mat1 and mat2")), pytest.raises(RuntimeError, match="mat1"):
         step(make_model(), tmp_path / "out", make_windows(0))
+
+
+def test_a_step_computes_where_it_is_told_whatever_else_the_machine_has(
+    make_model, make_windows, tmp_path, monkeypatch
+):
+    here = Lineage(make_model(), tmp_path / "here", PruneConfig(criterion="loss"))
+    here.add("code", make_windows(0))
+    monkeypatch.setattr("copal.processes.device", lambda: torch.device("meta"))  # as a GPU that is not asked for
+    there = Lineage(make_model(), tmp_path / "there", PruneConfig(criterion="loss"))
+    there.add("code", make_windows(0))
+    assert share_of_other_masks(here.weights(), there.weights()) == 0
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, capability, dtype):
+    card = types.SimpleNamespace(major=capability)
+    for name, value in {
+        "is_available": True, "current_device": 0, "get_device_properties": card, "_check_bf16_tensor_supported": True,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
+    assert compute_dtype("auto", torch.device("cuda")) == dtype
+
+
+def test_on_a_gpu_attention_on_the_way_back_is_not_that_of_fused_kernels(make_model, make_windows, cpu):
+    """The gradient of those is added up in any order: a step with criterion `loss` would not be made again exactly."""
+    windows, kinds = make_windows(0), []
+    model = StreamedModel(make_model(blocks=1), device=cpu, dtype=torch.float32)
+    stream = model.start(windows, 8)
+
+    def fused() -> tuple[bool, ...]:
+        return flash_sdp_enabled(), mem_efficient_sdp_enabled(), cudnn_sdp_enabled()
+
+    with model.block(0) as block:
+        hidden = stream.hidden
+        stream.advance(block)
+        gradient = stream.loss_gradient()
+        block.register_forward_pre_hook(lambda *_: kinds.append(fused()))
+        expected = stream.backward(0, block, hidden, gradient)
+        model.device = torch.device("cuda")  # nothing is moved there
+        found = stream.backward(0, block, hidden, gradient)
+    assert kinds == [fused(), (False, False, False)]
+    torch.testing.assert_close(found, expected)
 
 
 def broken(base: Path, folder: Path, name: str, value: float) -> Path:
@@ -154,3 +213,16 @@ def test_a_head_that_is_not_finite_is_named(make_model, make_windows, tmp_path, 
     bad = broken(make_model(), tmp_path / "bad", "model.norm.weight", torch.inf)
     with pytest.raises(NumericsError, match=r"on code: the loss .* last norm"):
         evaluate(bad, {"code": make_windows(0)}, device=cpu, dtype=torch.float32)
+
+
+def test_a_domain_is_read_without_the_head_which_may_be_wider_than_all_blocks(make_model, make_windows, tmp_path):
+    """Logits of a batch that nobody wanted took 4 GB of a model with 256,000 words."""
+    seen = []
+    hook = register_module_forward_pre_hook(
+        lambda module, _: seen.append(module) if getattr(module, "out_features", 0) == 128 else None
+    )
+    try:
+        step(make_model(hidden=48), tmp_path / "out", make_windows(0))
+    finally:
+        hook.remove()
+    assert seen == []

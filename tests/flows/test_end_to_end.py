@@ -95,8 +95,8 @@ def test_an_exported_version_loads_anywhere_and_speaks(lineage, tmp_path):
     assert main(["export", "latest", str(tmp_path / "model"), "--workspace", str(lineage)]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    weight = model.model.layers[7].mlp.down_proj.weight
-    assert (weight == 0).float().mean().item() == pytest.approx(0.5, abs=1e-3)
+    weights = torch.cat([weight.flatten() for name, weight in model.model.layers.named_parameters() if "_proj" in name])
+    assert (weights == 0).float().mean().item() == pytest.approx(0.5, abs=1e-3)
     prompt = tokenizer("Permission is hereby granted, free of", return_tensors="pt")
     with torch.no_grad():
         said = model.generate(**prompt, max_new_tokens=8, do_sample=False)

@@ -73,7 +73,7 @@ def test_every_setting_is_read(params: Path) -> None:
         domains: {legal: {weight: 2}, code: {weight: 0.5}, medical: null}
         gates: {forgetting: 0.5, champion: null, dense: 3, improvement: false, generation: false, promote: auto}
         watch: {repository: ../data, branch: release/1, interval: 5, cron: "*/15 7-19,22 * jan,Mar-12 mon-fri/2"}
-        run: {lease: 30, time_limit: 3600}
+        run: {lease: 30, time_limit: 3600, check_resources: false}
         registry: {uri: "http://localhost:5000"}
         ledger: {uri: "postgresql+psycopg2://copal@db/copal"}
         signing: {key: keys/private.pem, public_key: ~/public.pem}
@@ -101,7 +101,7 @@ def test_every_setting_is_read(params: Path) -> None:
         watch=WatchSettings(
             repository="../data", branch="release/1", interval=5, cron="*/15 7-19,22 * jan,Mar-12 mon-fri/2"
         ),
-        run=RunSettings(lease=30, time_limit=3600),
+        run=RunSettings(lease=30, time_limit=3600, check_resources=False),
         registry=RegistrySettings(uri="http://localhost:5000"),
         ledger=LedgerSettings(uri="postgresql+psycopg2://copal@db/copal"),
         signing=SigningSettings(key="keys/private.pem", public_key="~/public.pem"),
@@ -168,6 +168,7 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("run: {lease: 0.5}", "run.lease"),
         ("run: {lease: soon}", "run.lease"),
         ("run: {time_limit: 0}", "run.time_limit"),
+        ("run: {check_resources: 1}", "run.check_resources must be true or false, not 1"),
         ("signing: {key: 1}", "signing.key"),
         ("signing: {public_key: ' '}", "signing.public_key"),
         ("registry: {uri: ''}", "registry.uri"),

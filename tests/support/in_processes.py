@@ -1,13 +1,21 @@
-"""Statistics, two steps and an evaluation, in however many processes: python in_processes.py BASE WINDOWS OUT"""
+"""Statistics, two steps and an evaluation, in however many processes: python in_processes.py BASE WINDOWS OUT [BACKEND]
+
+BACKEND: what the processes talk through, in place of accelerate's choice. On a GPU that is NCCL, which takes no two
+processes on one device; gloo does.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import distributed
 
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import SettingsError
@@ -16,6 +24,11 @@ from copal.processes import device, gather, is_main, share_of_windows
 from copal.recorder import MomentRecorder
 from copal.step import Base, NewDomain, Parent, prune_step
 from copal.streaming import StreamedModel
+
+LAUNCH = (
+    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0"
+)
 
 
 def statistics(base: Path, windows: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
@@ -55,6 +68,11 @@ def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.d
     scores = evaluate(parent.model, windows, device=device, dtype=torch.float32)
     processes = len(gather(None))
     assert gather((reports, scores)) == [(reports, scores)] * processes
+    odd = {"odd": windows["code"][:3]}  # of two processes, one walks twice and one once
+    twice, once = (
+        evaluate(base, odd, device=device, dtype=torch.float32, batch=1, hidden_bytes=most) for most in (1, 10**9)
+    )
+    assert twice == once
     refused = ""
     try:
         evaluate(parent.model, {"short": windows["code"][:1]}, device=device, dtype=torch.float32)
@@ -67,5 +85,38 @@ def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.d
         (out / "found.json").write_text(json.dumps(found))
 
 
+def launch(
+    base: Path, windows: dict[str, torch.Tensor], out: Path, *backend: str, environment: dict[str, str] | None = None
+) -> None:
+    """`run` in two processes."""
+    save_file(windows, out / "windows.safetensors")
+    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    subprocess.run(
+        [sys.executable, *LAUNCH.split(), __file__, str(base), str(out / "windows.safetensors"), str(out), *backend],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), **(environment or {})},
+        timeout=300,
+        check=True,
+    )
+
+
+def same(one: Path, two: Path) -> None:
+    """Whether two processes, in the folder `two`, came to what one came to."""
+    statistics = [load_file(out / "statistics-of-code.safetensors") for out in (one, two)]
+    torch.testing.assert_close(*statistics, rtol=1e-5, atol=1e-5)  # G as correlations: 1 is the most there is
+    alone, together = (json.loads((out / "found.json").read_text()) for out in (one, two))
+    assert (alone["processes"], together["processes"]) == (1, 2)
+    for name, (nats, tokens) in alone["scores"].items():
+        assert together["scores"][name][1] == tokens
+        assert math.isclose(together["scores"][name][0], nats, rel_tol=1e-5)
+    # All but equal scores may change places.
+    assert all(abs(more - less) <= 2 for more, less in zip(together["back"], alone["back"], strict=True))
+    assert alone["refused"] == ""
+    assert together["refused"].startswith("model.processes is 2, but there are 1 windows")
+    files = [{str(path.relative_to(out)) for path in out.rglob("*")} for out in (one, two)]
+    assert files[1] - files[0] == {"windows.safetensors"}
+
+
 if __name__ == "__main__":
+    if sys.argv[4:]:
+        distributed.init_process_group(sys.argv[4])
     run(Path(sys.argv[1]), load_file(sys.argv[2]), Path(sys.argv[3]), device())

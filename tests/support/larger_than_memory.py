@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama  # noqa: F401  (part of the bare process)
 
 from copal.baselines import wanda
@@ -21,54 +20,27 @@ from copal.config import CalibrationConfig, PruneConfig
 from copal.evaluation import evaluate
 from copal.solve import prune_group
 from copal.step import Base, NewDomain, Parent, prune_step
+from support.llamas import Llama, write_llama
 from support.memory import memory
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 512, 1024, 256
 CPU = torch.device("cpu")
 
 
-def write_checkpoint(folder: Path, size: int) -> int:
-    """A random Llama of at least `size` bytes in float32, a block a shard, written with one block in memory."""
-    shapes = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (HIDDEN // 4, HIDDEN),
-        "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-        "input_layernorm": (HIDDEN,),
-        "post_attention_layernorm": (HIDDEN,),
-    }
-    blocks = -(-size // (4 * sum(torch.Size(shape).numel() for shape in shapes.values())))
-    LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=blocks, num_attention_heads=8,
-        num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)  # fmt: skip
-    outside = {"model.embed_tokens": (VOCABULARY, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (VOCABULARY, HIDDEN)}
-    generator, weight_map, written = torch.Generator().manual_seed(0), {}, 0
-    for shard in range(blocks + 1):
-        here = {f"model.layers.{shard}.{name}": shape for name, shape in shapes.items()} if shard < blocks else outside
-        tensors = {
-            f"{name}.weight": torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
-            for name, shape in here.items()
-        }
-        file = f"model-{shard + 1:05d}-of-{blocks + 1:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        written += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": written}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return written
+def sized(size: int) -> Llama:
+    """A Llama of at least `size` bytes in float32."""
+    one = Llama(hidden=512, inner=1024, blocks=1, heads=8, key_value_heads=2, vocabulary=256)
+    block = 4 * sum(torch.Size(shape).numel() for shape in one.block.values())
+    return replace(one, blocks=-(-size // block))
 
 
 def main(folder: Path, size: int) -> None:
-    size = write_checkpoint(folder / "base", size)
+    llama = sized(size)
+    size = write_llama(folder / "base", llama)
     bare, began = memory("VmRSS"), time.perf_counter()
     parent = None
     generator = torch.Generator().manual_seed(1)
     for version, name in enumerate(("code", "legal"), start=2):
-        windows = torch.randint(VOCABULARY, (4, 32), generator=generator)
+        windows = torch.randint(llama.vocabulary, (4, 32), generator=generator)
         prune_step(
             Base(folder=folder / "base", fingerprint="base"),
             parent,

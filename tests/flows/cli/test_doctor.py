@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import re
 import shutil
 import socket
 import threading
@@ -14,7 +15,7 @@ from flows.cli.doctor import Check, doctor, render
 
 NAMES = [
     "python", "torch", "transformers", "git", "dvc", "domains", "mlflow", "ledger", "prefect", "fastapi", "disk",
-    "workspace",
+    "memory", "workspace",
 ]  # fmt: skip
 
 
@@ -115,11 +116,15 @@ def test_no_git(monkeypatch, tmp_path):
     assert module._git(tmp_path) == Check(name="git", ok=False, found="is not on PATH", advice="install git")
 
 
-def test_room_on_the_disk(bench, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1 << 29))
-    check = look(bench.root)["disk"]
-    assert check.ok is False
-    assert check.found == "0.5 GiB free; a step needs about 1.0 GiB"
+def test_room_on_the_disk_and_in_memory(bench, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=100_000))
+    monkeypatch.setattr("flows.step.resources.free_memory", lambda: 200_000)
+    found = look(bench.root)
+    assert (found["disk"].ok, found["memory"].ok) == (False, False)
+    assert re.search(r"^0\.1 MB of disk in \S+\.copal free; a step needs about 0\.\d MB$", found["disk"].found)
+    assert re.search(r"^0\.2 MB of memory free; a step needs about 1\.\d MB$", found["memory"].found)
+    assert "gc" in found["disk"].advice
+    assert "model.batch" in found["memory"].advice
 
 
 @pytest.fixture

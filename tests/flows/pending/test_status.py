@@ -91,7 +91,7 @@ def test_a_figure_on_other_data_of_the_domain_is_marked():
     )
     assert [row[2] for row in cells(what)] == ["code", "6.00", "9.00*", "8.00"]
     assert [row[4] for row in cells(what)] == ["came back", "", "", "0"]
-    assert "* measured on another version" in "\n".join(shown(what))
+    assert "* measured on other data" in "\n".join(shown(what))
     del what["versions"][1]
     assert "* measured" not in "\n".join(shown(what))
 

@@ -57,6 +57,12 @@ def test_watchers_on_the_same_data_make_one_version_a_key(raced, watchers, round
     assert [version.tags.get("copal.domain") for version in versions] == [None, "legal", *["code"] * rounds]
     assert [version.parent for version in versions] == [None, *(version.number for version in versions[:-1])]
     assert [version.number for version in versions] == list(range(1, rounds + 3))  # nobody's was withdrawn
+    figures = {
+        (domain.evaluation_digest, record.dense_perplexity[domain.name])
+        for record in map(raced.registry.record, versions)
+        for domain in record.domains
+    }
+    assert len(figures) == 3  # one of legal and one of each data of code, whoever measured it or handed it on
 
 
 @pytest.mark.parametrize(

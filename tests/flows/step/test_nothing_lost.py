@@ -60,6 +60,16 @@ def test_what_another_copal_staged_is_not_gone_on_with(bench, monkeypatch, not_a
         step(bench)
 
 
+def test_what_was_staged_in_another_dtype_is_not_gone_on_with(bench, monkeypatch, not_again):
+    """The settings say `auto`, and another machine goes on: the record would tell the wrong dtype of its figures."""
+    bench.commit("code", 0)
+    stop_after_pruning(bench, monkeypatch)
+    monkeypatch.setattr("flows.step.staging.forward_dtype", lambda settings: "bfloat16")
+    not_again("prune_domain")
+    with pytest.raises(AssertionError, match="prune_domain ran again"):
+        step(bench)
+
+
 def test_a_staged_version_that_is_damaged_is_made_anew(bench, monkeypatch):
     bench.commit("code", 0)
     stop_after_pruning(bench, monkeypatch)

@@ -1,0 +1,85 @@
+"""What would run, as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from flows.lineage.figures import gigabytes, printable, timespan
+from flows.terminal.status import waits
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+__all__ = ["render_forecast"]
+
+_KINDS = {"disk": "disk", "memory": "memory", "gpu": "GPU memory"}
+
+
+def render_forecast(found: Mapping[str, Any]) -> RenderableType:
+    """`flows.pending.forecast.forecast` for people: a table of the steps, one of the settings, and lines."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    if found["gates"]:
+        parts.append(Text(f"first: the gates of version {found['head']}, which have not run yet"))
+    if found["steps"]:
+        parts += [_steps(found), Text(f"times rest on {found['timed_by']}")]
+    if found["settings"]:
+        parts.append(_settings(found))
+    return Group(*parts, *map(Text, _lines(found)))
+
+
+def _lines(found: Mapping[str, Any]) -> Iterator[str]:
+    if found["head"] is None:
+        yield f"{found['model']} has no versions yet: register a base with `copal init DIR --base SOURCE`"
+    elif not found["steps"] and not found["gates"]:
+        yield f"nothing would run: version {found['head']} knows what is there"
+    yield from (f"version {step['version']} would be refused: {step['refused']}" for step in _refused(found))
+    yield from (waits(entry) for entry in found["waiting"])
+    yield from (f"note: {note}" for note in found["notes"])
+    yield from (f"problem: {problem}" for problem in found["problems"])
+
+
+def _refused(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [step for step in found["steps"] if step["refused"]]
+
+
+def _steps(found: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{found['model']}: what would run, in this order", title_justify="left")
+    for heading in ("version", "adapts to", "at", "domains", "time", "stays on disk"):
+        table.add_column(heading, justify="right" if heading in ("version", "domains", "time") else "left")
+    needs = list(found["steps"][0]["needed"])
+    for what in needs:
+        table.add_column(f"{_KINDS[what]} needed (free)")
+    for step in found["steps"]:
+        table.add_row(
+            str(step["version"]),
+            f"{step['domain']}{', new data' if step['replaces'] else ''}",
+            step["dvc_md5"][:10],
+            str(step["domains"]),
+            timespan(sum(step["seconds"].values())),
+            gigabytes(step["disk"]["version"]),
+            *(f"{gigabytes(step['needed'][what])} ({gigabytes(step['free'][what])})" for what in needs),
+        )
+    if len(found["steps"]) > 1:
+        table.add_section()
+        time = sum(sum(step["seconds"].values()) for step in found["steps"])
+        size = sum(step["disk"]["version"] for step in found["steps"])
+        table.add_row("", "all", "", "", timespan(time), gigabytes(size), *("" for _ in needs))
+    return table
+
+
+def _settings(found: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"settings that differ from those of version {found['head']}", title_justify="left")
+    for heading in ("setting", "then", "now", "what it takes"):
+        table.add_column(heading, overflow="fold")
+    for change in found["settings"]:
+        table.add_row(change["name"], printable(change["then"]), printable(change["now"]), change["takes"])
+    return table
