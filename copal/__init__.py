@@ -40,6 +40,7 @@ modules, each of which imports only from lines below its own:
     calibration, tokenizer                          a domain's text as token windows
     checkpoint, architecture                        how models are stored and built
     experts, folder                                 their experts, and the files that they consist of
+    leakage                                         text that calibrates one domain and evaluates another
     documents                                       which documents of a domain are read
     text_files, parquet_files, rows, domain_files   how files hold them, and which files are opened
     foreign                                         what others wrote, read within bounds

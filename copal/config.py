@@ -44,6 +44,8 @@ class CalibrationConfig:
         storage: what a state keeps of a domain: `full`, or `compact` (what each keeps and loses: `copal.packing`).
         text_field: the field of a row (JSON lines, Parquet) that holds the text.
         id_field: the field that holds a row's id, where it has one.
+        overlap_limit: share of a domain's documents that may be left out since another domain has their text on the
+            other side, in (0, 1); with more the domain is refused. Alters no statistic.
     """
 
     window_length: int = 512
@@ -54,6 +56,7 @@ class CalibrationConfig:
     storage: str = "full"
     text_field: str = "text"
     id_field: str = "id"
+    overlap_limit: float = 0.25
 
     def __post_init__(self) -> None:
         _check_whole("calibration.window_length", self.window_length, at_least=8)
@@ -61,6 +64,7 @@ class CalibrationConfig:
         _check_whole("calibration.evaluation_windows", self.evaluation_windows, at_least=8)
         _check_open_interval("calibration.evaluation_share", self.evaluation_share)
         _check_whole("calibration.seed", self.seed, at_least=0)
+        _check_open_interval("calibration.overlap_limit", self.overlap_limit)
         if self.storage not in _STORAGES:
             raise SettingsError(f"calibration.storage must be one of {', '.join(_STORAGES)}, not {self.storage!r}")
         for name in ("text_field", "id_field"):
@@ -73,7 +77,7 @@ class CalibrationConfig:
     def fingerprint(self) -> str:
         """SHA-256 of what alters the statistics: two states with the same value may be summed."""
         settings = asdict(self)
-        del settings["evaluation_windows"]
+        del settings["evaluation_windows"], settings["overlap_limit"]
         for name, usual in (("text_field", "text"), ("id_field", "id")):  # states are older than these
             if settings[name] == usual:
                 del settings[name]

@@ -18,7 +18,7 @@ from copal.parquet_files import read_parquet, row_groups
 from copal.rows import PART, Document, Fields
 from copal.text_files import read_lines, read_text
 
-__all__ = ["Document", "hash64", "read_documents", "split_documents"]
+__all__ = ["Document", "hash64", "normalised", "read_documents", "split_documents"]
 
 _MOST = 256 << 20  # bytes of memory that the documents of a domain may take
 _EACH = 512  # of these, what one takes beside its text and identity, here and where sides are shared out
@@ -90,21 +90,26 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _normalised_digest(text: str) -> bytes:
-    """SHA-256 of a text after NFKC, case folding and collapsing of white space; of a long text piece by piece.
+def normalised(text: str) -> Iterator[str]:
+    """A text after NFKC, case folding and collapsing of white space, without its ends; of a long one piece by piece.
 
-    Pieces begin with a space or a line break: neither NFKC nor a word goes across one.
+    Pieces begin with a space or a line break, which are left out: neither NFKC nor a word goes across one.
     """
-    digest = hashlib.sha256()
-    start, joint = 0, b""
+    start = 0
     while start < len(text):
         found = _SPACE.search(text, start + _NORMALISED_AT_ONCE)
         end = found.start() if found else len(text)
         words = unicodedata.normalize("NFKC", text[start:end]).casefold().split()
         if words:
-            digest.update(joint + " ".join(words).encode())
-            joint = b" "
+            yield " ".join(words)
         start = end
+
+
+def _normalised_digest(text: str) -> bytes:
+    """SHA-256 of a normalised text."""
+    digest = hashlib.sha256()
+    for number, piece in enumerate(normalised(text)):
+        digest.update(f"{' ' if number else ''}{piece}".encode())
     return digest.digest()
 
 

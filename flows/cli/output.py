@@ -66,4 +66,10 @@ def show_versions(project: Project, versions: Sequence[ModelVersion], tell: Call
     for version in versions:
         did = f"withdrew {version.withdrawn}" if version.withdrawn else f"adapted to {version.tags['copal.domain']}"
         tell(f"version {version.number} of {project.name}: {did}")
+        step = project.registry.record(version).step
+        if step is not None and (left := step.left_out):
+            tell(
+                f"{len(left)} of its documents were left out, since other domains have their text on the "
+                f"other side: {len(left.calibration)} for calibration, {len(left.evaluation)} for evaluation"
+            )
     console().print(render_status(status(project)))

@@ -53,11 +53,11 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = Path())
         domain: The folder under data/.
         rev: Git revision of its data; default: the watched branch.
     """
-    from flows.step.resolve import resolve
+    from flows.step.resolve import find_step
 
     project = open_project(workspace)
     registry = project.registry
-    known = resolve(project, domain, rev) is None
+    known = find_step(project, domain, rev) is None
     head = registry.head()
     if known and head is not None and head.concluded:  # quick, and starts no server
         _say_known(registry, domain)
@@ -113,11 +113,11 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
         why: The reason; the log keeps it.
         purge: Also delete what is kept of its data; of one withdrawn earlier, too.
     """
-    from flows.step.resolve import resolve_withdrawal
+    from flows.step.resolve import find_withdrawal
 
     project = open_project(workspace)
     registry = project.registry
-    if resolve_withdrawal(project, domain, why) is None:  # nothing to compute: starts no server
+    if find_withdrawal(project, domain, why) is None:  # nothing to compute: starts no server
         from flows.step.run import plain_tasks, run_withdrawal
 
         done = run_withdrawal(project, domain, why, plain_tasks(), purge=purge, tell=say)

@@ -186,7 +186,9 @@ def _write(project: Project, version: ModelVersion, record: Record, model: Path)
     for domain in record.domains_at(version.number):
         try:
             data = fetch_version(workspace, settings.watch, dataset_of(domain))
-            window = domain_windows(data, tokenizer, settings.calibration).evaluation[0]
+            window = domain_windows(
+                data, tokenizer, settings.calibration, left_out=domain.left_out.as_hashes()
+            ).evaluation[0]
         except CopalError as error:
             found[domain.name] = f"no prompt: {error}"
         else:

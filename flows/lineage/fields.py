@@ -39,6 +39,7 @@ from copal.errors import CopalError
 
 __all__ = [
     "Frozen",
+    "Hash64",
     "JsonObject",
     "LineageError",
     "Must",
@@ -207,6 +208,7 @@ Whole = Annotated[int, Field(ge=0), Must("a whole number of at least 0")]
 WholeOrNull = Annotated[Whole | None, Must("a whole number of at least 0 or null")]
 Number = Annotated[float, _kept(_finite, {"type": "number"}), Must("a finite number")]
 NumberOrNull = Annotated[Number | None, Must("a finite number or null")]
+Hash64 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$"), Must("16 hexadecimal digits")]
 Sha256 = Annotated[str, _SHA256, Must("a SHA-256 in hexadecimal")]
 Sha256OrNull = Annotated[Sha256 | None, Must("a SHA-256 in hexadecimal or null")]
 UtcTime = Annotated[str, AfterValidator(_utc), WithJsonSchema(_TIME), Must("a UTC time in ISO 8601")]

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -19,6 +19,7 @@ from copal.config import fingerprint
 from copal.files import json_text, write_atomic
 from flows.lineage.fields import (
     Frozen,
+    Hash64,
     JsonObject,
     LineageError,
     Must,
@@ -37,6 +38,9 @@ from flows.lineage.fields import (
     shown,
 )
 
+if TYPE_CHECKING:
+    import copal.leakage
+
 __all__ = [
     "RECORD_FILE",
     "SCHEMA",
@@ -44,6 +48,7 @@ __all__ = [
     "Code",
     "Domain",
     "Layer",
+    "LeftOut",
     "LineageError",
     "MatrixRow",
     "Parent",
@@ -62,6 +67,26 @@ RECORD_FILE = "lineage.json"
 _INSIDE = r"^(?!/)(?!(.*/)?\.\.(/|$))."  # of a relative path that stays where it is
 
 
+class LeftOut(Frozen):
+    """Documents of a domain that were passed over, since another domain had their text on the other side.
+
+    Attributes:
+        calibration, evaluation: by side, the beginnings of the SHA-256 of their identities.
+    """
+
+    calibration: Annotated[tuple[Hash64, ...], Field(strict=False), Must("a list of hashes")]
+    evaluation: Annotated[tuple[Hash64, ...], Field(strict=False), Must("a list of hashes")]
+
+    def __len__(self) -> int:
+        return len(self.calibration) + len(self.evaluation)
+
+    def as_hashes(self) -> copal.leakage.LeftOut:
+        """As the algorithm takes it."""
+        from copal.leakage import LeftOut
+
+        return LeftOut(calibration=self.calibration, evaluation=self.evaluation)
+
+
 class Domain(Frozen):
     """One domain of the sensitivity state, at the data version that the state holds.
 
@@ -73,6 +98,7 @@ class Domain(Frozen):
         tokens, windows: what calibration read.
         contribution_version: model version whose state holds the contribution; None: the version of this record.
         evaluation_digest, evaluation_tokens: which tokens the perplexity was measured on (SHA-256), how many predicted.
+        left_out: which documents its windows do without.
     """
 
     name: Text
@@ -86,6 +112,7 @@ class Domain(Frozen):
     contribution_version: WholeOrNull
     evaluation_digest: Text
     evaluation_tokens: Whole
+    left_out: LeftOut = LeftOut(calibration=(), evaluation=())
 
     def made_in(self, version: int) -> int:
         """The version whose state holds the contribution, of a domain in the record of `version`."""

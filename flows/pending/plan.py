@@ -10,6 +10,7 @@ refused not before it or the settings change (`flows.project.refusals`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -102,6 +103,7 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
             pending.append(version)
     if head and record and (note := changes_note(record, settings, head.number)):
         notes.append(note)
+    notes += _named_twice(desired)
     gone = sorted(known.keys() - {version.domain for version in desired})
     notes += [f"data/{domain} is no longer tracked here; the model keeps what it knows of it" for domain in gone]
     return Plan(
@@ -112,6 +114,16 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
         notes=tuple(notes),
         problems=tuple(problems),
     )
+
+
+def _named_twice(desired: Sequence[DatasetVersion]) -> Iterator[str]:
+    """A line on each dataset that is there under several names: the model would count it several times."""
+    names: dict[str, list[str]] = {}
+    for version in desired:
+        names.setdefault(version.md5, []).append(version.path)
+    for md5, paths in names.items():
+        if len(paths) > 1:
+            yield f"{' and '.join(paths)} hold the same data (md5 {md5[:10]}): as domains, each counts by itself"
 
 
 def refusal_text(version: DatasetVersion, refusal: Refusal) -> str:

@@ -51,7 +51,7 @@ def fetch(project: Project, step: Step) -> dict[str, str]:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def prune(project: Project, step: Step, data: str | None, claim: Claim) -> StepReport:
+def prune(project: Project, step: Step, data: Mapping[str, str], claim: Claim) -> StepReport:
     """One COPAL step; on the GPU where there is one."""
     with _progress(project) as progress:
         return prune_domain(project.settings, step, data, claim.guard(progress))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from copal.errors import CopalError
 from flows.data.recorded import dataset_of
 from flows.lineage.keys import step_key, withdrawal_key
-from flows.lineage.record import Domain
+from flows.lineage.record import Domain, LeftOut
 from flows.project import Project
 from flows.settings import check_domain_name
 
@@ -25,8 +25,6 @@ __all__ = [
     "WithdrawError",
     "find_step",
     "find_withdrawal",
-    "resolve",
-    "resolve_withdrawal",
     "run_folder",
     "step_on",
 ]
@@ -59,6 +57,7 @@ class Step:
         earlier: the other domains in the head's state.
         withdraws: whether `version` is taken out.
         why: the reason of a withdrawal, in the words of whoever asked for it.
+        left_out: the documents that the domain's windows do without, where a record says so; None: it is to be found.
     """
 
     model: str
@@ -73,6 +72,7 @@ class Step:
     earlier: tuple[Domain, ...]
     withdraws: bool = False
     why: str | None = None
+    left_out: LeftOut | None = None
 
     @property
     def new(self) -> str | None:
@@ -85,18 +85,10 @@ class Step:
         return self.run / "version"
 
 
-def resolve(project: Project, domain: str, rev: str | None) -> Step | None:
-    """Find the head and the dataset version; None where the head already knows it, made with these settings.
-
-    Raises:
-        CopalError: see `find_step`.
-    """
-    found = find_step(project, domain, rev)
-    return None if found is None else step_on(project.registry, *found, run_folder(project, found[2]))
-
-
 def find_step(project: Project, domain: str, rev: str | None) -> tuple[ModelVersion, DatasetVersion, str] | None:
-    """What a step would build on and adapt to, and the key that names it; None as in `resolve`. Fetches nothing.
+    """What a step would build on and adapt to, and the key that names it. Fetches nothing.
+
+    None where the head knows the data already, and was made with these settings.
 
     Raises:
         DataError: no domain may have that name.
@@ -121,21 +113,10 @@ def find_step(project: Project, domain: str, rev: str | None) -> tuple[ModelVers
     return head, version, step_key(head.number, domain, version.md5, settings_fingerprint)
 
 
-def resolve_withdrawal(project: Project, domain: str, why: str) -> Step | None:
-    """The step that takes a domain out of the head; None where it was withdrawn already.
-
-    Raises:
-        CopalError: see `find_withdrawal`.
-    """
-    found = find_withdrawal(project, domain, why)
-    if found is None:
-        return None
-    run = run_folder(project, found[2])
-    return step_on(project.registry, *found, run, withdraws=True, why=why.strip())
-
-
 def find_withdrawal(project: Project, domain: str, why: str) -> tuple[ModelVersion, DatasetVersion, str] | None:
-    """What such a step would build on and take out, and the key that names it; None as there. Fetches nothing.
+    """What such a step would build on and take out, and the key that names it. Fetches nothing.
+
+    None where the domain was withdrawn already.
 
     Raises:
         DataError: no domain may have that name.

@@ -38,7 +38,7 @@ class Tasks:
     """
 
     fetch: Callable[[Project, Step], Mapping[str, str]]
-    prune: Callable[[Project, Step, str | None, Claim], StepReport]
+    prune: Callable[[Project, Step, Mapping[str, str], Claim], StepReport]
     evaluate: Callable[[Project, Step, StepReport, Mapping[str, str], Claim], Evaluation]
     register: Callable[[Project, Step, StepReport, Evaluation, Claim], ModelVersion]
     gates: Callable[[Project, ModelVersion, Claim], tuple[GateResult, ...]]
@@ -173,7 +173,7 @@ def _make(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:
     evaluation = staged_evaluation(step)
     if report is None or evaluation is None:
         data = tasks.fetch(project, step)
-        report = report or tasks.prune(project, step, data.get(step.version.domain), claim)
+        report = report or tasks.prune(project, step, data, claim)
         evaluation = tasks.evaluate(project, step, report, data, claim)
     version = tasks.register(project, step, report, evaluation, claim)
     return Made(version=version, report=report, evaluation=evaluation)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from copal.files import write_atomic
 from copal.progress import Progress, silent
 from flows.data.dataset import UnusableDataError
 from flows.data.recorded import dataset_of
-from flows.lineage.record import Domain
+from flows.lineage.record import Domain, LeftOut
 from flows.machine import device_and_dtype, forward_dtype
 from flows.project import Project
 from flows.settings import Settings
@@ -26,6 +27,7 @@ from flows.step.staging import EVALUATION_FILE, Evaluation, evaluation_text
 
 if TYPE_CHECKING:
     from copal.calibration import DomainWindows
+    from copal.leakage import OtherText
     from copal.step import StepReport
 
 __all__ = [
@@ -55,9 +57,12 @@ def fetch_data(project: Project, step: Step) -> dict[str, str]:
     return folders
 
 
-def prune_domain(settings: Settings, step: Step, data: str | None, progress: Progress = silent) -> StepReport:
-    """Prune the base for every domain so far and the one in the folder `data`, or without the one that the step takes
-    out (`data` None); stages model/ and state/.
+def prune_domain(settings: Settings, step: Step, data: Mapping[str, str], progress: Progress = silent) -> StepReport:
+    """Prune the base for every domain so far and the step's own, or without the one that it takes out; stages model/
+    and state/.
+
+    Args:
+        data: domain -> folder, as `fetch_data` gives it; the step's own is enough where `step.left_out` is known.
 
     Raises:
         CopalError: see `copal.step.prune_step` and `copal.calibration.domain_windows`.
@@ -68,12 +73,11 @@ def prune_domain(settings: Settings, step: Step, data: str | None, progress: Pro
     if step.withdraws:
         domain = WithdrawnDomain(name=step.version.domain)
     else:
-        assert data is not None
         domain = NewDomain(
             name=step.version.domain,
             md5=step.version.md5,
             weight=settings.weight(step.version.domain),
-            windows=windows_of(step, step.version.domain, Path(data), settings).calibration,
+            windows=_windows(step, data, settings)[step.version.domain].calibration,
         )
     parent = None
     if step.parent:
@@ -113,7 +117,7 @@ def evaluate_step(
     began = time.perf_counter()
     settings, registry = project.settings, project.registry
     new = step.new
-    windows = {name: windows_of(step, name, Path(folder), settings) for name, folder in sorted(data.items())}
+    windows = _windows(step, data, settings)
     tokens = {name: found.evaluation for name, found in windows.items()}
 
     known = known_figures(registry, registry.version(step.head), forward_dtype(settings))
@@ -173,21 +177,36 @@ def _evaluated(step: Step, report: StepReport, windows: Mapping[str, DomainWindo
                 contribution_version=None,
                 evaluation_digest=windows[new].evaluation_digest,
                 evaluation_tokens=_predicted(windows[new]),
+                left_out=LeftOut(**asdict(windows[new].left_out)),
             )
         )
     return tuple(sorted(domains, key=lambda domain: domain.name))
 
 
-def windows_of(step: Step, domain: str, data: Path, settings: Settings) -> DomainWindows:
-    """The windows of `domain`, read from the folder `data`; errors name the user's folder, not the cache's."""
-    from copal.calibration import domain_windows
+def _windows(step: Step, data: Mapping[str, str], settings: Settings) -> dict[str, DomainWindows]:
+    """The windows of the domains in the folders `data`; errors name the user's folder, not the cache's.
+
+    Those of an earlier domain do without the documents that they did without from the beginning, and those of the new
+    one without what would leak from one to another.
+    """
+    from copal.calibration import domain_windows, text_read
     from copal.tokenizer import load_tokenizer
 
-    with _of(step, domain):
-        try:
-            return domain_windows(data, load_tokenizer(step.base), settings.calibration)
-        except DataError as error:
-            raise DataError(str(error).replace(str(data), f"data/{domain}")) from error
+    tokenizer = load_tokenizer(step.base)
+
+    def cut(name: str, others: OtherText | None, left_out: LeftOut | None) -> DomainWindows:
+        with _of(step, name):
+            try:
+                known = left_out.as_hashes() if left_out else None
+                return domain_windows(Path(data[name]), tokenizer, settings.calibration, others=others, left_out=known)
+            except DataError as error:
+                raise DataError(str(error).replace(data[name], f"data/{name}")) from error
+
+    found = {entry.name: cut(entry.name, None, entry.left_out) for entry in step.earlier if entry.name in data}
+    if step.new is not None:
+        others = text_read(found.values()) if step.left_out is None else None
+        found[step.new] = cut(step.new, others, step.left_out)
+    return dict(sorted(found.items()))
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def replay(
         made: Path | None = None
         for of_step, step in plan(registry, version, settings, Path(scratch)):
             step.run.mkdir(exist_ok=True)
-            data = None if step.withdraws else str(fetch_version(workspace, watch, step.version))
+            data = {} if step.withdraws else {step.version.domain: str(fetch_version(workspace, watch, step.version))}
             report = prune_domain(of_step, step, data, progress)
             if made is not None:
                 shutil.rmtree(made)
@@ -151,6 +151,7 @@ def _from_data(
             version=dataset_of(entry),
             key=_key(record),
             earlier=tuple(entries[: place - 1]),
+            left_out=entry.left_out,
         )
         yield then.model_copy(update={"prune": settings.prune if place == len(entries) else cheap}), step
         parent = step.out
@@ -167,7 +168,8 @@ def _last_step(
     if gone is not None:
         entry = next(each for each in registry.record(parent).domains if each.name == gone.name)
     assert entry is not None
-    yield settings, step_on(registry, parent, dataset_of(entry), _key(record), scratch, withdraws=gone is not None)
+    step = step_on(registry, parent, dataset_of(entry), _key(record), scratch, withdraws=gone is not None)
+    yield settings, replace(step, left_out=entry.left_out)
 
 
 def _key(record: Record) -> str:
