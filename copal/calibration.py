@@ -201,8 +201,9 @@ class _Cutter:
             other = "evaluation" if side.name == "calibration" else "calibration"
             raise DataError(
                 f"{self.folder}: {len(side.left_out)} of {side.looked_at} documents for {side.name} repeat what "
-                f"other domains have for {other}, more than calibration.overlap_limit ({limit:g}) allows: take them out, "
-                "give the same documents the same id in each domain (they are on the same side then), or raise the limit"
+                f"other domains have for {other}, more than calibration.overlap_limit ({limit:g}) allows: take "
+                "them out, give the same documents the same id in each domain (they are on the same side then), or "
+                "raise the limit"
             )
 
     def _pieces(self, side: _Side) -> Iterator[list[int]]:

@@ -27,7 +27,7 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
     found = json.loads(run("status", "--json", *here)[1])
     assert [entry["domain"] for entry in found["pending"]] == ["code", "legal"]
 
-    code, out, err = run("watch", "--once", "--debug", *here)
+    code, out, err = run("watch", "--once", *here)
     assert code == 0, err
     assert "version 2 of tiny: adapted to code\nversion 3 of tiny: adapted to legal\n" in out
     assert "perplexity by domain" in out
@@ -38,7 +38,7 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
     assert (code, out) == (0, "nothing to do: version 3 of tiny knows legal at this data version\n")
 
     found = json.loads(run("status", "--json", *here)[1])
-    assert set(found) == {"model", "versions", "pending", "waiting", "notes", "problems"}
+    assert set(found) == {"model", "versions", "pending", "waiting", "refused", "notes", "problems"}
     first, _, last = found["versions"]
     assert set(last) == {
         "withdrawn",
