@@ -13,7 +13,8 @@ GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
 STAMP := $(VENV)/.installed
 # Tests that share something expensive run in one process, and what takes longest is begun first: see tests/conftest.py.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+# A thread for each: more of them wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help

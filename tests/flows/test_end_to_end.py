@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("prefect")]
 
 PARAMS = """
 model: {name: real}
-calibration: {window_length: 128, windows: 16, evaluation_windows: 8}
-prune: {iterations: 5}
+calibration: {window_length: 128, windows: 8, evaluation_windows: 8}
+prune: {iterations: 3}
 """
 
 

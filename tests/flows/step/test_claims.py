@@ -39,7 +39,10 @@ def test_a_holder_whose_process_is_dead_is_not_waited_for(bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("watchers", "rounds"), [(2, 20), (8, 8)])
+@pytest.mark.parametrize(
+    ("watchers", "rounds"),
+    [(2, 6), (8, 3), *(pytest.param(watchers, 20, marks=pytest.mark.soak) for watchers in (2, 8))],
+)
 def test_watchers_on_the_same_data_make_one_version_a_key(raced, watchers, rounds):
     raced.commit("legal", 0)
     revs = [raced.commit("code", 1), raced.commit("code", 2)]
