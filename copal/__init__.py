@@ -45,7 +45,8 @@ modules, each of which imports only from lines below its own:
     text_files, parquet_files, rows, domain_files   how files hold them, and which files are opened
     foreign                                         what others wrote, read within bounds
     meter, hardware, known                          what estimates are made from
-    config, files, processes, progress, errors      what all of them use
+    config, files, processes, progress              what all of them use
+    bounded, errors                                 likewise; JSON within bounds
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ modules and asks hubs where a key of those files says so. All keys that do are l
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from copal.bounded import read_json
 from copal.errors import CopalError, ModelError
 
 __all__ = [
@@ -30,8 +30,6 @@ __all__ = [
     "refuse_pointer",
 ]
 
-_LARGEST = 32 << 20  # bytes of a JSON file that is no tokenizer.json; the largest on the hub have 10 MB
-_DEEPEST = 64  # objects and lists within one another; configurations have five or six
 _LONGEST = 300  # characters of what a library says
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -92,21 +90,9 @@ def read_object(path: Path) -> dict[str, Any]:
         ModelError: the file holds anything else, or cannot be read.
     """
     refuse_pointer(path)
-    try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST + 1)
-        if len(data) > _LARGEST:
-            raise ModelError(f"{path} is larger than {_LARGEST >> 20} MB, which no such file of a model is")
-        value = json.loads(data, parse_constant=_constant)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    except RecursionError as error:
-        raise ModelError(f"{path} is nested too deep") from error
-    except ValueError as error:  # broken JSON, not UTF-8, or a number of thousands of digits
-        raise ModelError(f"{path} is not JSON: {one_line(error)}") from error
+    value = read_json(path, ModelError)
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object")
-    _check_depth(path, value)
     return value
 
 
@@ -216,21 +202,6 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (dict, list)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _items(inner)
-
-
-def _constant(name: str) -> float:
-    if name == "NaN":
-        raise ValueError("NaN is no number")
-    return float(name)
-
-
-def _check_depth(path: Path, value: Any) -> None:
-    level = [value]
-    for _ in range(_DEEPEST):
-        held = [inner for inner in level if isinstance(inner, (dict, list))]
-        level = [part for inner in held for part in (inner.values() if isinstance(inner, dict) else inner)]
-    if level:
-        raise ModelError(f"{path} is nested too deep")
 
 
 def _refuse_outside(path: Path, key: str, named: Any) -> None:

@@ -5,13 +5,13 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from copal.bounded import read_typed
 from copal.errors import StateError
 from copal.files import write_json
 from copal.masks import zeros
@@ -90,6 +90,14 @@ class StepReport:
         return tuple(layer.name for layer in self.layers if layer.tokens < min(layer.features, most))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Told:
+    """What is stored of a report beside the manifest."""
+
+    layers: tuple[LayerReport, ...]
+    seconds: Mapping[str, float]
+
+
 def compare(
     name: str, *, dense: Tensor, was: Tensor | None, now: Tensor, new: Tensor, old: Tensor | None,
     tokens: int, damping: float | None,
@@ -135,9 +143,5 @@ def read_report(out: Path) -> StepReport:
         StateError: `out` is not what a step wrote, or is damaged.
     """
     manifest = StateReader(out / "state").manifest
-    try:
-        told = json.loads((out / _FILE).read_text(encoding="utf-8"))
-        layers = tuple(LayerReport(**layer) for layer in told["layers"])
-        return StepReport(layers=layers, manifest=manifest, seconds=told["seconds"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(f"{out / _FILE} cannot be read: {error}") from error
+    told = read_typed(_Told, out / _FILE, StateError)
+    return StepReport(layers=told.layers, manifest=manifest, seconds=told.seconds)

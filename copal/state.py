@@ -20,7 +20,6 @@ otherwise than it does in later steps, and the order of the domains would matter
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -31,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from copal.bounded import read_typed
 from copal.checkpoint import save_shard
 from copal.errors import StateError
 from copal.files import sha256_file, write_json
@@ -118,6 +118,11 @@ class Manifest:
                 f"{where} was made with prune.criterion {self.criterion}: "
                 "put that back in params.yaml, or start a new lineage under another model.name"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Version:
+    schema: str
 
 
 class StateReader:
@@ -285,13 +290,6 @@ def as_moments(tensors: Mapping[str, Tensor]) -> dict[str, Moment]:
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("schema") != SCHEMA:
-            raise StateError(f"{path} is not of schema {SCHEMA}: another version of copal wrote it")
-        domains = tuple(DomainEntry(**domain) for domain in values.pop("domains"))
-        return Manifest(domains=domains, **values)
-    except OSError as error:
-        raise StateError(f"{folder} holds no state: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StateError(f"{path} is damaged: {error}") from error
+    if read_typed(_Version, path, StateError).schema != SCHEMA:
+        raise StateError(f"{path} is not of schema {SCHEMA}: another version of copal wrote it")
+    return read_typed(Manifest, path, StateError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -10,12 +11,17 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from copal.bounded import check_bounds
 from copal.errors import SettingsError
+from copal.rows import printable
 from flows.settings import DomainSettings, LedgerSettings, RegistrySettings, Settings, without_secrets
 
 __all__ = ["load_settings", "recorded_settings"]
 
 _T = TypeVar("_T")
+
+_DEEPEST = 64  # brackets within one another
+_LARGEST = 64 << 10  # bytes; those of fifty domains take five thousand
 
 
 def load_settings(params: Path) -> Settings:
@@ -42,7 +48,7 @@ def _named(where: Path | str, read: Callable[[], Settings]) -> Settings:
     try:
         return read()
     except SettingsError as error:
-        raise SettingsError(" ".join(f"{where}: {error}".splitlines())) from error  # a key may have two lines
+        raise SettingsError(printable(" ".join(f"{where}: {error}".splitlines()))) from error  # a key may be any text
 
 
 def _read(params: Path) -> dict[Any, Any] | None:
@@ -51,7 +57,14 @@ def _read(params: Path) -> dict[Any, Any] | None:
     from ruamel.yaml.error import YAMLError
 
     try:
-        content = YAML(typ="safe", pure=True).load(params.read_text(encoding="utf-8"))
+        with params.open("rb") as file:
+            text = file.read(_LARGEST + 1).decode()
+        if len(text) > _LARGEST:
+            raise SettingsError(f"is larger than {_LARGEST >> 10} KB, which no settings are")
+        steps = ({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
+        if max(itertools.accumulate(steps), default=0) > _DEEPEST:  # on which the parser would spend seconds
+            raise SettingsError("is nested too deep")
+        content = YAML(typ="safe", pure=True).load(text)
     except OSError as error:
         raise SettingsError(f"cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -62,6 +75,9 @@ def _read(params: Path) -> dict[Any, Any] | None:
         raise SettingsError(f"{key} stands there twice, again in line {line}: keep one") from None
     except (YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise SettingsError(f"is not YAML: {without_secrets(' '.join(str(error).split()))}") from None
+    except RecursionError:
+        raise SettingsError("is nested too deep") from None
+    check_bounds(content, "what it says", SettingsError)
     if content is not None and not isinstance(content, dict):  # None: nothing but comments
         sections = ", ".join(Settings.model_fields)
         raise SettingsError(f"must be a mapping of sections ({sections}), not {type(content).__name__}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from copal.bounded import check_bounds
 from flows.data.commits import find_commit, git_root, unknown_revision
 from flows.data.dataset import DatasetError, DatasetVersion
 from flows.data.dvc import dvc_errors, open_dvc
@@ -155,7 +156,8 @@ def _parse_pointer(content: bytes) -> frozenset[tuple[str, str]]:
 
     try:
         parsed = yaml.load(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, ValueError):
+        check_bounds(parsed, "the pointer", DatasetError)
+    except (yaml.YAMLError, ValueError, RecursionError, DatasetError):
         return frozenset()
     if not isinstance(parsed, dict):
         return frozenset()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, select
 
+from copal.bounded import parse_json
 from copal.config import canonical_json, fingerprint
 from flows.ledger.store import Store, inserting
 from flows.ledger.tables import entries
 from flows.lineage.entries import Entry
+from flows.lineage.fields import LineageError
 
 __all__ = ["add", "read"]
 
@@ -61,9 +62,9 @@ def _role(connection: Connection) -> str | None:
 def _value(row: Row[Any]) -> Any:
     """The entry; what is not as it was written comes as text, for whoever checks it."""
     try:
-        value = json.loads(row.document)
+        value = parse_json(row.document, "the entry", LineageError)
         if canonical_json(value).decode() == row.document and fingerprint(value) == row.digest:
             return value
-    except ValueError:
+    except (LineageError, ValueError):
         pass
     return row.document

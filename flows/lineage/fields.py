@@ -36,6 +36,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from copal.config import canonical_json
 from copal.errors import CopalError
+from copal.rows import printable
 
 __all__ = [
     "Frozen",
@@ -159,7 +160,14 @@ def _line(error: ValidationError) -> str:
 
 
 def _path(parts: Iterable[str | int]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in map(_plain, parts)).removeprefix(
+        "."
+    )
+
+
+def _plain(part: str | int) -> str | int:
+    """A key may be any text."""
+    return printable(part[:_LONGEST_KEY]) if isinstance(part, str) else part
 
 
 def shown(value: object) -> str:
@@ -199,6 +207,7 @@ def _kept(check: Callable[[object], object], schema: JsonSchemaValue) -> GetPyda
     )
 
 
+_LONGEST_KEY = 60  # characters of a key that a message shows
 _TIME = {"type": "string", "format": "date-time", "pattern": "(Z|[+-]00:00)$"}
 _SHA256 = StringConstraints(pattern="^[0-9a-f]{64}$")
 

@@ -7,7 +7,6 @@ later (gates, aliases, its own version number). Pure: knows of no registry and n
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from copal.bounded import read_json
 from copal.config import fingerprint
 from copal.files import json_text, write_atomic
 from flows.lineage.fields import (
@@ -112,7 +112,7 @@ class Domain(Frozen):
     contribution_version: WholeOrNull
     evaluation_digest: Text
     evaluation_tokens: Whole
-    left_out: LeftOut = LeftOut(calibration=(), evaluation=())
+    left_out: LeftOut = Field(default=LeftOut(calibration=(), evaluation=()), exclude_if=lambda left: not len(left))
 
     def made_in(self, version: int) -> int:
         """The version whose state holds the contribution, of a domain in the record of `version`."""
@@ -311,13 +311,7 @@ def read_record(path: Path) -> Record:
     Raises:
         LineageError: no file, no JSON, another schema, or a field that is missing or wrong.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LineageError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # also text that is not UTF-8
-        raise LineageError(f"{path}: is not JSON: {error}") from error
-    return parse_record(value, str(path))
+    return parse_record(read_json(path, LineageError), str(path))
 
 
 def write_record(path: Path, record: Record) -> None:

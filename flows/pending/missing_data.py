@@ -12,6 +12,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from copal.bounded import read_json
+from copal.errors import CopalError
 from copal.files import write_atomic
 from flows.workspace import Workspace
 
@@ -82,8 +84,8 @@ def _path(workspace: Workspace) -> Path:
 
 def _read(workspace: Workspace) -> dict[str, Any]:
     try:
-        content = json.loads(_path(workspace).read_bytes())
-    except (OSError, ValueError):
+        content = read_json(_path(workspace), CopalError)
+    except CopalError:
         return {}
     return content if isinstance(content, dict) else {}
 

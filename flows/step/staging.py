@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copal.errors import StateError
+from copal.bounded import read_json
+from copal.errors import CopalError, StateError
 from copal.files import write_atomic
+from flows.lineage.fields import LineageError, parse
 from flows.lineage.record import Domain
 from flows.machine import code_version, forward_dtype
 from flows.project import Project
@@ -88,12 +90,14 @@ def staged_report(project: Project, step: Step) -> StepReport | None:
 
 
 def staged_evaluation(step: Step) -> Evaluation | None:
-    """The evaluation of the staged version by an earlier run; None where there is none."""
+    """The evaluation of the staged version by an earlier run; None where there is none, or it is damaged."""
     path = step.run / EVALUATION_FILE
-    if not path.is_file():
+    try:
+        values = read_json(path, LineageError)
+        domains = tuple(parse(Domain, domain, str(path)) for domain in values["domains"])
+        return Evaluation(**values | {"domains": domains})
+    except (LineageError, KeyError, TypeError):
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return Evaluation(**values | {"domains": tuple(Domain(**domain) for domain in values["domains"])})
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
@@ -114,8 +118,8 @@ def run_folders(project: Project) -> dict[Path, int | None]:
 
 def meant_for(run: Path) -> dict[str, Any] | None:
     try:
-        meant = json.loads((run / STEP_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        meant = read_json(run / STEP_FILE, CopalError)
+    except CopalError:
         return None
     return meant if isinstance(meant, dict) else None
 

@@ -10,29 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from copal.calibration import domain_windows
 from copal.config import CalibrationConfig
 from copal.documents import Document, read_documents, split_documents
 from copal.errors import DataError
+from support.text import byte_tokenizer, write_jsonl
 
 SMALL = CalibrationConfig(window_length=16, windows=10, evaluation_windows=8)
-
-
-def byte_tokenizer(*, bos: str | None = "<s>", eos: str | None = "</s>") -> PreTrainedTokenizerFast:
-    """One token a byte, so that tokens can be counted by eye."""
-    vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
-
-
-def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def domain(folder: Path, texts: dict[str, str]) -> Path:

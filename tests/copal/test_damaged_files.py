@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from copal.documents import read_documents, split_documents
 from copal.errors import DataError
+from support.damage import FEW_AND_MANY, damaged
 
 
 def whole_files(folder: Path) -> list[tuple[str, bytes]]:
@@ -43,23 +43,6 @@ def whole_files(folder: Path) -> list[tuple[str, bytes]]:
     return found
 
 
-def damaged(content: bytes, drawn: random.Random) -> bytes:
-    changed = bytearray(content)
-    for _ in range(drawn.randint(1, 3)):
-        place, kind = drawn.randrange(len(changed)), drawn.randrange(5)
-        if kind == 0:
-            changed[place] = drawn.randrange(256)
-        elif kind == 1:
-            changed[place] ^= 1 << drawn.randrange(8)
-        elif kind == 2:
-            del changed[place : place + drawn.randint(1, 9)]
-        elif kind == 3:
-            changed[place:place] = drawn.randbytes(drawn.randint(1, 9))
-        else:
-            changed[place:place] = changed[place : place + drawn.randint(1, 50)]
-    return bytes(changed)
-
-
 def refusal(folder: Path) -> str:
     try:
         split_documents(read_documents(folder), 0.2)
@@ -68,7 +51,7 @@ def refusal(folder: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize("count", [1000, pytest.param(100_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+@FEW_AND_MANY
 def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path: Path, count: int) -> None:
     drawn = random.Random(13)
     files = whole_files(tmp_path)

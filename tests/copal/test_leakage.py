@@ -12,7 +12,7 @@ from copal.config import CalibrationConfig
 from copal.documents import hash64
 from copal.errors import DataError
 from copal.leakage import LeftOut, repeats, shingles_of
-from tests.copal.test_calibration import byte_tokenizer, write_jsonl
+from support.text import byte_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.quick
 

@@ -203,7 +203,7 @@ def test_a_missing_record_is_a_lineage_error(tmp_path: Path) -> None:
 def test_nan_in_a_file_is_refused(tmp_path: Path) -> None:
     text = json.dumps(PLAIN | {"perplexity": {"code": float("nan"), "legal": 1.0}})
     (tmp_path / "lineage.json").write_text(text)
-    with pytest.raises(LineageError, match=r"perplexity\.code must be a finite number"):
+    with pytest.raises(LineageError, match="NaN is no number"):
         read_record(tmp_path / "lineage.json")
 
 
