@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+_LARGEST = 1 << 20  # bytes of a pointer; that of a folder has 100, a dvc.lock of hundreds of stages 100,000
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pointer:
     domain: str
@@ -154,6 +157,8 @@ def _parse_pointer(content: bytes) -> frozenset[tuple[str, str]]:
     """The (output, md5) pairs of a .dvc file or a dvc.lock; none where an old commit has no such file."""
     import yaml
 
+    if len(content) > _LARGEST:
+        return frozenset()
     try:
         parsed = yaml.load(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         check_bounds(parsed, "the pointer", DatasetError)
