@@ -31,6 +31,7 @@ _ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # Prefect's temporary server runs in the user's folder: it imports nothing from there
     "TOKENIZERS_PARALLELISM": "false",  # else a warning when Prefect starts its server
 }
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +65,8 @@ def _surroundings(options: Options) -> Iterator[None]:
             logging.getLogger(name).propagate = False
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    for name in ("NO_PROXY", "no_proxy"):  # a proxy of the user's is not for what runs on this machine
+        os.environ[name] = ",".join(dict.fromkeys([*filter(None, os.environ.get(name, "").split(",")), *_LOOPBACK]))
     if options.quiet:
         os.environ[QUIET] = "1"
     try:

@@ -20,8 +20,14 @@ from flows.cli.output import refuse
 
 __all__ = ["run_to_exit_code", "usage_error"]
 
-# These are no bugs of copal, and one line says enough: a full disk, a folder that may not be written to.
-_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+# These are no bugs of copal, and one line says enough: a full disk, a folder that is gone or may not be written to.
+_SURROUNDINGS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNREFUSED),
+    }
+)
 
 
 def run_to_exit_code(run: Callable[[], int], words: Sequence[str], folder: Path, *, debug: bool) -> int:
@@ -42,7 +48,11 @@ def run_to_exit_code(run: Callable[[], int], words: Sequence[str], folder: Path,
     except KeyboardInterrupt:
         return refuse("interrupted", code=130)
     except Exception as error:  # noqa: BLE001 - the last one: nobody but a developer should see a traceback
-        if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
+        if (
+            isinstance(error, OSError)
+            and error.errno in _SURROUNDINGS
+            and (error.filename or error.errno != errno.ENOENT)
+        ):
             return refuse(f"{error.filename or 'the disk'}: {error.strerror}")
         if debug:
             traceback.print_exception(error)

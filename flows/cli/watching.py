@@ -80,6 +80,9 @@ def check(root: Path, tell: Callable[[str], None]) -> None:
 
 def _run(project: Project, newest: int, tell: Callable[[str], None]) -> None:
     from flows.pending.missing_data import waiting
+    from flows.runs.server import check_server
+
+    check_server()
     from flows.watch import watch
 
     try:

@@ -62,6 +62,9 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = Path())
     if known and head is not None and head.concluded:  # quick, and starts no server
         _say_known(registry, domain)
         return 0
+    from flows.runs.server import check_server
+
+    check_server()
     from flows.adapt import adapt as flow
 
     number = flow(str(project.workspace.root), domain, rev)
@@ -122,6 +125,9 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
 
         done = run_withdrawal(project, domain, why, plain_tasks(), purge=purge, tell=say)
     else:
+        from flows.runs.server import check_server
+
+        check_server()
         from flows.withdraw import withdraw as flow
 
         done = flow(str(project.workspace.root), domain, why, purge)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -224,6 +225,9 @@ def test_exit_codes_of_errors(run, raising, tmp_path):
     assert run("status") == (2, "", "copal: a line and another\n")
     raising(OSError(28, "No space left on device", str(tmp_path)))
     assert run("status") == (2, "", f"copal: {tmp_path}: No space left on device\n")
+    for number in (errno.EMFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EIO, errno.ENOENT):
+        raising(OSError(number, os.strerror(number), str(tmp_path)))
+        assert run("status") == (2, "", f"copal: {tmp_path}: {os.strerror(number)}\n")
     raising(KeyboardInterrupt())
     assert run("status") == (130, "", "copal: interrupted\n")
 

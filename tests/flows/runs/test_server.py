@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.cli import main
+from flows.runs.server import ServerError, check_server
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_a_server_that_does_not_answer_is_said_in_one_line_before_anything_is_begun():
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: url}), pytest.raises(ServerError) as caught:
+        check_server()
+    said = str(caught.value)
+    assert said.startswith(f"the Prefect server at {url} does not answer (")
+    assert "unset PREFECT_API_URL" in said
+    assert said.isprintable()
+
+
+def test_where_none_is_named_nothing_is_asked():
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        check_server()
+
+
+@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
+def test_this_machine_is_never_reached_through_a_proxy(monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "intranet")
+    assert main(["--version"]) == 0
+    assert os.environ[name].split(",") == ["intranet", "127.0.0.1", "localhost", "::1"]
