@@ -77,11 +77,11 @@ def _bug(error: Exception, words: Sequence[str], folder: Path) -> int:
 
 def _write(name: str, text: str, folder: Path) -> Path:
     """Write a log into the workspace, or into a temporary folder where there is none that can be written to."""
-    from flows.workspace import open_workspace
+    from flows.workspace import make_private, open_workspace
 
     try:
-        logs = open_workspace(folder).private / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
+        workspace = open_workspace(folder)
+        logs = make_private(workspace, workspace.private / "logs")
         write_atomic(logs / name, text)
         return logs / name
     except (CopalError, OSError):

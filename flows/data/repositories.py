@@ -11,7 +11,7 @@ from flows.data.commits import find_commit
 from flows.data.dataset import DatasetError
 from flows.data.git import git, reason, run_git
 from flows.settings import WatchSettings, without_secrets
-from flows.workspace import Workspace
+from flows.workspace import Workspace, make_private
 
 __all__ = [
     "data_root",
@@ -42,7 +42,7 @@ def data_root(workspace: Workspace, watch: WatchSettings, commit: str | None = N
     root = place_of(workspace, watch.repository)
     if watch.repository is None or not is_url(watch.repository) or (commit and has_commit(root, commit)):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
+    make_private(workspace, root.parent)
     with locked(root.with_name(f"{root.name}.lock")):
         _mirror(root, watch.repository, watch.branch)
     return root
