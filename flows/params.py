@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from copal.errors import SettingsError
-from flows.settings import DomainSettings, LedgerSettings, RegistrySettings, Settings, without_secrets
+from flows.settings import DomainSettings, LedgerSettings, RegistrySettings, Settings
+from flows.uris import cause, without_secrets
 
 __all__ = ["load_settings", "recorded_settings"]
 
@@ -42,7 +43,10 @@ def _named(where: Path | str, read: Callable[[], Settings]) -> Settings:
     try:
         return read()
     except SettingsError as error:
-        raise SettingsError(" ".join(f"{where}: {error}".splitlines())) from error  # a key may have two lines
+        said = " ".join(f"{where}: {error}".splitlines())  # a key may have two lines
+        raise SettingsError(without_secrets(said)) from cause(
+            error
+        )  # what stands in the wrong place may hold a password
 
 
 def _read(params: Path) -> dict[Any, Any] | None:
@@ -61,7 +65,7 @@ def _read(params: Path) -> dict[Any, Any] | None:
         line = error.problem_mark.line + 1
         raise SettingsError(f"{key} stands there twice, again in line {line}: keep one") from None
     except (YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise SettingsError(f"is not YAML: {without_secrets(' '.join(str(error).split()))}") from None
+        raise SettingsError(f"is not YAML: {' '.join(str(error).split())}") from cause(error)
     if content is not None and not isinstance(content, dict):  # None: nothing but comments
         sections = ", ".join(Settings.model_fields)
         raise SettingsError(f"must be a mapping of sections ({sections}), not {type(content).__name__}")
@@ -104,9 +108,9 @@ def _with_environment(settings: Settings) -> Settings:
     if os.environ.get("COPAL_LEDGER_URI"):
         settings = settings.model_copy(update={"ledger": _of_variable(LedgerSettings, "COPAL_LEDGER_URI")})
     if settings.ledger.uri is None and _is_remote(settings.registry.uri):
-        shown = without_secrets(str(settings.registry.uri))
         raise SettingsError(
-            f"ledger.uri must be set, for {variable or 'registry.uri'} names a store that other hosts share ({shown}), "
+            f"ledger.uri must be set, for {variable or 'registry.uri'} names a store that other hosts share "
+            f"({settings.registry.uri}), "
             "and without it each host would have a ledger of its own: set ledger.uri or COPAL_LEDGER_URI to "
             "postgresql://USER@HOST/DATABASE, or for one host alone to sqlite:///.copal/ledger.db"
         )

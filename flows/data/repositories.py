@@ -9,8 +9,9 @@ from pathlib import Path
 from copal.files import locked, write_atomic
 from flows.data.commits import find_commit
 from flows.data.dataset import DatasetError
-from flows.data.git import git, reason, run_git
-from flows.settings import WatchSettings, without_secrets
+from flows.data.git import git, login_environment, reason, run_git
+from flows.settings import WatchSettings
+from flows.uris import split_login, without_secrets
 from flows.workspace import Workspace, make_private
 
 __all__ = [
@@ -84,7 +85,9 @@ def _mirror(root: Path, url: str, branch: str | None) -> None:
         wanted.append(f"+HEAD:{_REMOTE_HEAD}")
     patience = ("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60")  # of a remote that says nothing
     options = ("--quiet", "--prune", "--update-head-ok", "--no-write-fetch-head")
-    done = run_git(root, *patience, "fetch", *options, url, *wanted)
+    bare, login = split_login(url)
+    login_of = login_environment(bare, login)
+    done = run_git(root, *patience, "fetch", *options, bare, *wanted, environment=login_of)
     if done.returncode != 0:
         raise DatasetError(f"cannot fetch {shown}: {without_secrets(reason(done))}")
     tip = find_commit(root, branch or _REMOTE_HEAD)

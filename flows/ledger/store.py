@@ -36,7 +36,7 @@ from sqlalchemy.pool import NullPool
 from copal.files import flush
 from flows.ledger.errors import LedgerError, explained
 from flows.ledger.tables import METADATA, VERSION, schema
-from flows.settings import without_secrets
+from flows.uris import without_secrets
 
 __all__ = ["Store", "clock", "inserting"]
 

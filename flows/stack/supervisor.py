@@ -19,6 +19,7 @@ from flows.isolated import isolated_environment, isolated_python
 from flows.stack.access import access_file, client_environment, forget_access, new_access, write_access
 from flows.stack.prefect_server import UpError
 from flows.stack.state import Stack, end_processes, identify, state_file
+from flows.uris import without_secrets
 from flows.workspace import Workspace, make_private
 
 __all__ = [
@@ -90,7 +91,7 @@ class Starting:
             supervisor=identify("copal up", os.getpid()),
             children=children,
             prefect=self.api,
-            registry=self.registry,
+            registry=without_secrets(self.registry),
             ready=ready,
         )
         write_atomic(state_file(self.workspace), json.dumps(asdict(stack), indent=2))

@@ -9,12 +9,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +20,14 @@ import pytest
 
 import flows
 from flows.stack.access import LET_IN, Access, access_file, link_file, read_access
+from flows.stack.prefect_server import answers
 from flows.stack.state import read_stack
 from flows.stack.up import down
 from flows.workspace import make_private, open_workspace
 from support.benches import Bench
 from support.nobody import as_nobody
 from support.servers import free_port
+from support.waiting import until
 
 COMMAND = {"work_pool_name": "copal-cpu", "job_variables": {"command": "touch /tmp/owned"}}
 
@@ -76,14 +75,8 @@ def beginning(make_bench: Any) -> Iterator[Servers]:
     environment = os.environ | {"PYTHONPATH": str(Path(flows.__file__).parents[1])}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as supervisor:
         try:
-            deadline, pause = time.monotonic() + 180, threading.Event()
-            waiting = [f"{found.prefect}/api/health", f"{found.mlflow}/health"]
-            while waiting:
-                assert supervisor.poll() is None
-                assert time.monotonic() < deadline
-                with suppress(OSError):
-                    waiting = waiting[ask(waiting[0])[0] == 200 :]
-                pause.wait(0.2)
+            for url in (f"{found.prefect}/api/health", f"{found.mlflow}/health"):
+                until(lambda url=url: supervisor.poll() is not None or answers(url), 180, "the servers")
             yield found
         finally:
             down(bench.workspace)

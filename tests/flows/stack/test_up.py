@@ -37,6 +37,8 @@ from flows.stack.prefect_server import UpError
 from flows.stack.state import Process, is_up, read_stack
 from flows.stack.up import down, up_detached
 from flows.watch import run_adapt
+from support.servers import free_port
+from support.waiting import until
 
 INTERVAL = 10  # seconds of the schedule
 COPAL = (sys.executable, "-P", "-m", "flows.cli")  # as the installed script: where it runs is not on its path
@@ -44,22 +46,6 @@ LONG = (
     "{window_length: 32, windows: 8, evaluation_windows: 8, evaluation_share: 0.4}",
     "{window_length: 32, windows: 20000, evaluation_windows: 8, evaluation_share: 0.4}",
 )
-
-
-def until(there: Callable[[], Any], seconds: float, what: str) -> Any:
-    """What `there` gives when it is true; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not (found := there()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        pause.wait(0.2)
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Recorder(socketserver.ThreadingTCPServer):
