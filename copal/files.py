@@ -71,10 +71,16 @@ def freed_bytes(folder: Path) -> int:
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all; replaces what is there."""
+def write_atomic(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all; replaces what is there.
+
+    Args:
+        mode: of the file, less the process's umask; for a secret 0o600, which it then has from the beginning.
+    """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
+        partial.unlink(missing_ok=True)  # of a process that was killed: it would keep its mode
+        partial.touch(mode)
         partial.write_text(text, encoding="utf-8")
         flush(partial)
         partial.replace(path)

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from copal.bounded import check_bounds
 from copal.errors import SettingsError
 from copal.rows import printable
-from flows.settings import DomainSettings, LedgerSettings, RegistrySettings, Settings, without_secrets
+from flows.settings import DomainSettings, LedgerSettings, RegistrySettings, Settings
+from flows.uris import cause, without_secrets
 
 __all__ = ["load_settings", "recorded_settings"]
 
@@ -48,7 +49,9 @@ def _named(where: Path | str, read: Callable[[], Settings]) -> Settings:
     try:
         return read()
     except SettingsError as error:
-        raise SettingsError(printable(" ".join(f"{where}: {error}".splitlines()))) from error  # a key may be any text
+        # A key may be any text, and what stands in the wrong place may hold a password.
+        said = printable(without_secrets(" ".join(f"{where}: {error}".splitlines())))
+        raise SettingsError(said) from cause(error)
 
 
 def _read(params: Path) -> dict[Any, Any] | None:
@@ -74,7 +77,7 @@ def _read(params: Path) -> dict[Any, Any] | None:
         line = error.problem_mark.line + 1
         raise SettingsError(f"{key} stands there twice, again in line {line}: keep one") from None
     except (YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise SettingsError(f"is not YAML: {without_secrets(' '.join(str(error).split()))}") from None
+        raise SettingsError(f"is not YAML: {' '.join(str(error).split())}") from cause(error)
     except RecursionError:
         raise SettingsError("is nested too deep") from None
     check_bounds(content, "what it says", SettingsError)
@@ -120,9 +123,9 @@ def _with_environment(settings: Settings) -> Settings:
     if os.environ.get("COPAL_LEDGER_URI"):
         settings = settings.model_copy(update={"ledger": _of_variable(LedgerSettings, "COPAL_LEDGER_URI")})
     if settings.ledger.uri is None and _is_remote(settings.registry.uri):
-        shown = without_secrets(str(settings.registry.uri))
         raise SettingsError(
-            f"ledger.uri must be set, for {variable or 'registry.uri'} names a store that other hosts share ({shown}), "
+            f"ledger.uri must be set, for {variable or 'registry.uri'} names a store that other hosts share "
+            f"({settings.registry.uri}), "
             "and without it each host would have a ledger of its own: set ledger.uri or COPAL_LEDGER_URI to "
             "postgresql://USER@HOST/DATABASE, or for one host alone to sqlite:///.copal/ledger.db"
         )

@@ -34,7 +34,6 @@ __all__ = [
     "SigningSettings",
     "WatchSettings",
     "check_domain_name",
-    "without_secrets",
 ]
 
 _T = TypeVar("_T")
@@ -269,20 +268,6 @@ class Settings(_Section):
     def as_dict(self) -> dict[str, Any]:
         """Every setting as plain JSON, in the layout of params.yaml."""
         return self.model_dump(mode="json")
-
-
-def without_secrets(text: str) -> str:
-    """`text` without the passwords and tokens in the URLs that it holds."""
-
-    def bare(found: re.Match[str]) -> str:
-        scheme, user = found.groups()
-        named = "" if scheme.lower() in ("http", "https") else f"{user.split(':')[0]}@"  # https://TOKEN@... has no user
-        return f"{scheme}://{named}"
-
-    # In the URL of a database a password may hold anything but @.
-    text = re.sub(r"((?:sqlite|postgres|mysql|mariadb|mssql|oracle)[a-z0-9_+]*://[^:/@\s]*):\S*@", r"\1@", text)
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\s]*)@", bare, text)
-    return re.sub(r"([?&](?:password|token|sslpassword)=)[^&\s]*", r"\1...", text, flags=re.IGNORECASE)
 
 
 def check_domain_name(name: object) -> str:

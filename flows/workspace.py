@@ -5,9 +5,10 @@ What copal writes there lies in `.copal/`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ __all__ = [
     "Workspace",
     "WorkspaceError",
     "exclusive",
+    "make_private",
     "open_workspace",
 ]
 
@@ -45,7 +47,7 @@ class Workspace:
 
     @property
     def private(self) -> Path:
-        """All that copal writes; ignored by git."""
+        """All that copal writes; ignored by git. Only its owner may look into it."""
         return self.root / ".copal"
 
     @property
@@ -104,7 +106,32 @@ def open_workspace(path: Path) -> Workspace:
     ):
         if not (root / name).exists():
             raise WorkspaceError(f"{root} {lacks}: run `copal init {path}` to make it a workspace")
+    _close_to_others(root / ".copal")  # of a copal that left it open, or copied
     return Workspace(root)
+
+
+def make_private(workspace: Workspace, folder: Path | None = None) -> Path:
+    """Make `.copal` where it is missing, closed to all but its owner, and `folder` in it.
+
+    Models, logs and the credentials of `copal up` lie there.
+
+    Returns:
+        `folder`, else `.copal`.
+    """
+    workspace.private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _close_to_others(workspace.private)
+    if folder is None:
+        return workspace.private
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _close_to_others(folder: Path) -> None:
+    """Take from group and others what they may do with a folder of this user's."""
+    with suppress(OSError):  # it is not there, or the file system cannot be written to
+        found = folder.stat()
+        if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+            folder.chmod(0o700)
 
 
 @contextmanager
@@ -113,6 +140,6 @@ def exclusive(workspace: Workspace) -> Iterator[None]:
 
     Steps do not need it: who works on a lineage is a matter of claims. The system frees it when the process dies.
     """
-    workspace.lock.parent.mkdir(parents=True, exist_ok=True)
+    make_private(workspace)
     with locked(workspace.lock):
         yield

@@ -28,7 +28,8 @@ settings.load_profile("any machine")
 # What only tests with a workspace, a registry, a server or a trained model ask for; and rooms whose tests have git and
 # DVC repositories, databases and processes of their own.
 COSTLY = {"make_bench", "mlflow_template", "template", "learnt_base", "real_base", "prefect", "postgresql"}
-COSTLY_ROOMS = {"cli", "data", "ledger", "stack"}
+COSTLY_ROOMS = {"cli", "data", "ledger"}
+TEAM = {"postgresql", "stack", "beginning"}  # real servers, for minutes
 LONG = {"slow", "real_model", "soak", "team"}
 
 
@@ -37,13 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, o
     """Tests of a file run in one process, where they share what the file has made, unless a test names its own group;
     those of the real model run in one, which converts it once.
 
-    Tests that have nothing costly are `quick`; those that ask for PostgreSQL or run a stack are the team's. Files with
-    slow tests come first and those with quick ones only last, so that no process is left alone with a long one.
+    Tests that have nothing costly are `quick`; those that ask for PostgreSQL or servers of a stack are the team's.
+    Files with slow tests come first and those with quick ones only last, so that no process is left alone with a long
+    one.
     """
     ranks: dict[Path, int] = {}
     for item in items:
         asked = {*getattr(item, "fixturenames", ())}
-        if "postgresql" in asked or item.path.parent.name == "stack":
+        if asked & TEAM:
             item.add_marker("team")
         marks = {mark.name for mark in item.iter_markers()}
         if not asked & COSTLY and item.path.parent.name not in COSTLY_ROOMS and marks.isdisjoint(LONG):

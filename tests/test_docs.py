@@ -17,7 +17,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", "infra/README.md", "data/README.md")
 ENDINGS = ("py", "md", "yaml", "toml", "html", "json", "env", "txt")
 # What a workspace, a version's folder or another repository has, and this one has not.
 ELSEWHERE = ("lineage.json", "gates.json", "job.json", "dvc.lock", "job_variables.env", ".copal/prefect.yaml")
-ELSEWHERE += ("bench/plots/", "bench/tables.md", "bench/gpu.md", "flows/NAME.py", "data/NAME/")
+ELSEWHERE += (".copal/open.html", "bench/plots/", "bench/tables.md", "bench/gpu.md", "flows/NAME.py", "data/NAME/")
 
 
 def text(page: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,4 +33,12 @@ def open_project(folder: Path) -> Project:
     """
     from flows import project  # brings a database toolkit, which help can do without
 
-    return project.open_project(folder)
+    found = project.open_project(folder)
+    url = os.environ.get("PREFECT_API_URL")
+    if url and "PREFECT_API_AUTH_STRING" not in os.environ:
+        from flows.stack.access import access_of
+
+        access = access_of(found.workspace, url)
+        if access is not None:  # the server is the workspace's own: Prefect, which reads this, need not be told by hand
+            os.environ["PREFECT_API_AUTH_STRING"] = access.auth_string
+    return found

@@ -18,7 +18,8 @@ from flows.data.git import run_git
 from flows.lineage.figures import gigabytes
 from flows.machine import free_disk, free_memory
 from flows.params import load_settings
-from flows.settings import Settings, without_secrets
+from flows.settings import Settings
+from flows.uris import without_secrets
 from flows.workspace import Workspace, WorkspaceError, open_workspace
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from cyclopts import CycloptsError
 
 from flows.cli.app import Call, Options, parse
 from flows.cli.errors import run_to_exit_code, usage_error
+from flows.terminal.lines import LogLines
 from flows.terminal.progress import QUIET
 
 __all__ = ["main"]
@@ -84,7 +85,7 @@ def _logged(verbose: bool) -> Iterator[None]:
         yield
         return
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(LogLines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("copal", "flows")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

@@ -17,6 +17,7 @@ from cyclopts import CycloptsError, UnusedCliTokensError
 from copal.errors import CopalError
 from copal.files import write_atomic
 from flows.cli.output import refuse
+from flows.terminal.lines import write
 
 __all__ = ["run_to_exit_code", "usage_error"]
 
@@ -55,7 +56,7 @@ def run_to_exit_code(run: Callable[[], int], words: Sequence[str], folder: Path,
         ):
             return refuse(f"{error.filename or 'the disk'}: {error.strerror}")
         if debug:
-            traceback.print_exception(error)
+            write("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
             return 1
         return _bug(error, words, folder)
 
@@ -73,9 +74,9 @@ def usage_error(error: CycloptsError) -> int:
 
 
 def _bug(error: Exception, words: Sequence[str], folder: Path) -> int:
-    from flows.settings import without_secrets
+    from flows.uris import without_secrets
 
-    said = without_secrets(" ".join(str(error).split()))
+    said = " ".join(str(error).split())
     name = type(error).__name__
     text = (
         f"command: copal {' '.join(words)}\npython: {platform.python_version()} ({sys.executable})\n\n"
@@ -87,11 +88,11 @@ def _bug(error: Exception, words: Sequence[str], folder: Path) -> int:
 
 def _write(name: str, text: str, folder: Path) -> Path:
     """Write a log into the workspace, or into a temporary folder where there is none that can be written to."""
-    from flows.workspace import open_workspace
+    from flows.workspace import make_private, open_workspace
 
     try:
-        logs = open_workspace(folder).private / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
+        workspace = open_workspace(folder)
+        logs = make_private(workspace, workspace.private / "logs")
         write_atomic(logs / name, text)
         return logs / name
     except (CopalError, OSError):

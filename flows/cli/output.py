@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from flows.terminal.lines import write
 from flows.terminal.progress import console, is_quiet
 
 if TYPE_CHECKING:
@@ -28,18 +29,18 @@ _T = TypeVar("_T", bound="Mapping[str, Any] | _Plain")
 
 def say(line: str) -> None:
     """Print a line of the result."""
-    print(line, flush=True)
+    write(line)
 
 
 def hint(line: str) -> None:
     """Print a line that `--quiet` leaves out: what goes on, or what to do next."""
     if not is_quiet():
-        print(line, flush=True)
+        write(line)
 
 
 def refuse(reason: str, code: int = 2) -> int:
     """Print why the command ends, as one line on standard error; gives its exit code."""
-    print(f"copal: {' '.join(reason.split())}", file=sys.stderr)
+    write(f"copal: {' '.join(reason.split())}", sys.stderr)
     return code
 
 
@@ -47,7 +48,7 @@ def print_json(found: Mapping[str, Any]) -> None:
     """Print a result for programs."""
     import json
 
-    print(json.dumps(found, indent=2))
+    write(json.dumps(found, indent=2))
 
 
 def show(found: _T, as_json: bool, render: Callable[[_T], RenderableType]) -> None:

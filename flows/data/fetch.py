@@ -17,7 +17,7 @@ from flows.data.dataset import DatasetError, DatasetVersion, MissingDataError
 from flows.data.dvc import dvc_errors, one_line, open_dvc
 from flows.data.repositories import data_root, has_commit, place_of
 from flows.settings import WatchSettings
-from flows.workspace import Workspace
+from flows.workspace import Workspace, make_private
 
 __all__ = [
     "check_stored",
@@ -158,7 +158,7 @@ def fetch_version(workspace: Workspace, watch: WatchSettings, version: DatasetVe
     """
     cached = (workspace.cache / version.md5).is_dir()  # then no repository is asked, and none has to answer
     root = workspace.root if cached else root_of(workspace, watch, version)
-    return fetch(root, version, workspace.cache)
+    return fetch(root, version, make_private(workspace, workspace.cache))
 
 
 def check_stored(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> None:
@@ -169,7 +169,7 @@ def check_stored(workspace: Workspace, watch: WatchSettings, version: DatasetVer
         MissingDataError: the data is not there any more.
         DatasetError: it is not what the md5 says, or as `fetch` and `data_root`.
     """
-    workspace.cache.mkdir(parents=True, exist_ok=True)
+    make_private(workspace, workspace.cache)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=workspace.cache) as scratch:
         fetch(root_of(workspace, watch, version), version, Path(scratch), remote_only=True)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from copal.files import locked, write_atomic
 from flows.data.commits import find_commit
 from flows.data.dataset import DatasetError
-from flows.data.git import git, reason, run_git
-from flows.settings import WatchSettings, without_secrets
-from flows.workspace import Workspace
+from flows.data.git import git, login_environment, reason, run_git
+from flows.settings import WatchSettings
+from flows.uris import split_login, without_secrets
+from flows.workspace import Workspace, make_private
 
 __all__ = [
     "data_root",
@@ -42,7 +43,7 @@ def data_root(workspace: Workspace, watch: WatchSettings, commit: str | None = N
     root = place_of(workspace, watch.repository)
     if watch.repository is None or not is_url(watch.repository) or (commit and has_commit(root, commit)):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
+    make_private(workspace, root.parent)
     with locked(root.with_name(f"{root.name}.lock")):
         _mirror(root, watch.repository, watch.branch)
     return root
@@ -84,7 +85,9 @@ def _mirror(root: Path, url: str, branch: str | None) -> None:
         wanted.append(f"+HEAD:{_REMOTE_HEAD}")
     patience = ("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60")  # of a remote that says nothing
     options = ("--quiet", "--prune", "--update-head-ok", "--no-write-fetch-head")
-    done = run_git(root, *patience, "fetch", *options, url, *wanted)
+    bare, login = split_login(url)
+    login_of = login_environment(bare, login)
+    done = run_git(root, *patience, "fetch", *options, bare, *wanted, environment=login_of)
     if done.returncode != 0:
         raise DatasetError(f"cannot fetch {shown}: {without_secrets(reason(done))}")
     tip = find_commit(root, branch or _REMOTE_HEAD)

@@ -21,7 +21,7 @@ from flows.data.commits import find_commit, git_root, unknown_revision
 from flows.data.dataset import DatasetError, DatasetVersion
 from flows.data.dvc import dvc_errors, open_dvc
 from flows.data.git import git, run_git, start_git
-from flows.settings import without_secrets
+from flows.uris import without_secrets
 
 __all__ = [
     "dataset_version",

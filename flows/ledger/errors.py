@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from copal.errors import CopalError
-from flows.settings import without_secrets
+from flows.uris import cause, without_secrets
 
 __all__ = ["ClaimLostError", "LedgerError", "LogMovedError", "explained"]
 
@@ -53,7 +53,7 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error, OSError) as error:
-        raise LedgerError(without_secrets(f"ledger {uri}: {_explanation(error)}")) from error
+        raise LedgerError(without_secrets(f"ledger {uri}: {_explanation(error)}")) from cause(error)
 
 
 def _explanation(error: Exception) -> str:

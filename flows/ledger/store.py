@@ -36,7 +36,7 @@ from sqlalchemy.pool import NullPool
 from copal.files import flush
 from flows.ledger.errors import LedgerError, explained
 from flows.ledger.tables import METADATA, VERSION, schema
-from flows.settings import without_secrets
+from flows.uris import without_secrets
 
 __all__ = ["Store", "clock", "inserting"]
 
@@ -93,7 +93,7 @@ class Store:
         if file is not None and not file.exists():
             self._known = False
             with explained(self.uri):
-                file.parent.mkdir(parents=True, exist_ok=True)
+                file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 file.touch()  # an empty file is an empty database
                 flush(file.parent)
         with self._transaction(1) as connection:

@@ -15,7 +15,7 @@ from typing import Any
 from copal.bounded import read_json
 from copal.errors import CopalError
 from copal.files import write_atomic
-from flows.workspace import Workspace
+from flows.workspace import Workspace, make_private
 
 __all__ = ["Waiting", "forget", "note_missing", "waiting"]
 
@@ -104,5 +104,5 @@ def _entry(value: Any) -> Waiting | None:
 
 def _write(workspace: Workspace, model: str, entries: dict[str, Waiting]) -> None:
     content = _read(workspace) | {model: {domain: entry.as_dict() for domain, entry in entries.items()}}
-    workspace.private.mkdir(exist_ok=True)
+    make_private(workspace)
     write_atomic(_path(workspace), json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from copal.errors import CopalError
 from flows.pending.missing_data import forget
 from flows.project import Project
+from flows.stack.access import access_of
 from flows.stack.prefect_server import client_settings
 from flows.stack.state import is_up
 
@@ -69,8 +70,10 @@ def notify(project: Project, domains: Sequence[str]) -> str:
             )
     for domain in domains:
         forget(workspace, settings.model.name, domain)
+    access = access_of(workspace, url)
     _send(
         url,
+        access.auth_string if access is not None else None,
         [
             {
                 "domain": domain,
@@ -84,12 +87,15 @@ def notify(project: Project, domains: Sequence[str]) -> str:
     return url
 
 
-def _send(url: str, payloads: Sequence[dict[str, str]]) -> None:
-    """Over HTTP, which answers when the server has the events; Prefect's own emitter sends them in the background."""
+def _send(url: str, auth: str | None, payloads: Sequence[dict[str, str]]) -> None:
+    """Let in by `auth`, or else as the environment or the profile says.
+
+    Over HTTP, which answers when the server has the events; Prefect's own emitter sends them in the background.
+    """
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.events import Event, Resource
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     events = [
         Event(
@@ -101,7 +107,7 @@ def _send(url: str, payloads: Sequence[dict[str, str]]) -> None:
     ]
     try:
         with (
-            temporary_settings({PREFECT_API_URL: url}),
+            temporary_settings({PREFECT_API_URL: url} | ({PREFECT_API_AUTH_STRING: auth} if auth else {})),
             get_client(httpx_settings=client_settings(url), sync_client=True) as client,
         ):
             body = [event.model_dump(mode="json") for event in events]

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from copal.files import flush
 from flows.registry.errors import RegistryError
-from flows.settings import without_secrets
+from flows.uris import cause, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -66,7 +66,7 @@ class Store:
             except (MlflowException, SQLAlchemyError, OSError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 message = f"MLflow store {self.tracking_uri}: {reason}"
-                raise RegistryError(without_secrets(message)) from error
+                raise RegistryError(without_secrets(message)) from cause(error)
 
     @property
     def is_there(self) -> bool:
@@ -199,4 +199,4 @@ def never_fails(doing: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        _log.warning("%s: %s", doing, str(error).splitlines()[0])
+        _log.warning("%s: %s", doing, without_secrets((str(error) or type(error).__name__).splitlines()[0]))

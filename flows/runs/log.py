@@ -7,13 +7,16 @@ import logging
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
+from flows.terminal.lines import write
+from flows.uris import without_secrets
+
 __all__ = ["note", "tell"]
 
 
 def tell(line: str) -> None:
     """Say a line that somebody should see: in the log of the run, or on the terminal where no such log is kept."""
     if not note(line):
-        print(line, flush=True)
+        write(line)
 
 
 def note(line: str) -> bool:
@@ -25,5 +28,5 @@ def note(line: str) -> bool:
         log = get_run_logger()
     except MissingContextError:
         return False
-    log.info(line)
+    log.info(without_secrets(line))
     return log.isEnabledFor(logging.INFO)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flows.settings import Settings
 from flows.stack.prefect_server import GPU_POOL, UpError
+from flows.uris import has_secrets
 from flows.workspace import Workspace
 
 __all__ = [
@@ -45,9 +46,9 @@ def render_prefect_file(
         variables = deployment["work_pool"]["job_variables"]["env"]
         variables["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] = str(workspace.private / "results")
         if registry is not None:
-            variables["COPAL_REGISTRY_URI"] = registry
-            if settings.ledger.uri is None:  # one that is set may hold a password, which Prefect would show
-                variables["COPAL_LEDGER_URI"] = workspace.ledger_uri(settings)
+            stores = {"COPAL_REGISTRY_URI": registry, "COPAL_LEDGER_URI": workspace.ledger_uri(settings)}
+            # Prefect would show a password. The workers of `copal up` have both anyway, from its environment.
+            variables |= {name: uri for name, uri in stores.items() if not has_secrets(uri)}
         if deployment["name"] == "watch":
             watch = settings.watch
             deployment["schedules"] = [{"cron": watch.cron} if watch.cron else {"interval": watch.interval}]

@@ -43,18 +43,18 @@ def client_settings(url: str) -> dict[str, bool]:
     return {"trust_env": urlsplit(url).hostname not in _LOOPBACK}
 
 
-def create_pools(api: str) -> None:
+def create_pools(api: str, auth: str) -> None:
     """Create the work pools that are not there. The worker fills in what jobs of its type can be told."""
     from prefect.client.schemas.actions import WorkPoolCreate
 
-    with _client(api) as client:
+    with _client(api, auth) as client:
         there = {pool.name for pool in client.read_work_pools()}
         for name in POOLS:
             if name not in there:
                 client.create_work_pool(WorkPoolCreate(name=name, type="process"))
 
 
-def settle_old_runs(api: str) -> None:
+def settle_old_runs(api: str, auth: str) -> None:
     """Set runs whose processes ended with an earlier server CRASHED, and delete scheduled checks that are overdue."""
     from prefect.client.schemas.filters import (
         FlowRunFilter,
@@ -75,7 +75,7 @@ def settle_old_runs(api: str) -> None:
     lost = FlowRunFilter(state=of(StateType.RUNNING, StateType.PENDING, StateType.CANCELLING))
     before_now = FlowRunFilterExpectedStartTime.model_validate({"before_": datetime.now(UTC)})
     late = FlowRunFilter(state=of(StateType.SCHEDULED), expected_start_time=before_now)
-    with _client(api) as client:
+    with _client(api, auth) as client:
         for run in client.read_flow_runs(flow_run_filter=lost, work_pool_filter=ours):
             ended: State[Any] = Crashed(message="The machine or `copal up` ended while this ran.")
             client.set_flow_run_state(run.id, ended, force=True)
@@ -84,9 +84,9 @@ def settle_old_runs(api: str) -> None:
                 client.delete_flow_run(run.id)
 
 
-def has_worker(api: str, pool: str) -> bool:
+def has_worker(api: str, auth: str, pool: str) -> bool:
     """Whether a worker has ever asked for runs of the pool."""
-    with _client(api) as client:
+    with _client(api, auth) as client:
         return bool(client.read_workers_for_work_pool(pool))
 
 
@@ -101,14 +101,14 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def _client(api: str) -> Iterator[SyncPrefectClient]:
-    """A client of the server at `api`. It tries again by itself where the server's database is busy."""
+def _client(api: str, auth: str) -> Iterator[SyncPrefectClient]:
+    """A client of the server at `api`, let in by `auth`. It tries again where the server's database is busy."""
     import httpx
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.exceptions import PrefectException
 
     try:
-        with SyncPrefectClient(api, httpx_settings=client_settings(api)) as client:
+        with SyncPrefectClient(api, auth_string=auth, httpx_settings=client_settings(api)) as client:
             yield client
     except (httpx.HTTPError, PrefectException, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -44,7 +44,7 @@ class Stack:
         supervisor: the process that watches over the others.
         children: what it has started so far.
         prefect: URL of the Prefect API.
-        registry: MLflow tracking URI of the flows.
+        registry: MLflow tracking URI of the flows, without a password.
         ready: whether all of it is up.
     """
 

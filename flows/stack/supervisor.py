@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -15,9 +16,11 @@ from pathlib import Path
 
 from copal.files import write_atomic
 from flows.isolated import isolated_environment, isolated_python
+from flows.stack.access import access_file, client_environment, forget_access, new_access, write_access
 from flows.stack.prefect_server import UpError
 from flows.stack.state import Stack, end_processes, identify, state_file
-from flows.workspace import Workspace
+from flows.uris import without_secrets
+from flows.workspace import Workspace, make_private
 
 __all__ = [
     "HOST",
@@ -42,6 +45,8 @@ _PREFECT = {
     "PREFECT_WORKER_ENABLE_CANCELLATION": "true",  # of runs that have no process yet, too
     "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "5",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    "PREFECT_UI_API_URL": "/api",  # of the host that the browser was let in under
     "PREFECT_LOGGING_LEVEL": "INFO",
 }
 
@@ -58,16 +63,26 @@ class StopRequested(Exception):  # noqa: N818
 
 
 class Starting:
-    """The children of a supervisor. Its contract: after `end` none of them is left, nor the state file."""
+    """The children of a supervisor, and the credentials with which they talk.
 
-    def __init__(self, workspace: Workspace, api: str, registry: str, ledger: str) -> None:
+    Its contract: after `end` none of them is left, nor the state file, nor the credentials.
+
+    Args:
+        own_registry: the MLflow server `registry` is one of the children.
+    """
+
+    def __init__(self, workspace: Workspace, api: str, registry: str, ledger: str, *, own_registry: bool) -> None:
         self.workspace, self.api, self.registry = workspace, api, registry
-        self.logs = workspace.private / "logs"
-        self.home = workspace.private / "prefect"
-        self.logs.mkdir(parents=True, exist_ok=True)
-        self.home.mkdir(exist_ok=True)
+        self.logs = make_private(workspace, workspace.private / "logs")
+        self.home = make_private(workspace, workspace.private / "prefect")
         self.children: list[Child] = []
+        self.access = new_access()
+        write_access(workspace, self.access, api, registry if own_registry else None)
         self.environment = _environment(self.home, api, registry, ledger)
+        if own_registry:
+            for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH"):  # the user's, for another server
+                self.environment.pop(name, None)
+        self.environment |= client_environment(self.access, mlflow=own_registry)
 
     def save(self, *, ready: bool = False) -> None:
         """Write the state file."""
@@ -76,13 +91,13 @@ class Starting:
             supervisor=identify("copal up", os.getpid()),
             children=children,
             prefect=self.api,
-            registry=self.registry,
+            registry=without_secrets(self.registry),
             ready=ready,
         )
         write_atomic(state_file(self.workspace), json.dumps(asdict(stack), indent=2))
 
-    def start(self, name: str, module: Sequence[str], **extra: str) -> Child:
-        """Start `python -m MODULE ...` with a log of its own."""
+    def start(self, name: str, module: Sequence[str], sockets: Sequence[socket.socket] = (), **extra: str) -> Child:
+        """Start `python -m MODULE ...` with a log of its own. It inherits the sockets."""
         log = self.logs / f"{name.replace(' ', '-')}.log"
         with log.open("ab") as sink:
             process = subprocess.Popen(
@@ -92,6 +107,7 @@ class Starting:
                 stderr=subprocess.STDOUT,
                 cwd=self.home,  # Prefect reads .env, prefect.toml and pyproject.toml where it runs: there are none
                 env=self.environment | extra,
+                pass_fds=[each.fileno() for each in sockets],
                 start_new_session=True,  # Ctrl-C reaches the supervisor only; it ends the others in order
             )
         child = Child(name, process, log)
@@ -99,16 +115,24 @@ class Starting:
         self.save()
         return child
 
-    def start_mlflow(self, store: str, port: int) -> None:
-        """Start the MLflow server. Artifacts do not go through it: clients write them where the experiment says."""
-        arguments = ("--host", HOST, "--port", str(port), "--workers", "1", "--no-serve-artifacts")
-        root = self.workspace.artifacts.as_uri()
-        self.start(
-            "mlflow server",
-            ("mlflow", "server", *arguments, "--default-artifact-root", root),
+    def start_prefect(self, sockets: Sequence[socket.socket]) -> None:
+        """Start the Prefect server on these sockets."""
+        self._serve("prefect", sockets, PREFECT_SERVER_CORS_ALLOWED_ORIGINS=self.api.removesuffix("/api"))
+
+    def start_mlflow(self, store: str, sockets: Sequence[socket.socket]) -> None:
+        """Start the MLflow server on these sockets."""
+        self._serve(
+            "mlflow",
+            sockets,
             MLFLOW_BACKEND_STORE_URI=store,  # not among the arguments: everybody sees those, and it may hold a password
+            MLFLOW_DEFAULT_ARTIFACT_ROOT=self.workspace.artifacts.as_uri(),
             MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",  # eight more processes for what copal does not use
         )
+
+    def _serve(self, name: str, sockets: Sequence[socket.socket], **extra: str) -> None:
+        numbers = [str(each.fileno()) for each in sockets]
+        module = ("flows.stack.serve", name, str(access_file(self.workspace)), *numbers)
+        self.start(f"{name} server", module, sockets, **extra)
 
     def deploy(self, file: Path, stop: threading.Event) -> None:
         """`prefect deploy --all`."""
@@ -155,6 +179,7 @@ class Starting:
             end_processes([child.process.pid for child in children])
             for child in children:
                 child.process.wait()
+        forget_access(self.workspace)
         state_file(self.workspace).unlink(missing_ok=True)
 
 

@@ -2,26 +2,31 @@
 
 A Prefect server, an MLflow server, the deployments of infra/prefect.yaml and a worker for each of their work pools.
 Each is a child process in a process group of its own, watched over by the process that runs `up`. What they keep lies
-in `.copal/`; of the user's own Prefect settings nothing is read or changed.
+in `.copal/`; of the user's own Prefect settings nothing is read or changed. Other users of the machine are not let in
+(`flows.stack.access`), nor are the pages that a browser shows (`flows.stack.guard`).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from urllib.parse import urlsplit
 
 from copal.files import write_atomic
 from flows.isolated import isolated_environment, isolated_python
 from flows.settings import Settings
+from flows.stack.access import forget_access, link_file
 from flows.stack.deployments import deployment_names, is_server, prefect_file, render_prefect_file
 from flows.stack.prefect_server import POOLS, UpError, answers, create_pools, has_worker, settle_old_runs
 from flows.stack.state import END_SECONDS, end_known, is_up, read_stack, state_file
 from flows.stack.supervisor import HOST, Starting, StopRequested, stop_on_signals
-from flows.workspace import Workspace
+from flows.workspace import Workspace, make_private
 
 __all__ = [
     "down",
@@ -53,18 +58,19 @@ def up(
     own_registry = not is_server(settings.registry.uri)
     _refuse_if_up(workspace)
     _end_leftovers(workspace)
-    _check_port(port, "--port")
-    if own_registry:
-        _check_port(mlflow_port, "--mlflow-port")
-    template = prefect_file()
-    registry = f"http://{HOST}:{mlflow_port}" if own_registry else str(settings.registry.uri)
-    stack = Starting(workspace, f"http://{HOST}:{port}/api", registry, workspace.ledger_uri(settings))
-    with stop_on_signals() as stop:
+    with ExitStack() as ports, stop_on_signals() as stop:
+        sockets = ports.enter_context(_taken(port, "--port"))
+        mlflow_sockets = ports.enter_context(_taken(mlflow_port, "--mlflow-port")) if own_registry else []
+        template = prefect_file()
+        registry = f"http://{HOST}:{mlflow_port}" if own_registry else str(settings.registry.uri)
+        api, ledger = f"http://{HOST}:{port}/api", workspace.ledger_uri(settings)
+        stack = Starting(workspace, api, registry, ledger, own_registry=own_registry)
         try:
             stack.save()
-            _start_servers(stack, port, mlflow_port if own_registry else None, settings, stop, tell)
-            create_pools(stack.api)
-            settle_old_runs(stack.api)
+            _start_servers(stack, sockets, mlflow_sockets, settings, stop, tell)
+            auth = stack.access.auth_string
+            create_pools(stack.api, auth)
+            settle_old_runs(stack.api, auth)
             shown = registry if is_server(registry) else None
             text = render_prefect_file(template, workspace, settings, registry=shown, devices=devices)
             _deploy(stack, text, stop, tell)
@@ -72,6 +78,7 @@ def up(
             stack.save(ready=True)
             tell(f"Prefect: http://{HOST}:{port}")
             tell(f"MLflow: {registry}")
+            tell(f"a browser is let in by the links in {link_file(workspace).as_uri()}")
             tell(f"`copal down` in {workspace.root} ends all of it")
             stack.watch_over(stop)
         except StopRequested:
@@ -82,21 +89,22 @@ def up(
 
 def _start_servers(
     stack: Starting,
-    port: int,
-    mlflow_port: int | None,
+    sockets: Sequence[socket.socket],
+    mlflow_sockets: Sequence[socket.socket],
     settings: Settings,
     stop: threading.Event,
     tell: Callable[[str], None],
 ) -> None:
-    """Start the Prefect server, and an MLflow server where there is a port for it; wait until they answer."""
-    stack.start("prefect server", ("prefect", "server", "start", "--host", HOST, "--port", str(port)))
-    if mlflow_port is not None:
-        stack.start_mlflow(stack.workspace.registry_uri(settings), mlflow_port)
+    """Start the Prefect server, and an MLflow server where there are sockets for it; wait until they answer."""
+    stack.start_prefect(sockets)
+    if mlflow_sockets:
+        stack.start_mlflow(stack.workspace.registry_uri(settings), mlflow_sockets)
+    port = urlsplit(stack.api).port
     stack.wait(lambda: answers(f"{stack.api}/health"), stop, f"the Prefect server to answer on port {port}")
     tell(f"Prefect server: port {port}")
-    if mlflow_port is not None:
+    if mlflow_sockets:
         stack.wait(lambda: answers(f"{stack.registry}/health"), stop, "the MLflow server to answer")
-        tell(f"MLflow server: port {mlflow_port}")
+        tell(f"MLflow server: port {urlsplit(stack.registry).port}")
 
 
 def _deploy(stack: Starting, text: str, stop: threading.Event, tell: Callable[[str], None]) -> None:
@@ -113,7 +121,7 @@ def _start_workers(stack: Starting, stop: threading.Event, tell: Callable[[str],
     """
     for pool in POOLS:
         stack.start(f"worker {pool}", ("prefect", "worker", "start", "--pool", pool, "--type", "process"))
-        stack.wait(partial(has_worker, stack.api, pool), stop, f"the worker of pool {pool}")
+        stack.wait(partial(has_worker, stack.api, stack.access.auth_string, pool), stop, f"the worker of pool {pool}")
         tell(f"worker: pool {pool}")
 
 
@@ -124,9 +132,7 @@ def up_detached(workspace: Workspace, arguments: Sequence[str], tell: Callable[[
         UpError: it did not come up; says why.
     """
     _refuse_if_up(workspace)
-    logs = workspace.private / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / "up.log"
+    log = make_private(workspace, workspace.private / "logs") / "up.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
             isolated_python("flows.cli", "up", "--workspace", str(workspace.root), *arguments),
@@ -182,14 +188,30 @@ def _end_leftovers(workspace: Workspace) -> bool:
     """End what a killed supervisor left, and remove its state file; whether there was anything that ran."""
     stack = read_stack(workspace)
     ran = end_known(stack.children, limit=END_SECONDS) if stack is not None else False
+    forget_access(workspace)
     state_file(workspace).unlink(missing_ok=True)
     return ran
 
 
-def _check_port(port: int, option: str) -> None:
-    with socket.socket() as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what closed a second ago is not in use
-        try:
-            found.bind((HOST, port))
-        except OSError as error:
-            raise UpError(f"port {port} is in use ({error.strerror}): choose another one with {option}") from error
+@contextmanager
+def _taken(port: int, option: str) -> Iterator[list[socket.socket]]:
+    """The port of this machine's loopback, IPv4 and (where there is one) IPv6, held until all is ended.
+
+    The servers inherit it. Did they bind it themselves, another user could be there first, and would be told the
+    credentials and asked for work; under `localhost` a browser looks at IPv6 as well.
+    """
+    with ExitStack() as held:
+        sockets = []
+        for family, address in ((socket.AF_INET, HOST), (socket.AF_INET6, "::1")):
+            try:
+                found = held.enter_context(socket.socket(family))
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what closed a second ago is not in use
+                if family is socket.AF_INET6:
+                    found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                found.bind((address, port))
+            except OSError as error:
+                if family is socket.AF_INET6 and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    continue
+                raise UpError(f"port {port} is in use ({error.strerror}): choose another one with {option}") from error
+            sockets.append(found)
+        yield sockets

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from copal.errors import CopalError
+from flows.uris import without_secrets
 
 __all__ = ["NotADemoError", "run_demo"]
 
@@ -69,7 +70,7 @@ def run_demo(folder: Path) -> None:
     for purpose, command in (
         (
             "runs, metrics and versions in MLflow's UI",
-            f"mlflow ui --backend-store-uri {workspace.registry_uri(project.settings)}",
+            f"mlflow ui --backend-store-uri {without_secrets(workspace.registry_uri(project.settings))}",
         ),
         ("this table again", f"copal status --workspace {shown}"),
         ("which data made which version, as a page", f"copal lineage --html lineage.html --workspace {shown}"),

@@ -18,7 +18,7 @@ from copal.progress import Progress
 from flows.data.git import commit, git
 from flows.params import load_settings
 from flows.settings import Settings
-from flows.workspace import Workspace, WorkspaceError, exclusive, open_workspace
+from flows.workspace import Workspace, WorkspaceError, exclusive, make_private, open_workspace
 
 if TYPE_CHECKING:
     from flows.models.base import BaseModel
@@ -115,7 +115,7 @@ def _lay_out(folder: Path, model_name: str | None) -> Workspace:
     _write_new(folder / "params.yaml", default_params(model_name or model_name_for(folder)))
     _write_new(folder / "data" / "README.md", _DATA_README)
     workspace = open_workspace(folder)
-    workspace.private.mkdir(exist_ok=True)
+    make_private(workspace)
     return workspace
 
 

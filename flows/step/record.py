@@ -10,9 +10,10 @@ from flows.lineage.files import version_files
 from flows.lineage.record import Base, Code, Domain, Layer, MatrixRow, Parent, Record, Seconds, Sparsity, Withdrawn
 from flows.machine import surroundings
 from flows.project import Project
-from flows.settings import Settings, without_secrets
+from flows.settings import Settings
 from flows.step.resolve import Step
 from flows.step.staging import Evaluation
+from flows.uris import without_secrets
 
 if TYPE_CHECKING:
     from copal.step import StepReport
@@ -123,10 +124,14 @@ def _matrix(parent: Record, number: int, perplexity: Mapping[str, float]) -> tup
 
 def _recorded(settings: Settings) -> dict[str, Any]:
     """The settings in full, without the passwords that URLs may hold."""
-    return {
-        section: {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
-        for section, values in settings.as_dict().items()
-    }
+    found: dict[str, Any] = _bare(settings.as_dict())
+    return found
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _bare(one) for name, one in value.items()}
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _surroundings(settings: Settings) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from flows.registry.flavor import write_flavor
 from flows.step.record import record_of_root, record_of_step
 from flows.step.resolve import Step
 from flows.step.staging import Evaluation
+from flows.workspace import make_private
 
 if TYPE_CHECKING:
     from copal.step import StepReport
@@ -68,7 +69,7 @@ def register_root(project: Project, base: BaseModel, progress: Progress = silent
     """
     workspace = project.workspace
     progress("register base", 0, 1)
-    workspace.runs.mkdir(parents=True, exist_ok=True)
+    make_private(workspace, workspace.runs)
     scratch = TemporaryDirectory(prefix="base-", dir=workspace.runs)
     with hold_lineage(project, "register the base") as claim, scratch as folder:
         staged = Path(folder)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from copal.progress import Progress, silent
+from flows.terminal.lines import write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,9 +94,9 @@ def _plain(stream: TextIO) -> Progress:
             return
         share = f"{100 * done // max(total, 1)}%"
         if done >= total:
-            print(f"{stage}: {share}, {seconds:.0f} s", file=stream, flush=True)
+            write(f"{stage}: {share}, {seconds:.0f} s", stream)
         elif stage not in told:
             told.add(stage)
-            print(f"{stage}: {share}", file=stream, flush=True)
+            write(f"{stage}: {share}", stream)
 
     return report

@@ -21,7 +21,7 @@ from flows.project import Project
 from flows.settings import Settings
 from flows.step.resolve import Step, step_on
 from flows.step.work import prune_domain
-from flows.workspace import exclusive
+from flows.workspace import exclusive, make_private
 
 if TYPE_CHECKING:
     from flows.registry.registry import Registry
@@ -88,7 +88,7 @@ def replay(
         raise ReplayError(f"version {version.number}: {problems[0]}; bring the stored model back from a copy first")
     settings = recorded_settings(record.settings, f"the record of version {version.number}")
     watch = project.settings.watch
-    workspace.runs.mkdir(parents=True, exist_ok=True)
+    make_private(workspace, workspace.runs)
     with exclusive(workspace), TemporaryDirectory(prefix="replay-", dir=workspace.runs) as scratch:
         plan = _last_step if last_step else _from_data
         made: Path | None = None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ from flows.settings import (
     SigningSettings,
     WatchSettings,
     check_domain_name,
-    without_secrets,
 )
 from flows.start.init import default_params
+from flows.uris import cause, has_secrets, split_login, without_secrets
 from flows.workspace import Workspace, WorkspaceError, open_workspace
 
 
@@ -375,7 +376,66 @@ def test_settings_import_nothing_heavy() -> None:
         ("git@example.org:data.git", "git@example.org:data.git"),
         ("s3://bucket/a@b", "s3://bucket/a@b"),
         ("/srv/data@home", "/srv/data@home"),
+        ("http://me:p#a/s?s@mlflow:5000/x", "http://mlflow:5000/x"),
+        ("mysql+pymysql://me:12345@db/x", "mysql+pymysql://me@db/x"),
+        ("'http://me:secret@h:5000': no, ask ada@example.org", "'http://h:5000': no, ask ada@example.org"),
+        ("see http://h:5000: it fails, mail ada@example.org", "see http://h:5000: it fails, mail ada@example.org"),
+        ("http://h:5000/a@b and http://[::1]:5000/", "http://h:5000/a@b and http://[::1]:5000/"),
+        (
+            "s3://b/x?X-Amz-Signature=abc&X-Amz-Security-Token=d",
+            "s3://b/x?X-Amz-Signature=...&X-Amz-Security-Token=...",
+        ),
+        ("https://h/x?access_token=abc#y", "https://h/x?access_token=..."),
+        ("https://h/x?api-key=abc&branch=main", "https://h/x?api-key=...&branch=main"),
     ],
 )
 def test_passwords_and_tokens_are_left_out(text: str, public: str) -> None:
     assert without_secrets(text) == public
+    assert without_secrets(public) == public
+    assert has_secrets(text) == (text != public)
+
+
+@pytest.mark.parametrize(
+    ("url", "bare", "login"),
+    [
+        ("https://ada:s%40cret@example.org:8443/x.git?y=1", "https://example.org:8443/x.git?y=1", ("ada", "s@cret")),
+        ("https://TOKEN@example.org/x.git", "https://example.org/x.git", ("TOKEN", None)),
+        ("http://ada:@example.org/x.git", "http://example.org/x.git", ("ada", "")),
+        ("ssh://git:secret@example.org/x.git", "ssh://git@example.org/x.git", None),
+        ("git@example.org:x.git", "git@example.org:x.git", None),
+        ("file:///srv/a@b", "file:///srv/a@b", None),
+    ],
+)
+def test_a_url_for_a_command_line_is_without_its_login(
+    url: str, bare: str, login: tuple[str, str | None] | None
+) -> None:
+    assert split_login(url) == (bare, login)
+
+
+def test_a_cause_that_tells_a_password_is_no_cause() -> None:
+    kept, told, behind = ValueError("http://h/x"), ValueError("http://me:secret@h/x"), ValueError("away")
+    behind.__context__ = told
+    assert [cause(kept), cause(told), cause(behind)] == [kept, None, None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "registry: http://me:canary@h:5000",
+        "ledger: postgresql://me:canary@h/x",
+        "watch: https://me:canary@h/x.git",
+        "watch: {repository: [https://me:canary@h/x.git]}",
+        "registry: {uri: [http://me:canary@h]}",
+        "registry: {url: http://me:canary@h}",
+        "registry: {uri: http://me:canary@h:5000}",  # a server without a ledger
+        "ledger: {uri: mysql://me:canary@h/x}",
+        "http://me:canary@h: 1",
+        "watch: {repository: https://me:canary@h/x.git, repository: x}",
+        "watch: {repository: 'https://me:canary@h/x.git}",
+    ],
+)
+def test_what_is_wrong_with_the_settings_is_said_without_a_password(text: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path / "params.yaml")
+    assert "canary" not in "".join(traceback.format_exception(caught.value))

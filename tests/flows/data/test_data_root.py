@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,12 @@ from flows.data.commits import in_history
 from flows.data.dataset import DatasetError, DatasetVersion
 from flows.data.dvc import add_and_commit, init_repository
 from flows.data.fetch import fetch_version
+from flows.data.git import login_environment
 from flows.data.repositories import data_root
 from flows.data.versions import dataset_version, dataset_versions
 from flows.settings import WatchSettings
 from flows.workspace import Workspace
+from support.git_server import git_server
 
 
 @pytest.fixture(autouse=True)
@@ -215,22 +218,43 @@ def test_several_checks_at_once_make_one_clone(workspace: Workspace, other: Path
     assert dataset_version(roots[0], "legal").git_rev == git(other, "rev-parse", "HEAD")
 
 
-def test_a_password_is_used_and_never_shown(workspace: Workspace, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = WatchSettings(repository="https://me:s3cret@127.0.0.1:9/data.git")
-    with pytest.raises(DatasetError, match=r"^cannot fetch https://127\.0\.0\.1:9/data\.git: ") as caught:
-        data_root(workspace, watch)
-    assert "s3cret" not in str(caught.value)
-    assert "me" not in str(caught.value).split("https://")[1].split("/")[0]
-    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")  # git goes to the folder where it is given the whole URL, and only then
-    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.file://{other}.insteadOf")
-    monkeypatch.setenv("GIT_CONFIG_VALUE_0", str(watch.repository))
-    root = data_root(workspace, watch)
-    version = dataset_version(root, "legal")
-    assert version.repository == "https://127.0.0.1:9/data.git"
-    files = [path for path in workspace.cache.rglob("*") if path.is_file()]
-    assert not any(b"s3cret" in path.read_bytes() for path in files)
-    other_password = WatchSettings(repository="https://you:0ther@127.0.0.1:9/data.git")
-    assert data_root(workspace, other_password, version.git_rev) == root
+def test_a_password_is_used_and_never_shown(workspace: Workspace, other: Path) -> None:
+    git(other, "update-server-info")
+    with git_server(other, "me", "s3:cr@t") as server:
+        watch = WatchSettings(repository=server.url.replace("s3:cr@t", "s3%3Acr%40t"))
+        root = data_root(workspace, watch)
+        bare = server.url.replace("me:s3:cr@t@", "")
+        assert dataset_version(root, "legal").repository == bare
+        assert any(b"git-remote-http" in line or b"remote-http" in line for line in server.lines), "git was at work"
+        assert [line for line in server.lines if b"cr@t" in line or b"cr%40t" in line] == []
+        files = [path for path in workspace.cache.rglob("*") if path.is_file()]
+        assert not any(b"s3" in path.read_bytes() and b"cr@t" in path.read_bytes() for path in files)
+        wrong = WatchSettings(repository=server.url.replace("s3:cr@t", "0ther"))
+        with pytest.raises(DatasetError, match=f"^cannot fetch {re.escape(bare)}: ") as caught:
+            data_root(workspace, wrong)
+        assert "0ther" not in str(caught.value)
+        assert "me" not in str(caught.value).split("http://")[1].split("/")[0]
+        assert data_root(workspace, wrong, dataset_version(root, "legal").git_rev) == root, "it is the same repository"
+
+
+def test_a_password_is_for_its_own_host_and_kept_by_no_helper_of_the_user(
+    workspace: Workspace, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git(other, "update-server-info")
+    store = tmp_path / "kept"
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "credential.helper")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", f"store --file={store}")
+    with git_server(other, "me", "secret") as server:
+        data_root(workspace, WatchSettings(repository=server.url))
+        assert not store.exists()
+        host = server.url.partition("@")[2]
+        store.write_text(f"http://me:secret@{host.removesuffix('/.git')}\n")
+        shutil.rmtree(workspace.cache)
+        data_root(workspace, WatchSettings(repository=f"http://me@{host}"))  # the user's helper knows the password
+    assert login_environment("http://h", None) == {}
+    there = login_environment("https://h:1/x", ("me", "secret"))
+    assert {there[name] for name in there if name.startswith("GIT_CONFIG_KEY")} == {"credential.https://h:1.helper"}
 
 
 def test_old_data_stays_where_its_repository_is_when_the_setting_changes(workspace: Workspace, other: Path) -> None:

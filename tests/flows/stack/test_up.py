@@ -31,11 +31,14 @@ from flows.params import load_settings
 from flows.project import hold_lineage
 from flows.runs.dispatch import AdaptFailedError
 from flows.settings import WatchSettings
+from flows.stack.access import Access, access_file, link_file, read_access
 from flows.stack.deployments import prefect_file, render_prefect_file
 from flows.stack.prefect_server import UpError
 from flows.stack.state import Process, is_up, read_stack
 from flows.stack.up import down, up_detached
 from flows.watch import run_adapt
+from support.servers import free_port
+from support.waiting import until
 
 INTERVAL = 10  # seconds of the schedule
 COPAL = (sys.executable, "-P", "-m", "flows.cli")  # as the installed script: where it runs is not on its path
@@ -43,22 +46,6 @@ LONG = (
     "{window_length: 32, windows: 8, evaluation_windows: 8, evaluation_share: 0.4}",
     "{window_length: 32, windows: 20000, evaluation_windows: 8, evaluation_share: 0.4}",
 )
-
-
-def until(there: Callable[[], Any], seconds: float, what: str) -> Any:
-    """What `there` gives when it is true; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not (found := there()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        pause.wait(0.2)
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Recorder(socketserver.ThreadingTCPServer):
@@ -94,9 +81,17 @@ class Running:
     def api(self) -> str:
         return f"http://127.0.0.1:{self.port}/api"
 
+    @property
+    def access(self) -> Access:
+        return read_access(access_file(self.bench.workspace))
+
     def call(self, path: str, body: Any = None, method: str = "POST") -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.api}{path}", data, {"Content-Type": "application/json"}, method=method)
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {self.access.basic}"}
+        if method != "GET":
+            token = self.call("/csrf-token?client=tests", method="GET")["token"]
+            headers |= {"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token}
+        request = urllib.request.Request(f"{self.api}{path}", data, headers, method=method)
 
         def answer() -> list[bytes]:
             try:
@@ -185,6 +180,7 @@ def stack(make_bench, environment, tmp_path_factory) -> Iterator[Running]:
         assert done.returncode == 0, done.stderr
         assert f"Prefect: http://127.0.0.1:{port}\n" in done.stdout
         assert f"MLflow: http://127.0.0.1:{mlflow_port}\n" in done.stdout
+        assert f"links in {link_file(bench.workspace).as_uri()}\n" in done.stdout
         try:
             yield Running(bench, port, environment, recorder)
         finally:
@@ -271,7 +267,8 @@ def test_the_schedule_fires_and_a_committed_domain_becomes_a_version(stack: Runn
 def test_an_event_of_prefects_own_command_wakes_the_watcher(quiet: Running) -> None:
     before = {run["id"] for run in quiet.runs("watch")}
     emit = ("event", "emit", "copal.dataset.version.created", "--resource-id", "copal.dataset.x")
-    environment = quiet.environment | {"PREFECT_API_URL": quiet.api, "PREFECT_HOME": str(quiet.bench.root / ".copal/x")}
+    let_in = dict(line.split("=", 1) for line in access_file(quiet.bench.workspace).read_text().splitlines())
+    environment = quiet.environment | let_in | {"PREFECT_HOME": str(quiet.bench.root / ".copal/x")}
     subprocess.run([sys.executable, "-m", "prefect", *emit], env=environment, check=True, capture_output=True)
     until(lambda: {run["id"] for run in quiet.runs("watch")} - before, 30, "a run of the watcher")
 
@@ -336,9 +333,9 @@ def test_two_watchers_at_the_same_time_make_one_version(quiet: Running) -> None:
 
 def here(stack: Running, domain: str) -> int | None:
     """`run_adapt` from this process, by way of the stack's server."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-    with temporary_settings({PREFECT_API_URL: stack.api}):
+    with temporary_settings({PREFECT_API_URL: stack.api, PREFECT_API_AUTH_STRING: stack.access.auth_string}):
         return run_adapt(str(stack.bench.root), domain, None)
 
 
@@ -416,11 +413,13 @@ def test_down_ends_everything_and_a_step_that_runs_is_told(quiet: Running) -> No
     assert known is not None
     supervisor = psutil.Process(known.supervisor.pid)
     family = [supervisor, *supervisor.children(recursive=True)]
-    assert len(family) >= 7  # itself, two servers and uvicorn, two workers, the step
+    assert len(family) >= 6  # itself, two servers, two workers, the step
     done = command("down", env=quiet.environment, cwd=quiet.bench.root)
     assert done.stdout == f"ended what ran in {quiet.bench.root}\n", done.stderr
     assert [process for process in family if alive(process)] == []
     assert not (quiet.bench.root / ".copal" / "up.json").exists()
+    assert not access_file(quiet.bench.workspace).exists()
+    assert not link_file(quiet.bench.workspace).exists()
     log = (quiet.bench.root / ".copal" / "logs" / "worker-copal-gpu.log").read_text()
     assert "SIGTERM" in log.rpartition(run)[2], "the step was not asked"
     assert quiet.recorder.asked == [], "something asked beyond this machine"

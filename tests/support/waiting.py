@@ -1,0 +1,18 @@
+"""Waiting for what happens in other processes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def until(there: Callable[[], Any], seconds: float, what: str) -> Any:
+    """What `there` gives when it is true; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while not (found := there()):
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        pause.wait(0.2)
+    return found
