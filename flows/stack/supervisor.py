@@ -75,6 +75,7 @@ class Starting:
         stack = Stack(
             supervisor=identify("copal up", os.getpid()),
             children=children,
+            workspace=str(self.workspace.root),
             prefect=self.api,
             registry=self.registry,
             ready=ready,

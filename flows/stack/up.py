@@ -16,6 +16,7 @@ from functools import partial
 
 from copal.files import write_atomic
 from flows.isolated import isolated_environment, isolated_python
+from flows.registry.sqlite import open_database
 from flows.settings import Settings
 from flows.stack.deployments import deployment_names, is_server, prefect_file, render_prefect_file
 from flows.stack.prefect_server import POOLS, UpError, answers, create_pools, has_worker, settle_old_runs
@@ -49,6 +50,7 @@ def up(
 
     Raises:
         UpError: it is up already, a port is taken, or something does not start or ended by itself. Nothing is left.
+        RegistryError: the registry in the workspace cannot be opened.
     """
     own_registry = not is_server(settings.registry.uri)
     _refuse_if_up(workspace)
@@ -64,7 +66,7 @@ def up(
             stack.save()
             _start_servers(stack, port, mlflow_port if own_registry else None, settings, stop, tell)
             create_pools(stack.api)
-            settle_old_runs(stack.api)
+            settle_old_runs(stack.api, str(workspace.root))
             shown = registry if is_server(registry) else None
             text = render_prefect_file(template, workspace, settings, registry=shown, devices=devices)
             _deploy(stack, text, stop, tell)
@@ -91,7 +93,9 @@ def _start_servers(
     """Start the Prefect server, and an MLflow server where there is a port for it; wait until they answer."""
     stack.start("prefect server", ("prefect", "server", "start", "--host", HOST, "--port", str(port)))
     if mlflow_port is not None:
-        stack.start_mlflow(stack.workspace.registry_uri(settings), mlflow_port)
+        store = stack.workspace.registry_uri(settings)
+        open_database(store, stack.workspace.artifacts)  # a workspace that was copied is settled before others see it
+        stack.start_mlflow(store, mlflow_port)
     stack.wait(lambda: answers(f"{stack.api}/health"), stop, f"the Prefect server to answer on port {port}")
     tell(f"Prefect server: port {port}")
     if mlflow_port is not None:
