@@ -37,18 +37,21 @@ def reason(done: subprocess.CompletedProcess[str]) -> str:
     return next((line for line in lines if line.strip()), "no reason given")
 
 
-def run_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_git(root: Path, *arguments: str, protocols: Sequence[str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run git in the folder `root`, whatever its exit status. What is not UTF-8 comes as surrogates, as in file names.
+
+    Args:
+        protocols: the only ones that git may use, whatever the user's settings allow (`ext` runs a command).
 
     Raises:
         GitError: git is not installed.
     """
-    with start_git(root, *arguments) as process:
+    with start_git(root, *arguments, protocols=protocols) as process:
         out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, os.fsdecode(out), os.fsdecode(err))
 
 
-def start_git(root: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start_git(root: Path, *arguments: str, protocols: Sequence[str] | None = None) -> subprocess.Popen[bytes]:
     """Start git in the folder `root`, with pipes: for `cat-file --batch`, which answers as long as it is asked.
 
     Raises:
@@ -56,9 +59,11 @@ def start_git(root: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """
     # PYTHONSAFEPATH is meant for copal's own processes: a user's git hooks import what they like.
     environment = {name: value for name, value in os.environ.items() if name not in (*_HOOK, "PYTHONSAFEPATH")}
+    if protocols is not None:
+        environment["GIT_ALLOW_PROTOCOL"] = ":".join(protocols)
     try:
         return subprocess.Popen(
-            ["git", *arguments],
+            ["git", "-c", "core.fsmonitor=false", *arguments],  # it would be a command of the repository's
             cwd=root,
             env=environment | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"},
             stdin=subprocess.PIPE,
