@@ -172,13 +172,14 @@ def _dvc(workspace: Workspace | None, settings: Settings) -> Check:
     check = _package("dvc")
     if not check.ok or workspace is None:
         return check
+    from flows.data.commits import watched_revision
     from flows.data.dvc import dvc_errors
     from flows.data.repositories import data_root
     from flows.data.storage import storage_of
     from flows.data.versions import dataset_versions
 
     root, branch = data_root(workspace, settings.watch), settings.watch.branch or "HEAD"
-    domains = [version.domain for version in dataset_versions(root, branch)]
+    domains = [version.domain for version in dataset_versions(root, watched_revision(root, settings.watch.branch))]
     found = f"{check.found}, domains at {branch}: {', '.join(domains) or 'none'}"
     with dvc_errors(f"DVC cannot read {root}"):
         remotes = storage_of(root).remotes

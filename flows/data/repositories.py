@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from copal.files import locked, write_atomic
-from flows.data.commits import find_commit
+from flows.data.commits import find_commit, is_bare, watched_revision
 from flows.data.dataset import DatasetError
 from flows.data.git import git, reason, run_git
 from flows.settings import WatchSettings, without_secrets
@@ -57,7 +57,7 @@ def place_of(workspace: Workspace, repository: str | None) -> Path:
     if repository is None:
         return workspace.root
     if not is_url(repository):
-        return workspace.root / repository
+        return workspace.root / Path(repository).expanduser()
     digest = hashlib.sha256(without_secrets(repository).encode()).hexdigest()
     return workspace.cache / "repositories" / digest[:16]
 
@@ -81,7 +81,9 @@ def _check(repository: str | None) -> None:
 
 
 def has_commit(root: Path, commit: str) -> bool:
-    return (root / ".git").exists() and find_commit(root, commit) == commit
+    # Not a repository around this one: that has another commit of the same domain, perhaps.
+    there = (root / ".git").exists() or (root.is_dir() and is_bare(root))
+    return there and find_commit(root, commit) == commit
 
 
 def _mirror(root: Path, url: str, branch: str | None) -> None:
@@ -98,11 +100,18 @@ def _mirror(root: Path, url: str, branch: str | None) -> None:
     if branch is None:
         wanted.append(f"+HEAD:{_REMOTE_HEAD}")
     patience = ("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60")  # of a remote that says nothing
-    options = ("--quiet", "--prune", "--update-head-ok", "--no-write-fetch-head", "--no-recurse-submodules")
+    options = (
+        "--quiet",
+        "--prune",
+        "--update-head-ok",
+        "--no-write-fetch-head",
+        "--no-recurse-submodules",
+        "--update-shallow",
+    )
     done = run_git(root, *patience, "fetch", *options, "--", url, *wanted, protocols=_SCHEMES)
     if done.returncode != 0:
         raise DatasetError(f"cannot fetch {shown}: {without_secrets(reason(done))}")
-    tip = find_commit(root, branch or _REMOTE_HEAD)
+    tip = find_commit(root, watched_revision(root, branch) if branch else _REMOTE_HEAD)
     if tip is None:
         raise DatasetError(f"{shown} has no branch {branch!r}: mend watch.branch")
     git(root, "update-ref", "--no-deref", "HEAD", tip)
