@@ -76,15 +76,17 @@ class Workspace:
 
     def registry_uri(self, settings: Settings) -> str:
         """The MLflow tracking URI: the one that is set, else SQLite in the workspace."""
-        return settings.registry.uri or f"sqlite:///{self.private / 'mlflow.db'}"
+        return self._here(settings.registry.uri or f"sqlite:///{self.private / 'mlflow.db'}")
 
     def ledger_uri(self, settings: Settings) -> str:
         """The SQLAlchemy URL of claims and log: the one that is set, else SQLite in the workspace.
 
         It may hold a password: show it `without_secrets`.
         """
-        uri = settings.ledger.uri or f"sqlite:///{self.private / 'ledger.db'}"
-        # A relative path begins at the workspace: from the folder of each command there would be many ledgers.
+        return self._here(settings.ledger.uri or f"sqlite:///{self.private / 'ledger.db'}")
+
+    def _here(self, uri: str) -> str:
+        # A relative path begins at the workspace: from the folder of each command there would be many databases.
         relative = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/].*)", uri)
         return f"{relative[1]}{self.root / relative[2]}" if relative else uri
 
@@ -93,7 +95,8 @@ def open_workspace(path: Path) -> Workspace:
     """The workspace at `path`.
 
     Raises:
-        WorkspaceError: no such folder, or not the root of a git + DVC repository with a params.yaml.
+        WorkspaceError: no such folder, or not the root of a git + DVC repository with a params.yaml; or `.copal`, or
+            something right in it, is a link that leads out of it.
     """
     root = path.expanduser().resolve()
     if not root.is_dir():
@@ -106,8 +109,21 @@ def open_workspace(path: Path) -> Workspace:
     ):
         if not (root / name).exists():
             raise WorkspaceError(f"{root} {lacks}: run `copal init {path}` to make it a workspace")
-    _close_to_others(root / ".copal")  # of a copal that left it open, or copied
-    return Workspace(root)
+    workspace = Workspace(root)
+    _check_links(workspace)
+    _close_to_others(workspace.private)  # of a copal that left it open, or copied
+    return workspace
+
+
+def _check_links(workspace: Workspace) -> None:
+    """A copy of a workspace has the same links, and would write to and delete from what is the original's."""
+    private = workspace.private
+    for place in (private, *(private.iterdir() if private.is_dir() else ())):
+        if place.is_symlink() and not place.resolve().is_relative_to(workspace.root):
+            raise WorkspaceError(
+                f"{place} is a link that leads out of the workspace, to {place.resolve()}: copal writes and deletes "
+                "nothing outside; put that in its place, and for more room move the whole workspace"
+            )
 
 
 def make_private(workspace: Workspace, folder: Path | None = None) -> Path:

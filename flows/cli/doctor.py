@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import urllib.error
@@ -174,15 +173,18 @@ def _dvc(workspace: Workspace | None, settings: Settings) -> Check:
     check = _package("dvc")
     if not check.ok or workspace is None:
         return check
+    from flows.data.commits import watched_revision
+    from flows.data.dvc import dvc_errors
     from flows.data.repositories import data_root
+    from flows.data.storage import storage_of
     from flows.data.versions import dataset_versions
 
     root, branch = data_root(workspace, settings.watch), settings.watch.branch or "HEAD"
-    domains = [version.domain for version in dataset_versions(root, branch)]
+    domains = [version.domain for version in dataset_versions(root, watched_revision(root, settings.watch.branch))]
     found = f"{check.found}, domains at {branch}: {', '.join(domains) or 'none'}"
-    configs = [root / ".dvc" / name for name in ("config", "config.local")]
-    texts = [config.read_text(encoding="utf-8") for config in configs if config.is_file()]
-    if any(re.search(r"""^\s*\[\s*['"]?remote\b""", text, re.MULTILINE) for text in texts):
+    with dvc_errors(f"DVC cannot read {root}"):
+        remotes = storage_of(root).remotes
+    if remotes:
         return Check(name="dvc", ok=True, found=found)
     return Check(
         name="dvc",

@@ -13,6 +13,7 @@ __all__ = [
     "in_history",
     "resolve_commit",
     "unknown_revision",
+    "watched_revision",
 ]
 
 
@@ -37,13 +38,33 @@ def in_history(repo: Path, commit: str, rev: str) -> bool:
 def git_root(repo: Path) -> Path:
     if not repo.is_dir():
         raise DatasetError(f"{repo} is not a folder")
+    root = repo.resolve()
+    if is_bare(root):
+        return root
     found = run_git(repo, "rev-parse", "--show-toplevel")
     if found.returncode != 0:
         raise DatasetError(f"git cannot use {repo}: {reason(found)}")
-    root = repo.resolve()
     if Path(found.stdout.rstrip("\n")).resolve() != root:
         raise DatasetError(f"{repo} is inside a git repository, but not its root: give {found.stdout.strip()}")
     return root
+
+
+def is_bare(root: Path) -> bool:
+    """Whether a folder is itself a repository without a work tree."""
+    found = run_git(root, "rev-parse", "--is-bare-repository", "--absolute-git-dir")
+    said, _, folder = found.stdout.rstrip("\n").partition("\n")
+    return said == "true" and Path(folder).resolve() == root.resolve()
+
+
+def watched_revision(root: Path, branch: str | None) -> str:
+    """What names the watched branch, where a tag may have the same name; HEAD where none is named.
+
+    What is no branch here is taken as it is: a branch of a remote (`origin/main`), say.
+    """
+    if branch is None:
+        return "HEAD"
+    full = f"refs/heads/{branch}"
+    return branch if find_commit(root, full) is None else full
 
 
 def find_commit(root: Path, rev: str) -> str | None:

@@ -16,6 +16,7 @@ from flows.data.commits import git_root, resolve_commit
 from flows.data.dataset import DatasetError
 from flows.data.git import commit as git_commit
 from flows.data.git import git
+from flows.data.storage import check_links, remotes_of, storage_of
 
 __all__ = [
     "add_and_commit",
@@ -23,6 +24,7 @@ __all__ = [
     "init_repository",
     "one_line",
     "open_dvc",
+    "open_pointers",
 ]
 
 
@@ -32,11 +34,12 @@ def init_repository(root: Path) -> None:
 
     Raises:
         GitError: git refuses.
-        DatasetError: DVC refuses.
+        DatasetError: DVC refuses, or git tracks a link in `.dvc`.
     """
     root.mkdir(parents=True, exist_ok=True)
     if not (root / ".git").exists():
         git(root, "init", "--quiet", "--initial-branch=main")
+    check_links(root)
     with dvc_errors(f"DVC cannot set up {root}"):
         from dvc.repo import Repo
 
@@ -59,9 +62,9 @@ def add_and_commit(root: Path, domain: str, message: str) -> str:
 
     Raises:
         GitError: git refuses.
-        DatasetError: `root` is not the root of a git repository, or DVC refuses.
+        DatasetError: `root` is not the root of a git repository, DVC refuses, or git tracks a link in `.dvc`.
     """
-    git_root(root)
+    check_links(git_root(root))
     with dvc_errors(f"DVC cannot add data/{domain}"):
         from dvc.repo import Repo
 
@@ -76,29 +79,40 @@ def _stage(root: Path, *paths: str) -> None:
     git(root, "add", "--", *(path for path in paths if (root / path).exists()))
 
 
-def open_dvc(root: Path, commit: str, scratch: Path | None = None, remote_only: bool = False) -> Any:
+def open_pointers(root: Path, commit: str, scratch: Path) -> Any:
+    """The DVC repository as it is at `commit`, for what its pointers say; DVC's own files go to `scratch`."""
+    from dvc.repo import Repo
+
+    dvc = Repo(str(root), rev=commit, uninitialized=True, config=_folders(scratch, scratch / "cache"))
+    dvc.config["remote"] = dvc.config.validate({"remote": remotes_of(dvc.config)})["remote"]
+    return dvc
+
+
+def open_dvc(root: Path, commit: str, scratch: Path, remote_only: bool = False) -> Any:
     """The DVC repository as it is at `commit`, with the storage that is configured today.
 
     At an old commit the remote or the cache folder may not have been what it is now. Files are copied out of DVC's
     cache, never linked: a link would break, or change, with the cache. `scratch` takes DVC's index of the data, which
     otherwise lies in a database that all processes of the machine share, and that remembers damaged listings. With
     `remote_only` the cache is an empty folder in there, where the repository has a default remote.
+
+    Raises:
+        DatasetError: see `flows.data.storage.storage_of`.
     """
     from dvc.repo import Repo
 
-    config: dict[str, Any] = {"core": {}, "cache": {"type": "copy"}}
-    remote = None
-    if (root / ".dvc").is_dir():  # else DVC would take the settings of a repository around this one
-        with Repo(str(root)) as today:
-            config["cache"]["dir"] = today.cache.local_cache_dir
-            config["remote"] = dict(today.config["remote"])
-            remote = today.config["core"].get("remote")
-    if scratch is not None:
-        config["core"]["site_cache_dir"] = str(scratch)
-        if remote_only and remote:
-            config["cache"]["dir"] = str(scratch / "cache")
+    storage = storage_of(root)
+    own = remote_only and storage.default is not None
+    cache = scratch / "cache" if own or storage.cache is None else storage.cache
+    config = _folders(scratch, cache) | {"remote": storage.remotes}
     # uninitialized: the first pointer may have been committed before .dvc was.
-    return Repo(str(root), rev=commit, uninitialized=True, config=config, remote=remote)
+    dvc = Repo(str(root), rev=commit, uninitialized=True, config=config, remote=storage.default)
+    dvc.config["remote"] = dvc.config.validate({"remote": storage.remotes})["remote"]  # nothing of the commit's own
+    return dvc
+
+
+def _folders(scratch: Path, cache: Path) -> dict[str, Any]:
+    return {"core": {"site_cache_dir": str(scratch)}, "cache": {"dir": str(cache), "type": "copy"}}
 
 
 @contextmanager

@@ -40,16 +40,22 @@ def reason(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def run_git(
-    root: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    root: Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    protocols: Sequence[str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run git in the folder `root`, whatever its exit status. What is not UTF-8 comes as surrogates, as in file names.
 
     Args:
         environment: variables beside those of this process.
+        protocols: the only ones that git may use, whatever the user's settings allow (`ext` runs a command).
 
     Raises:
         GitError: git is not installed.
     """
+    if protocols is not None:
+        environment = {**(environment or {}), "GIT_ALLOW_PROTOCOL": ":".join(protocols)}
     with start_git(root, *arguments, environment=environment) as process:
         out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, os.fsdecode(out), os.fsdecode(err))
@@ -87,7 +93,7 @@ def start_git(root: Path, *arguments: str, environment: Mapping[str, str] | None
     inherited = {name: value for name, value in os.environ.items() if name not in (*_HOOK, "PYTHONSAFEPATH")}
     try:
         return subprocess.Popen(
-            ["git", *arguments],
+            ["git", "-c", "core.fsmonitor=false", *arguments],  # it would be a command of the repository's
             cwd=root,
             env=inherited | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"} | dict(environment or {}),
             stdin=subprocess.PIPE,

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from copal.bounded import check_bounds
 from flows.data.commits import find_commit, git_root, unknown_revision
 from flows.data.dataset import DatasetError, DatasetVersion
-from flows.data.dvc import dvc_errors, open_dvc
+from flows.data.dvc import dvc_errors, open_pointers
 from flows.data.git import git, run_git, start_git
 from flows.uris import without_secrets
 
@@ -89,7 +90,12 @@ def dataset_version(repo: Path, domain: str, rev: str = "HEAD") -> DatasetVersio
 
 
 def _pointers(root: Path, commit: str) -> list[_Pointer]:
-    with dvc_errors(f"DVC cannot read {root} at {commit[:10]}"), open_dvc(root, commit) as dvc:
+    where = f"{root} at {commit[:10]}"
+    with (
+        TemporaryDirectory() as scratch,
+        dvc_errors(f"DVC cannot read {where}"),
+        open_pointers(root, commit, Path(scratch)) as dvc,
+    ):
         dvc.index.check_graph()  # an output that two pointers track is an error
         return [
             _Pointer(domain=output.index_key[1][1], md5=output.hash_info.value, file=file, output=output.def_path)

@@ -27,13 +27,13 @@ def changed_since(project: Project, rev: str) -> list[str]:
     Raises:
         DatasetError: there is no such commit, or the repository cannot be read.
     """
-    from flows.data.commits import resolve_commit
+    from flows.data.commits import resolve_commit, watched_revision
     from flows.data.repositories import data_root
     from flows.data.versions import dataset_versions
 
     settings = project.settings
     root = data_root(project.workspace, settings.watch)
-    now = dataset_versions(root, settings.watch.branch or "HEAD")
+    now = dataset_versions(root, watched_revision(root, settings.watch.branch))
     if not rev:
         return [version.domain for version in now]
     before = {version.domain: version.md5 for version in dataset_versions(root, resolve_commit(root, rev))}
@@ -52,6 +52,7 @@ def notify(project: Project, domains: Sequence[str]) -> str:
         NotifyError: there is no server, or it does not answer.
         DatasetError: a domain is not tracked, or the repository cannot be read.
     """
+    from flows.data.commits import watched_revision
     from flows.data.dataset import DatasetError
     from flows.data.repositories import data_root
     from flows.data.versions import dataset_versions
@@ -62,7 +63,8 @@ def notify(project: Project, domains: Sequence[str]) -> str:
     if not url:
         raise NotifyError(f"no Prefect server to notify: run `copal up` in {workspace.root}, or set PREFECT_API_URL")
     root = data_root(workspace, settings.watch)
-    versions = {version.domain: version for version in dataset_versions(root, settings.watch.branch or "HEAD")}
+    watched = watched_revision(root, settings.watch.branch)
+    versions = {version.domain: version for version in dataset_versions(root, watched)}
     for domain in domains:
         if domain not in versions:
             raise DatasetError(

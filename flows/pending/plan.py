@@ -60,7 +60,7 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
         DatasetError: the repository cannot be read, or reached.
         RegistryError: the registry cannot be read.
     """
-    from flows.data.commits import in_history
+    from flows.data.commits import in_history, watched_revision
     from flows.data.repositories import data_root
     from flows.data.versions import dataset_versions
 
@@ -71,7 +71,8 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
     known = {entry.name: entry for entry in record.domains_at(head.number)} if head and record else {}
     withdrawn = {(entry.name, entry.dvc_md5) for entry in record.withdrawn} if record else set()
     root, branch = data_root(workspace, settings.watch), settings.watch.branch or "HEAD"
-    desired = dataset_versions(root, branch)
+    watched = watched_revision(root, settings.watch.branch)
+    desired = dataset_versions(root, watched)
     missing, unusable = waiting(workspace, settings.model.name), refusals(project)
     pending, later, useless, notes, problems = [], [], [], [], []
     for version in desired:
@@ -81,7 +82,7 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
             problems.append(f"{version.path}: {error}")
             continue
         entry = known.get(version.domain)
-        if entry and entry.repository == version.repository and not in_history(root, entry.git_rev, branch):
+        if entry and entry.repository == version.repository and not in_history(root, entry.git_rev, watched):
             notes.append(
                 f"{version.path}: commit {entry.git_rev[:10]}, of which version {entry.contribution_version} was made, "
                 f"is not in the history of {branch} (any more); the lineage keeps it"

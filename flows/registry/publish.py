@@ -83,6 +83,7 @@ def publish(
                 source_run_id=run_id,
                 tags={**tags, **({} if why is None else {WHY: why})},
             )
+            store.check_writable(model.artifact_location)
             client.log_model_artifacts(model.model_id, str(folder))
             flush_all(local_path(model.artifact_location))
             client.finalize_logged_model(model.model_id, "READY")
@@ -274,6 +275,6 @@ def _discard(store: Store, client: MlflowClient, model: Any) -> None:
     local = local_path(model.artifact_location)
     if local is None:
         store.artifacts(model.artifact_location).delete_artifacts()
-    elif local.parent.is_dir():
+    elif local.parent.is_dir() and store.is_inside(local.parent):
         shutil.rmtree(local.parent)  # MLflow's folder of this logged model: models/<id>/artifacts
     client.delete_logged_model(model.model_id)

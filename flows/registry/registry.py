@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from flows.lineage.entries import GatesEntry
@@ -221,6 +222,8 @@ class Registry:
 
     def _drop(self, version: ModelVersion, part: str, dry_run: bool) -> int:
         size = self._artifacts.size(version, part)
+        if size:
+            self._store.check_inside(f"{version.location.rstrip('/')}/{part}")
         if size and not dry_run:
             # First, so that no moment is seen in which files are missing and the tag is too.
             self._tag_version(version.number, {DROPPED[part]: "true"})
@@ -393,7 +396,7 @@ class Registry:
             RegistryError: the store fails.
         """
         with self._store.client() as client:
-            log_gates(client, version, entry.details.gates, files)
+            log_gates(self._store, client, version, entry.details.gates, files)
             if description is not None:
                 client.update_model_version(self.model_name, str(version.number), description)
         verdict = "passed" if entry.details.passed else "failed"
@@ -405,9 +408,11 @@ class Registry:
         Raises:
             RegistryError: the store fails.
         """
-        if version.run_id is not None:
-            with self._store.client() as client:
-                client.log_text(version.run_id, html, "lineage.html")
+        if version.run_id is None:
+            return
+        with self._store.client() as client, TemporaryDirectory() as folder:
+            (Path(folder) / "lineage.html").write_text(html, encoding="utf-8")
+            self._store.upload(client.get_run(version.run_id).info.artifact_uri, Path(folder))
 
     def _tag_version(self, number: int, tags: Mapping[str, str]) -> None:
         with self._store.client() as client:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Dataset, Metric
 
+    from flows.registry.store import Store
     from flows.registry.versions import ModelVersion
 
 __all__ = ["log_gates", "log_results", "run_name", "run_start", "run_tags"]
@@ -108,9 +109,11 @@ def _figures(run_id: str, model_id: str, record: Record) -> list[Metric]:
     return logged
 
 
-def log_gates(client: MlflowClient, version: ModelVersion, gates: Sequence[GateResult], files: Path) -> None:
+def log_gates(
+    store: Store, client: MlflowClient, version: ModelVersion, gates: Sequence[GateResult], files: Path
+) -> None:
     """Show gate results on the run that made a version, as metrics, keep the files in a folder as its artifacts, and
-    give it the version's number: two calls.
+    give it the version's number: three calls.
     """
     from mlflow.entities import Metric, RunTag
 
@@ -124,7 +127,7 @@ def log_gates(client: MlflowClient, version: ModelVersion, gates: Sequence[GateR
         # By hand, for `log_table` would add to the rows of an earlier judgement, and costs three calls.
         "mlflow.loggedArtifacts": json.dumps([{"path": "gates.json", "type": "table"}]),
     }
-    client.log_artifacts(version.run_id, str(files))
+    store.upload(client.get_run(version.run_id).info.artifact_uri, files)
     client.log_batch(
         version.run_id,
         metrics=[Metric(name, value, now, 0) for name, value in figures.items()],

@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import re
-import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from copal.files import flush
 from flows.registry.errors import RegistryError
+from flows.registry.sqlite import is_own, open_database, sqlite_file
 from flows.uris import cause, without_secrets
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class Store:
         Raises:
             RegistryError: in place of every error of MLflow or its database that leaves the `with`.
         """
-        path = self._sqlite_path()
-        if path is not None and path.exists():
-            _check_sqlite(path)  # MLflow tries a broken file for 100 s, with a traceback each time
+        open_database(self.tracking_uri, self.artifact_root)  # MLflow tries a broken one for 100 s, with tracebacks
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
@@ -71,12 +69,8 @@ class Store:
     @property
     def is_there(self) -> bool:
         """Whether there is a store to read: to look into one that is not there would make it."""
-        path = self._sqlite_path()
+        path = sqlite_file(self.tracking_uri)
         return path is None or path.exists()
-
-    def _sqlite_path(self) -> Path | None:
-        scheme, _, path = self.tracking_uri.partition(":///")
-        return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" else None
 
     def model(self, client: MlflowClient) -> Any:
         """MLflow's registered model; None where there is none yet."""
@@ -116,6 +110,42 @@ class Store:
 
         return get_artifact_repository(location, tracking_uri=self.tracking_uri)
 
+    def upload(self, location: str, folder: Path) -> None:
+        """Store the files in `folder` at a URI. Not by the id of a run or model: for that, MLflow would remember where
+        it lay in another copy of the workspace.
+
+        Raises:
+            RegistryError: as `check_writable`.
+        """
+        self.check_writable(location)
+        self.artifacts(location).log_artifacts(str(folder))
+
+    def check_writable(self, location: str) -> None:
+        """Check that files may be stored at a URI.
+
+        Raises:
+            RegistryError: the store is the workspace's own, and the URI leads out of it.
+        """
+        if is_own(self.tracking_uri, self.artifact_root):
+            self.check_inside(location)
+
+    def is_inside(self, path: Path) -> bool:
+        """Whether a path on this machine leads, links followed, to the artifacts of this workspace."""
+        return path.resolve().is_relative_to(self.artifact_root)
+
+    def check_inside(self, location: str) -> None:
+        """Check that files at a URI may be deleted.
+
+        Raises:
+            RegistryError: it is a place on this machine, outside of the workspace.
+        """
+        local = local_path(location)
+        if local is not None and not self.is_inside(local):
+            raise RegistryError(
+                f"{local} is not among the artifacts of this workspace ({self.artifact_root}), and copal "
+                "writes and deletes nothing outside of them: do it in the workspace that they belong to, or by hand"
+            )
+
     def download(self, uri: str, folder: Path, *, quiet: bool) -> Path:
         """Where the artifact at `uri` lies in `folder` after it was fetched there.
 
@@ -149,7 +179,7 @@ def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
 def local_path(uri: str) -> Path | None:
     """The folder that `uri` names on this machine; None if it is remote."""
     parts = urlsplit(uri)
-    if parts.scheme == "file" and not parts.netloc:
+    if parts.scheme == "file":  # whatever host it names, MLflow reads it here
         return Path(unquote(parts.path))
     return None if parts.scheme else Path(uri)
 
@@ -166,14 +196,6 @@ def flush_all(folder: Path | None) -> None:
         return
     for path in (folder, *folder.rglob("*")):
         flush(path)
-
-
-def _check_sqlite(path: Path) -> None:
-    try:
-        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as connection:
-            connection.execute("PRAGMA schema_version").fetchone()
-    except sqlite3.Error as error:
-        raise RegistryError(f"MLflow store {path}: {error}; bring back a copy, or name another store") from error
 
 
 @contextlib.contextmanager

@@ -54,8 +54,10 @@ def create_pools(api: str, auth: str) -> None:
                 client.create_work_pool(WorkPoolCreate(name=name, type="process"))
 
 
-def settle_old_runs(api: str, auth: str) -> None:
-    """Set runs whose processes ended with an earlier server CRASHED, and delete scheduled checks that are overdue."""
+def settle_old_runs(api: str, auth: str, workspace: str) -> None:
+    """Set runs whose processes ended with an earlier server CRASHED, and delete scheduled checks that are overdue and
+    all that waits for another folder than this workspace's: it was copied from there, or moved.
+    """
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterExpectedStartTime,
@@ -74,11 +76,15 @@ def settle_old_runs(api: str, auth: str) -> None:
 
     lost = FlowRunFilter(state=of(StateType.RUNNING, StateType.PENDING, StateType.CANCELLING))
     before_now = FlowRunFilterExpectedStartTime.model_validate({"before_": datetime.now(UTC)})
+    waiting = FlowRunFilter(state=of(StateType.SCHEDULED))
     late = FlowRunFilter(state=of(StateType.SCHEDULED), expected_start_time=before_now)
     with _client(api, auth) as client:
         for run in client.read_flow_runs(flow_run_filter=lost, work_pool_filter=ours):
             ended: State[Any] = Crashed(message="The machine or `copal up` ended while this ran.")
             client.set_flow_run_state(run.id, ended, force=True)
+        for run in client.read_flow_runs(flow_run_filter=waiting, work_pool_filter=ours):
+            if run.parameters.get("workspace", workspace) != workspace:
+                client.delete_flow_run(run.id)
         for run in client.read_flow_runs(flow_run_filter=late, work_pool_filter=ours):
             if run.auto_scheduled:
                 client.delete_flow_run(run.id)

@@ -43,6 +43,7 @@ class Stack:
     Attributes:
         supervisor: the process that watches over the others.
         children: what it has started so far.
+        workspace: its folder when it was started.
         prefect: URL of the Prefect API.
         registry: MLflow tracking URI of the flows, without a password.
         ready: whether all of it is up.
@@ -50,24 +51,30 @@ class Stack:
 
     supervisor: Process
     children: tuple[Process, ...]
+    workspace: str
     prefect: str
     registry: str
     ready: bool
 
 
 def read_stack(workspace: Workspace) -> Stack | None:
-    """What runs in the workspace, or ran when its supervisor was killed; None where nothing was left behind."""
+    """What runs in the workspace, or ran when its supervisor was killed; None where nothing was left behind.
+
+    What runs in the workspace that this one was copied from is not its own.
+    """
     try:
         found = json.loads(state_file(workspace).read_text(encoding="utf-8"))
-        return Stack(
+        stack = Stack(
             supervisor=Process(**found.pop("supervisor")),
             children=tuple(Process(**child) for child in found.pop("children")),
             **found,
         )
+        is_copy = Path(stack.workspace) != workspace.root and state_file(Workspace(Path(stack.workspace))).exists()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError, AttributeError):  # not ours, or of another release
         return None
+    return None if is_copy else stack
 
 
 def is_up(workspace: Workspace) -> Stack | None:

@@ -90,6 +90,7 @@ class Starting:
         stack = Stack(
             supervisor=identify("copal up", os.getpid()),
             children=children,
+            workspace=str(self.workspace.root),
             prefect=self.api,
             registry=without_secrets(self.registry),
             ready=ready,

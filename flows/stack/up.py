@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from copal.files import write_atomic
 from flows.isolated import isolated_environment, isolated_python
+from flows.registry.sqlite import open_database
 from flows.settings import Settings
 from flows.stack.access import forget_access, link_file
 from flows.stack.deployments import deployment_names, is_server, prefect_file, render_prefect_file
@@ -54,6 +55,7 @@ def up(
 
     Raises:
         UpError: it is up already, a port is taken, or something does not start or ended by itself. Nothing is left.
+        RegistryError: the registry in the workspace cannot be opened.
     """
     own_registry = not is_server(settings.registry.uri)
     _refuse_if_up(workspace)
@@ -70,7 +72,7 @@ def up(
             _start_servers(stack, sockets, mlflow_sockets, settings, stop, tell)
             auth = stack.access.auth_string
             create_pools(stack.api, auth)
-            settle_old_runs(stack.api, auth)
+            settle_old_runs(stack.api, auth, str(workspace.root))
             shown = registry if is_server(registry) else None
             text = render_prefect_file(template, workspace, settings, registry=shown, devices=devices)
             _deploy(stack, text, stop, tell)
@@ -98,7 +100,9 @@ def _start_servers(
     """Start the Prefect server, and an MLflow server where there are sockets for it; wait until they answer."""
     stack.start_prefect(sockets)
     if mlflow_sockets:
-        stack.start_mlflow(stack.workspace.registry_uri(settings), mlflow_sockets)
+        store = stack.workspace.registry_uri(settings)
+        open_database(store, stack.workspace.artifacts)  # a workspace that was copied is settled before others see it
+        stack.start_mlflow(store, mlflow_sockets)
     port = urlsplit(stack.api).port
     stack.wait(lambda: answers(f"{stack.api}/health"), stop, f"the Prefect server to answer on port {port}")
     tell(f"Prefect server: port {port}")

@@ -97,12 +97,14 @@ def find_step(project: Project, domain: str, rev: str | None) -> tuple[ModelVers
         LineageConflictError: the lineage has another sparsity.
         SigningError: versions are to be signed, and cannot be.
     """
+    from flows.data.commits import watched_revision
     from flows.data.repositories import data_root
     from flows.data.versions import dataset_version
 
     check_domain_name(domain)
     watch = project.settings.watch
-    version = dataset_version(data_root(project.workspace, watch, rev), domain, rev or watch.branch or "HEAD")
+    root = data_root(project.workspace, watch, rev)
+    version = dataset_version(root, domain, rev or watched_revision(root, watch.branch))
     head = _head(project)
     record = project.registry.record(head)
     known = {entry.name: entry for entry in record.domains_at(head.number)}

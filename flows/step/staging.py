@@ -110,7 +110,8 @@ def run_folders(project: Project) -> dict[Path, int | None]:
 
     None: nobody will go on with it.
     """
-    found = {path: meant_for(path) or {} for path in sorted(project.workspace.runs.glob("*")) if path.is_dir()}
+    folders = [path for path in sorted(project.workspace.runs.glob("*")) if path.is_dir() and not path.is_symlink()]
+    found = {path: meant_for(path) or {} for path in folders}
     return {
         path: meant.get("head") for path, meant in found.items() if meant.get("model", project.name) == project.name
     }

@@ -115,8 +115,7 @@ def sentence(language: int, number: int) -> str:
 def copy_workspace(root: Path, target: Path) -> None:
     """Put a copy of the workspace `root` in the place of what is at `target`.
 
-    MLflow keeps absolute paths: to be used, a copy is put back to where the workspace was, by a test whose module asks
-    for `exchanged_files`.
+    A copy that is put back to where the workspace was is used by a test whose module asks for `exchanged_files`.
     """
     if target.exists():
         shutil.rmtree(target)

@@ -99,7 +99,7 @@ POINTS = [
     *_both("flows.registry.registry:Registry.anchor_log", 2),
     *_both("mlflow:MlflowClient.set_registered_model_alias", of="champion"),
     *_both("flows.ledger:Ledger.settle", of="champion"),
-    *_both("mlflow:MlflowClient.log_artifacts"),
+    *_both("flows.registry.store:Store.upload"),
     Point("mlflow:MlflowClient.log_batch", "after", 2),
     Point("mlflow:MlflowClient.update_model_version", "after"),
     *_both("mlflow:MlflowClient.set_model_version_tag", of="copal.log_entry"),

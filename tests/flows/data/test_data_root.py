@@ -118,7 +118,7 @@ def test_a_url_is_cloned_and_its_data_comes_from_its_own_remote(workspace: Works
     version = dataset_version(root, "legal")
     assert (version.git_rev, version.repository) == (first, f"file://{other}")
     assert text(workspace, url(other), version) == "the law"
-    assert [path.name for path in root.iterdir() if path.name != ".git"] == [".dvc"]
+    assert [path.name for path in root.iterdir()] == [".git"]
     second = put(other, "legal", "the new law")
     assert dataset_version(data_root(workspace, url(other), first), "legal").git_rev == first  # it is there: no fetch
     assert dataset_version(data_root(workspace, url(other)), "legal").git_rev == second
@@ -204,7 +204,7 @@ def test_a_clone_that_was_killed_is_completed(workspace: Workspace, other: Path,
     root.rename(kept)
     (root / left).parent.mkdir(parents=True)
     (shutil.copyfile if (kept / left).is_file() else shutil.copytree)(kept / left, root / left)
-    (root / ".git" / "info" / "sparse-checkout").unlink(missing_ok=True)
+    (root / ".git" / "copal-clone").unlink(missing_ok=True)
     before = (workspace.root / ".git" / "config").read_text()
     assert data_root(workspace, url(other)) == root
     assert dataset_version(root, "legal") == dataset_version(kept, "legal")

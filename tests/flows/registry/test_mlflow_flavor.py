@@ -28,6 +28,7 @@ from flows.lineage.description import version_description
 from flows.lineage.files import version_files
 from flows.project import read_log
 from flows.registry.flavor import write_flavor
+from flows.registry.store import Store
 from flows.verification.verify import verify
 from support.toys import step
 
@@ -247,15 +248,16 @@ def test_pictures_and_page_are_logged_in_one_call(
 ) -> None:
     made = make_bench(tmp_path / "workspace")
     made.commit("code", 1)
-    calls = SimpleNamespace(log_artifacts=0, log_artifact=0, update_model_version=0, log_text=0)
+    calls = SimpleNamespace(upload=0, log_artifact=0, update_model_version=0, log_text=0)
     for name in vars(calls):
-        original = getattr(MlflowClient, name)
+        owner = Store if name == "upload" else MlflowClient
+        original = getattr(owner, name)
 
         def counted(self: Any, *args: Any, _name: str = name, _call: Any = original, **kwargs: Any) -> Any:
             setattr(calls, _name, getattr(calls, _name) + 1)
             return _call(self, *args, **kwargs)
 
-        monkeypatch.setattr(MlflowClient, name, counted)
+        monkeypatch.setattr(owner, name, counted)
     step(made)
-    assert calls.log_artifacts == calls.update_model_version == 1
+    assert calls.upload == calls.update_model_version == 1
     assert calls.log_text == 0

@@ -545,6 +545,7 @@ def test_a_stale_state_file_kills_nobody(bench) -> None:
     state = {
         "supervisor": {"name": "copal up", "pid": bystander.pid, "started": bystander.create_time() - 1000},
         "children": [{"name": "prefect server", "pid": bystander.pid, "started": bystander.create_time() - 999}],
+        "workspace": str(bench.root),
         "prefect": "http://127.0.0.1:1/api",
         "registry": "http://127.0.0.1:2",
         "ready": True,
