@@ -23,6 +23,7 @@ __all__ = ["Store", "end_run", "flush_all", "local_path", "never_fails", "pages"
 
 _log = logging.getLogger(__name__)
 
+_ANSWER = 5.0  # seconds that a server has to answer
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -52,6 +53,8 @@ class Store:
             RegistryError: in place of every error of MLflow or its database that leaves the `with`.
         """
         open_database(self.tracking_uri, self.artifact_root)  # MLflow tries a broken one for 100 s, with tracebacks
+        if self._client is None:
+            _check_server(self.tracking_uri)  # and one that does not answer for minutes, without a word
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
@@ -163,6 +166,27 @@ class Store:
         with self.client() as client:
             found = [entry.name for entry in pages(lambda token: client.search_registered_models(page_token=token))]
         return [name for name in sorted(found) if _MODEL_NAME.fullmatch(name)]
+
+
+def _check_server(uri: str) -> None:
+    """Check that a server answers, whatever it says.
+
+    Raises:
+        RegistryError: it does not, within 5 seconds.
+    """
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return
+    import requests
+
+    try:
+        requests.get(f"{uri.rstrip('/')}/health", timeout=_ANSWER)
+    except requests.exceptions.SSLError:  # it answers; what MLflow makes of its certificate, MLflow says
+        return
+    except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+        raise RegistryError(
+            f"the MLflow server at {without_secrets(uri)} does not answer within {_ANSWER:g} s: start it, or mend "
+            "registry.uri (COPAL_REGISTRY_URI and MLFLOW_TRACKING_URI go before it)"
+        ) from cause(error)
 
 
 def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
