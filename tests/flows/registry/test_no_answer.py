@@ -27,7 +27,7 @@ def test_a_server_that_does_not_answer_is_said(listener, monkeypatch, tmp_path, 
     host = f"127.0.0.1:{listener.getsockname()[1]}"
     registry = Registry(f"http://me:secret@{host}", tmp_path, "tiny", tmp_path)
     began = time.monotonic()
-    with pytest.raises(RegistryError, match=r"does not answer within 0\.5 s: start it, or mend registry\.uri") as caught:
+    with pytest.raises(RegistryError, match=r"does not answer within 0\.5 s: start it, or mend") as caught:
         registry.versions()
     assert time.monotonic() - began < 20  # imports and a busy machine; MLflow itself would try for minutes
     assert host in str(caught.value)
