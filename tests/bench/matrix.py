@@ -79,8 +79,10 @@ def measure_cell(
     with tempfile.TemporaryDirectory(dir=inputs.base.folder.parent) as scratch:
         if method != "dense":
             out, newest = Path(scratch) / "out", list(inputs.calibration)[-1]
-            prune = PruneConfig(sparsity=SPARSITIES[sparsity])
-            report = _step(inputs, newest, parent if METHODS[method][1] else None, out, method, prune, progress)
+            prune, of_all = PruneConfig(sparsity=SPARSITIES[sparsity]), METHODS[method][1]
+            if not of_all:  # no method but copal looks at the gradient, which takes most of the time
+                prune = replace(prune, criterion="output")
+            report = _step(inputs, newest, parent if of_all else None, out, method, prune, progress)
             model, seconds, zeros, layers = out / "model", dict(report.seconds), report.sparsity, report.layers
         perplexity, seconds["evaluate"] = _evaluate(inputs, model, progress)
     mean = geometric_mean(list(perplexity.values()))
