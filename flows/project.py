@@ -116,7 +116,7 @@ def read_log(project: Project) -> list[Entry]:
     entries = project.ledger.log()
     problems = anchor_problems(entries, project.registry.log_anchor())
     if problems:
-        raise LineageError(f"the log of {project.name}: {problems[0]}")
+        raise LineageError(f"the log of {project.name}: {problems[0]}; bring ledger and registry back from one backup")
     return entries
 
 

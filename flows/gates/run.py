@@ -7,6 +7,7 @@ a version without that tag is not concluded, and whoever takes the lineage next 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,11 @@ def _promote(
     champion = registry.alias(CHAMPION)
     if registry.alias(CHALLENGER) != version.number or (champion is not None and champion > version.number):
         return
-    first = next(each for each in entries if each.kind == "gates" and each.version == version.number)
+    first = next(
+        each  # of this version: one of the same number may have been deleted with its lineage
+        for each in entries
+        if each.kind == "gates" and each.version == version.number and each.details.record == version.digest
+    )
     if any(move.number > first.number for move in alias_moves(entries, CHAMPION)):
         return
     try:
@@ -161,6 +166,9 @@ def _chain(registry: Registry, version: ModelVersion, record: Record) -> tuple[d
     child = record
     while child.parent is not None:
         parent = child.parent
+        if parent.version not in records:
+            with suppress(CopalError):  # deleted in MLflow
+                records[parent.version] = registry.record(registry.kept(parent.version))
         if parent.version not in records:
             problems.append(f"the record of version {parent.version} is not there")
             break

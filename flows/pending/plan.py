@@ -106,6 +106,12 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
         notes.append(note)
     notes += _named_twice(desired)
     gone = sorted(known.keys() - {version.domain for version in desired})
+    versions = registry.versions()
+    parents = {version.parent for version in versions if version.parent is not None}
+    notes += [
+        f"version {number} was deleted in MLflow; its files are there still, and steps use them"
+        for number in sorted(parents - {version.number for version in versions})
+    ]
     notes += [f"data/{domain} is no longer tracked here; the model keeps what it knows of it" for domain in gone]
     return Plan(
         head=head,

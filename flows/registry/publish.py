@@ -26,14 +26,12 @@ from flows.lineage.signing import sign
 from flows.registry.errors import HeadMovedError, LineageConflictError, RegistryError
 from flows.registry.runs import log_results, run_name, run_start, run_tags
 from flows.registry.store import Store, end_run, flush_all, local_path, never_fails, pages
-from flows.registry.versions import WHY, ModelVersion, Snapshot, created, look, published, tags_of
+from flows.registry.versions import LINKED, WHY, ModelVersion, Snapshot, created, look, published, tags_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 __all__ = ["adopt", "check_base", "check_head", "publish", "sealed_files", "sweep"]
-
-_LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
 
 
 def sealed_files(folder: Path, record: Record, key: Path | None) -> dict[str, str]:
@@ -245,7 +243,7 @@ def _link(store: Store, client: MlflowClient, version: ModelVersion, model: Any)
     the artifacts up in the process-wide store.
     """
     link = json.dumps([{"name": store.model_name, "version": version.number}])
-    client.set_logged_model_tags(model.model_id, {_LINKED: link})
+    client.set_logged_model_tags(model.model_id, {LINKED: link})
 
 
 def _sweep(store: Store, client: MlflowClient, experiment_id: str, seen: Snapshot, head: ModelVersion) -> None:
@@ -256,19 +254,33 @@ def _sweep(store: Store, client: MlflowClient, experiment_id: str, seen: Snapsho
     """
     shown = {version.number: version.tags["copal.logged_model"] for version in published(seen.every)}
     for version in seen.every:
-        if version.number not in shown and version.number < head.number:
+        if version.number not in shown and version.number < head.number and _has_lost(client, version):
             client.delete_model_version(store.model_name, str(version.number))
     for leftover in pages(lambda token: client.search_logged_models([experiment_id], page_token=token)):
         tags = leftover.tags
         # The link alone would not do: a process may have been killed between publishing and linking.
-        is_published = leftover.model_id in shown.values() or _LINKED in tags
+        is_published = leftover.model_id in shown.values() or LINKED in tags
         ours = "copal.lineage_digest" in tags
         if ours and not is_published and int(tags.get("copal.parent_version", 0)) < head.number:
             _discard(store, client, leftover)
-            end_run(client, leftover.source_run_id, "FAILED")
+            with never_fails("ending the run of a leftover"):  # somebody may have deleted it
+                end_run(client, leftover.source_run_id, "FAILED")
     running = "attributes.status = 'RUNNING' and tags.`mlflow.source.name` = 'copal'"
     for run in pages(lambda token: client.search_runs([experiment_id], running, page_token=token)):
         end_run(client, run.info.run_id, "KILLED")
+
+
+def _has_lost(client: MlflowClient, version: ModelVersion) -> bool:
+    """Whether the artifacts of a version say what its tags say: by tags that were edited by hand nothing is deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags = client.get_logged_model(version.tags["copal.logged_model"]).tags
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return True
+        raise
+    return int(tags.get("copal.parent_version", 0)) == (version.parent or 0)
 
 
 def _discard(store: Store, client: MlflowClient, model: Any) -> None:

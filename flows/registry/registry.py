@@ -20,9 +20,9 @@ from flows.lineage.signing import check_key
 from flows.registry.artifacts import Artifacts
 from flows.registry.errors import AliasMovedError, LineageConflictError, RegistryError
 from flows.registry.publish import adopt, check_base, check_head, publish, sealed_files, sweep
-from flows.registry.runs import log_gates
+from flows.registry.runs import log_gates, shown_run
 from flows.registry.store import Store
-from flows.registry.versions import DROPPED, GATES, LOG_ENTRY, ModelVersion, Snapshot, look, look_at_aliases
+from flows.registry.versions import DROPPED, GATES, LOG_ENTRY, ModelVersion, Snapshot, linked, look, look_at_aliases
 
 if TYPE_CHECKING:
     from flows.settings import Settings
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Registry", "open_registry"]
 
+_BASE, _LOGGED = "copal.base_fingerprint", "copal.logged_model"
 _LOG_HEAD = "copal.log_head"  # the tag that anchors the ledger's log
 
 
@@ -112,9 +113,22 @@ class Registry:
         return versions[-1] if versions else None
 
     def root(self) -> ModelVersion | None:
-        """The dense base; number 1, unless an earlier attempt to register it was withdrawn."""
+        """The dense base; number 1, unless an earlier attempt to register it was withdrawn. Where somebody deleted that
+        version in MLflow: what is left of it.
+
+        Raises:
+            RegistryError: nothing is left of it.
+        """
         versions = self.versions()
-        return versions[0] if versions else None
+        if not versions or versions[0].parent is None:
+            return versions[0] if versions else None
+        for version in self.deleted():
+            if version.parent is None and version.tags.get(_BASE) == versions[0].tags[_BASE]:
+                return version
+        raise RegistryError(
+            f"{self.model_name} has versions, and no dense base any more: somebody deleted its first version and its "
+            "files; bring a copy of the registry back, or start a lineage under another model.name"
+        )
 
     def versions(self) -> list[ModelVersion]:
         """All published versions, oldest first.
@@ -136,6 +150,26 @@ class Registry:
                 return version
         there = ", ".join(str(version.number) for version in versions) or "none"
         raise RegistryError(f"model {self.model_name} has no version {number}; versions: {there}")
+
+    def deleted(self) -> list[ModelVersion]:
+        """Versions that somebody deleted in MLflow, which keeps their files; oldest first.
+
+        Raises:
+            RegistryError: the store cannot be read.
+        """
+        there = {version.tags[_LOGGED] for version in self._look().every}
+        with self._store.client() as client:
+            return [version for version in linked(self._store, client) if version.tags[_LOGGED] not in there]
+
+    def kept(self, number: int) -> ModelVersion:
+        """The version `number`, or what is left of it where somebody deleted it in MLflow.
+
+        Raises:
+            RegistryError: there is none, and nothing is left.
+        """
+        found = [version for version in self.versions() if version.number == number]
+        found += [] if found else [version for version in self.deleted() if version.number == number]
+        return found[-1] if found else self.version(number)
 
     def resolve(self, wanted: str) -> ModelVersion:
         """The version that a user names, by its number or by an alias.
@@ -226,7 +260,8 @@ class Registry:
             self._store.check_inside(f"{version.location.rstrip('/')}/{part}")
         if size and not dry_run:
             # First, so that no moment is seen in which files are missing and the tag is too.
-            self._tag_version(version.number, {DROPPED[part]: "true"})
+            if any(each.number == version.number for each in self.versions()):
+                self._tag_version(version.number, {DROPPED[part]: "true"})
             self._artifacts.drop(version, part)
         return size
 
@@ -408,11 +443,20 @@ class Registry:
         Raises:
             RegistryError: the store fails.
         """
-        if version.run_id is None:
-            return
         with self._store.client() as client, TemporaryDirectory() as folder:
-            (Path(folder) / "lineage.html").write_text(html, encoding="utf-8")
-            self._store.upload(client.get_run(version.run_id).info.artifact_uri, Path(folder))
+            run = shown_run(client, version)
+            if run is not None:
+                (Path(folder) / "lineage.html").write_text(html, encoding="utf-8")
+                self._store.upload(run.info.artifact_uri, Path(folder))
+
+    def run_is_deleted(self, version: ModelVersion) -> bool:
+        """Whether somebody deleted the MLflow run that made a version, where it has figures and pictures.
+
+        Raises:
+            RegistryError: the store cannot be read.
+        """
+        with self._store.client() as client:
+            return version.run_id is not None and shown_run(client, version) is None
 
     def _tag_version(self, number: int, tags: Mapping[str, str]) -> None:
         with self._store.client() as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,14 @@ from flows.lineage.record import Domain, Record, flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Dataset, Metric
+    from mlflow.entities import Dataset, Metric, Run
 
     from flows.registry.store import Store
     from flows.registry.versions import ModelVersion
 
-__all__ = ["log_gates", "log_results", "run_name", "run_start", "run_tags"]
+__all__ = ["log_gates", "log_results", "run_name", "run_start", "run_tags", "shown_run"]
+
+_log = logging.getLogger(__name__)
 
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 
@@ -117,7 +120,8 @@ def log_gates(
     """
     from mlflow.entities import Metric, RunTag
 
-    if version.run_id is None:
+    run = shown_run(client, version)
+    if run is None:
         return
     now = int(time.time() * 1000)
     figures = {f"gate.{gate.name}.passed": float(gate.passed) for gate in gates}
@@ -127,13 +131,32 @@ def log_gates(
         # By hand, for `log_table` would add to the rows of an earlier judgement, and costs three calls.
         "mlflow.loggedArtifacts": json.dumps([{"path": "gates.json", "type": "table"}]),
     }
-    store.upload(client.get_run(version.run_id).info.artifact_uri, files)
+    store.upload(run.info.artifact_uri, files)
     client.log_batch(
-        version.run_id,
+        run.info.run_id,
         metrics=[Metric(name, value, now, 0) for name, value in figures.items()],
         tags=[RunTag(name, value) for name, value in tags.items()],
         synchronous=True,
     )
+
+
+def shown_run(client: MlflowClient, version: ModelVersion) -> Run | None:
+    """The run that made a version; None where somebody deleted it: what would be shown there, the log has."""
+    from mlflow.exceptions import MlflowException
+
+    if version.run_id is None:
+        return None
+    try:
+        run = client.get_run(version.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        _log.warning("version %s: its MLflow run was deleted for good, its figures are not shown", version.number)
+        return None
+    if run.info.lifecycle_stage != "active":
+        _log.warning("version %s: its MLflow run is deleted, its figures are not shown", version.number)
+        return None
+    return run
 
 
 def _param(value: Any) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from flows.registry.errors import RegistryError
 
-__all__ = ["is_own", "open_database", "sqlite_file"]
+__all__ = ["is_own", "locked_advice", "open_database", "sqlite_file"]
 
+_BUSY = 30  # seconds to wait for others' transactions
 _LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -40,7 +41,8 @@ def open_database(tracking_uri: str, artifact_root: Path | str) -> None:
     locations that were written at another place are made those of this one, in one transaction.
 
     Raises:
-        RegistryError: it is no database, it is damaged, or it cannot be written where that is needed.
+        RegistryError: it is no database, it is damaged, others do not let it go for half a minute, or it cannot be
+            written where that is needed.
     """
     database, root = sqlite_file(tracking_uri), Path(artifact_root)
     if database is None or not database.exists():
@@ -51,12 +53,20 @@ def open_database(tracking_uri: str, artifact_root: Path | str) -> None:
             if is_own(tracking_uri, root) and _other_places(connection, root):
                 _bring_here(connection, root)
     except sqlite3.Error as error:
-        raise RegistryError(f"MLflow store {database}: {error}; bring back a copy, or name another store") from error
+        advice = locked_advice(str(error)) or "bring back a copy, or name another store"
+        raise RegistryError(f"MLflow store {database}: {error}; {advice}") from error
+
+
+def locked_advice(reason: str) -> str | None:
+    """What to do where SQLite gave this reason; None where it does not say that another process has the database."""
+    if "database is locked" not in reason:
+        return None
+    return "it is in use by another process, and whole: wait for that one, or end it (`fuser` names it), and try again"
 
 
 def _connect(database: Path) -> sqlite3.Connection:
     # isolation_level=None: we begin transactions, not the driver.
-    return sqlite3.connect(f"{database.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None)
+    return sqlite3.connect(f"{database.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=_BUSY)
 
 
 def _other_places(connection: sqlite3.Connection, root: Path) -> set[str]:

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from copal.files import flush
 from flows.registry.errors import RegistryError
-from flows.registry.sqlite import is_own, open_database, sqlite_file
+from flows.registry.sqlite import is_own, locked_advice, open_database, sqlite_file
 from flows.uris import cause, without_secrets
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class Store:
                 yield self._client
             except (MlflowException, SQLAlchemyError, OSError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                message = f"MLflow store {self.tracking_uri}: {reason}"
+                advice = locked_advice(str(error))
+                message = f"MLflow store {self.tracking_uri}: {reason}{f'; {advice}' if advice else ''}"
                 raise RegistryError(without_secrets(message)) from cause(error)
 
     @property
@@ -99,7 +100,10 @@ class Store:
                 if found is None:
                     raise
         if found.lifecycle_stage != "active":
-            raise RegistryError(f"MLflow's experiment {self.model_name} was deleted; restore it")
+            raise RegistryError(
+                f"MLflow's experiment {self.model_name} was deleted: bring it back with `MLFLOW_TRACKING_URI="
+                f"{without_secrets(self.tracking_uri)} mlflow experiments restore -x {found.experiment_id}`, then go on"
+            )
         return str(found.experiment_id)
 
     def _artifact_location(self) -> str:

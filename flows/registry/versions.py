@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flows.lineage.files import CONTRIBUTION_FOLDER, SUM_FOLDER
 from flows.lineage.record import Record
+from flows.registry.errors import RegistryError
 from flows.registry.store import pages
 
 if TYPE_CHECKING:
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "DROPPED",
     "GATES",
+    "LINKED",
     "LOG_ENTRY",
     "WHY",
     "ModelVersion",
     "Snapshot",
     "created",
+    "linked",
     "look",
     "look_at_aliases",
     "published",
@@ -31,7 +35,8 @@ __all__ = [
 
 DROPPED = {SUM_FOLDER: "copal.sum_dropped", CONTRIBUTION_FOLDER: "copal.contribution_dropped"}
 GATES, LOG_ENTRY, WHY = "copal.gates", "copal.log_entry", "copal.why"
-_WITHDRAWN = "copal.withdrawn"
+_WITHDRAWN, _PARENT, _LOGGED = "copal.withdrawn", "copal.parent_version", "copal.logged_model"
+LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +82,8 @@ class ModelVersion:
     @property
     def log_entry(self) -> int:
         """Number of the log entry with the gate results that it shows; 0 for none."""
-        return int(self.tags.get(LOG_ENTRY, 0))
+        number = self.tags.get(LOG_ENTRY, "")
+        return int(number) if number.isdecimal() else 0  # of one that was edited by hand, the results are shown anew
 
     @property
     def concluded(self) -> bool:
@@ -169,7 +175,7 @@ def created(store: Store, client: MlflowClient) -> tuple[ModelVersion, ...]:
         ModelVersion(
             number=int(version.version),
             aliases=(),
-            tags=dict(version.tags),
+            tags=_checked(store.model_name, int(version.version), dict(version.tags)),
             run_id=version.run_id or None,
             location=version.source,
         )
@@ -177,6 +183,44 @@ def created(store: Store, client: MlflowClient) -> tuple[ModelVersion, ...]:
         if "copal.lineage_digest" in version.tags  # anybody may register other things under this name
     ]
     return tuple(sorted(found, key=lambda version: version.number))
+
+
+def linked(store: Store, client: MlflowClient) -> list[ModelVersion]:
+    """Every version that copal has ever published and that MLflow keeps the files of, by what their artifacts say."""
+    experiment = client.get_experiment_by_name(store.model_name)
+    if experiment is None:
+        return []
+    places = [experiment.experiment_id]
+    found = [
+        ModelVersion(
+            number=link["version"],
+            aliases=(),
+            tags={
+                **{name: value for name, value in model.tags.items() if name.startswith("copal.")},
+                _LOGGED: model.model_id,
+            },
+            run_id=None,
+            location=model.artifact_location,
+        )
+        for model in pages(lambda token: client.search_logged_models(places, page_token=token))
+        if "copal.lineage_digest" in model.tags
+        for link in json.loads(model.tags.get(LINKED, "[]"))
+        if link["name"] == store.model_name
+    ]
+    return sorted(found, key=lambda version: version.number)
+
+
+def _checked(name: str, number: int, tags: Mapping[str, str]) -> Mapping[str, str]:
+    """The tags of a version, where somebody has not made them useless by hand."""
+    bad = [tag for tag in (_LOGGED, "copal.base_fingerprint") if not tags.get(tag)]
+    parent = tags.get(_PARENT)
+    bad += [] if parent is None or parent.isdecimal() else [_PARENT]
+    if bad:
+        raise RegistryError(
+            f"version {number} of {name}: somebody edited or deleted its tag {bad[0]} in MLflow; the artifacts of the "
+            f"version (its logged model, and lineage.json there) have the right value: set it back"
+        )
+    return tags
 
 
 def published(versions: Sequence[ModelVersion]) -> list[ModelVersion]:

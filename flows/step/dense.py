@@ -43,7 +43,7 @@ def _ancestry(registry: Registry, head: ModelVersion) -> Iterator[Record]:
     yield record
     while (parent := record.parent) is not None:
         try:
-            record = registry.record(registry.version(parent.version))
+            record = registry.record(registry.kept(parent.version))
         except CopalError:
             return
         if record.digest != parent.digest:

@@ -58,7 +58,7 @@ def purge_domain(project: Project, domain: str, why: str) -> Purged:
     for folder in run_folders(project):
         size += freed_bytes(folder)
         shutil.rmtree(folder)
-    for version in registry.versions():
+    for version in (*registry.deleted(), *registry.versions()):
         record = registry.record(version)
         held = next((entry for entry in record.domains if entry.name == domain), None)
         if held is None:

@@ -107,7 +107,7 @@ def _perplexity_when_newest(registry: Registry, earlier: tuple[Domain, ...]) -> 
     found = {}
     for entry in earlier:
         assert entry.contribution_version is not None
-        record = registry.record(registry.version(entry.contribution_version))
+        record = registry.record(registry.kept(entry.contribution_version))
         if record.step is not None and record.step.evaluation_digest == entry.evaluation_digest:
             found[entry.name] = record.perplexity[entry.name]
     return found

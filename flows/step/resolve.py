@@ -189,7 +189,7 @@ def step_on(
         base=registry.folder(root) / "model",
         base_fingerprint=record.base.fingerprint,
         parent=registry.folder(parent) if known else None,
-        states={number: registry.folder(registry.version(number)) / "state" for number in sorted(versions)},
+        states={number: registry.folder(registry.kept(number)) / "state" for number in sorted(versions)},
         model=registry.model_name,
         run=run,
         version=version,

@@ -138,7 +138,7 @@ def _from_data(
     cheap = replace(settings.prune, rounds=(1.0,), iterations=1)
     parent = None
     for place, entry in enumerate(entries, start=1):
-        came = registry.record(registry.version(entry.contribution_version or version.number))
+        came = registry.record(registry.kept(entry.contribution_version or version.number))
         then = recorded_settings(came.settings, f"the record of version {entry.contribution_version}")
         step = Step(
             model=registry.model_name,
@@ -163,7 +163,7 @@ def _last_step(
     """The step that made the version, on its parent."""
     record = registry.record(version)
     assert record.parent is not None
-    parent = registry.version(record.parent.version)
+    parent = registry.kept(record.parent.version)
     gone, entry = record.withdraws, record.step
     if gone is not None:
         entry = next(each for each in registry.record(parent).domains if each.name == gone.name)

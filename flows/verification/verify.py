@@ -101,6 +101,11 @@ def verify(project: Project, version: ModelVersion, *, data: bool = True) -> Ver
             skipped.append(f"the newest {late} log entries: they are not anchored in the registry yet")
     except (LedgerError, RegistryError) as error:
         findings.append(f"log: {error}")
+    if registry.run_is_deleted(version):
+        findings.append(
+            f"the MLflow run {version.run_id} of version {version.number} was deleted: bring it back with "
+            f"`mlflow runs restore --run-id {version.run_id}`; after `mlflow gc` its figures are in the record only"
+        )
     if not data:
         skipped.append("data")
     elif record is not None:
