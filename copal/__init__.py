@@ -45,6 +45,7 @@ modules, each of which imports only from lines below its own:
     foreign                                         what others wrote, read within bounds
     meter, hardware, known                          what estimates are made from
     config, files, processes, progress, errors      what all of them use
+    printable                                       text of others, fit for a terminal
 """
 
 from __future__ import annotations
