@@ -46,7 +46,7 @@ modules, each of which imports only from lines below its own:
     foreign                                         what others wrote, read within bounds
     meter, hardware, known                          what estimates are made from
     config, files, processes, progress              what all of them use
-    bounded, errors                                 likewise; JSON within bounds
+    bounded, errors, printable                      likewise: JSON within bounds; text of others for a terminal
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+from copal.printable import printable_lines
+
 __all__ = [
     "CopalError",
     "DataError",
@@ -29,7 +31,10 @@ __all__ = [
 
 
 class CopalError(Exception):
-    """Says what happened, where, and what to do; one line."""
+    """Says what happened, where, and what to do; one line. What it names of others is made printable."""
+
+    def __str__(self) -> str:
+        return printable_lines(super().__str__())
 
 
 class SettingsError(CopalError):

@@ -17,6 +17,7 @@ from typing import Any
 
 from copal.bounded import read_json
 from copal.errors import CopalError, ModelError
+from copal.printable import printable
 
 __all__ = [
     "PLAIN_ATTENTION",
@@ -190,7 +191,7 @@ def unheard() -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """What a library says, in one line that a terminal shows as it is."""
-    kind, text = type(error).__name__, " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    kind, text = type(error).__name__, printable(" ".join(str(error).split()))
     if isinstance(error, (LookupError, TypeError, AttributeError)) or not text:  # that alone says little
         text = f"{kind}: {text}" if text else kind
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

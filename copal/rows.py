@@ -9,6 +9,7 @@ from uuid import UUID
 
 from copal.domain_files import DomainFile
 from copal.errors import DataError
+from copal.printable import printable
 
 __all__ = ["LONGEST", "PART", "Document", "Fields", "document_of", "listed", "not_utf8", "unreadable"]
 
@@ -80,11 +81,6 @@ def listed(names: Iterable[str]) -> str:
     found = list(names)
     shown = [printable(name[:_SHOWN_LETTERS]) for name in found[:_SHOWN]]
     return ", ".join(shown + [f"and {len(found) - _SHOWN} more"] * (len(found) > _SHOWN)) or "none"
-
-
-def printable(text: str) -> str:
-    """`text` with what a terminal would obey spelled out, as in `\\x1b`."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> DataError:

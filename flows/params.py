@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from copal.bounded import check_bounds
 from copal.errors import SettingsError
-from copal.rows import printable
 from flows.settings import DomainSettings, LedgerSettings, RegistrySettings, Settings
 from flows.uris import cause, without_secrets
 
@@ -49,9 +48,8 @@ def _named(where: Path | str, read: Callable[[], Settings]) -> Settings:
     try:
         return read()
     except SettingsError as error:
-        # A key may be any text, and what stands in the wrong place may hold a password.
-        said = printable(without_secrets(" ".join(f"{where}: {error}".splitlines())))
-        raise SettingsError(said) from cause(error)
+        said = " ".join(f"{where}: {error}".splitlines())  # a key may have two lines
+        raise SettingsError(without_secrets(said)) from cause(error)  # what is in the wrong place may be a password
 
 
 def _read(params: Path) -> dict[Any, Any] | None:

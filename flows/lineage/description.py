@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.lineage.entries import GatesEntry
-from flows.lineage.figures import geometric_mean, markdown_table, printable
+from flows.lineage.figures import geometric_mean, markdown_cell, markdown_table
 from flows.lineage.record import Record
 
 __all__ = ["LONGEST", "model_description", "run_title", "version_description"]
@@ -32,7 +32,8 @@ def model_description(name: str, base: str) -> str:
         base: source of the base model, see `flows.models.base.BaseModel`.
     """
     return (
-        f"The lineage of {_cell(name)}, kept by copal: version 1 is the dense base ({_source(base)}), each later one "
+        f"The lineage of {markdown_cell(name)}, kept by copal: version 1 is the dense base ({_source(base)}), "
+        "each later one "
         "is that base pruned, without retraining, for the domains met so far. `latest` is the newest version, "
         "`challenger` the newest that passed its gates, and `champion` the one to serve. Move `champion` with `copal "
         "promote`, so that the log of the lineage tells of it."
@@ -46,7 +47,7 @@ def version_description(number: int | None, record: Record, gates: GatesEntry | 
         number: None before it has one.
         gates: the log entry with the results of its gates; None: they did not run yet.
     """
-    title = f"## {_cell(record.model)}{'' if number is None else f', version {number}'}"
+    title = f"## {markdown_cell(record.model)}{'' if number is None else f', version {number}'}"
     before = [title, _what(record), *_sparsity(record)]
     after = [*([] if record.parent is None else [_gates(gates)]), _where(number)]
     rows = _rows(record)
@@ -59,10 +60,11 @@ def _what(record: Record) -> str:
         return f"The dense base of the lineage, from {_source(record.base.source)}. Nothing in it is pruned."
     parent = record.parent.version
     if record.step is not None:
-        return f"Version {parent} adapted to **{_cell(record.step.name)}**."
+        return f"Version {parent} adapted to **{markdown_cell(record.step.name)}**."
     gone = record.withdraws
     assert gone is not None  # else there is a step
-    return f"Version {parent} without **{_cell(gone.name)}** (data `{_cell(gone.dvc_md5)}`), which was withdrawn."
+    data = markdown_cell(gone.dvc_md5)
+    return f"Version {parent} without **{markdown_cell(gone.name)}** (data `{data}`), which was withdrawn."
 
 
 def _sparsity(record: Record) -> list[str]:
@@ -85,8 +87,8 @@ def _rows(record: Record) -> list[tuple[str, ...]]:
         figures = ("-", "-", "-")
         if perplexity is not None and dense is not None:
             figures = (f"{perplexity:.2f}", f"{dense:.2f}", f"{perplexity / dense:.3f}")
-        shown = f"**{_cell(name)}**" if name == newest else _cell(name)
-        rows.append((shown, *figures, f"`{_cell(domain.dvc_md5)}`", f"`{_cell(domain.git_rev[:12])}`"))
+        shown = f"**{markdown_cell(name)}**" if name == newest else markdown_cell(name)
+        rows.append((shown, *figures, f"`{markdown_cell(domain.dvc_md5)}`", f"`{markdown_cell(domain.git_rev[:12])}`"))
     return rows
 
 
@@ -113,7 +115,7 @@ def _gates(entry: GatesEntry | None) -> str:
     if entry is None:
         return "Gates: they have not run yet."
     gates = entry.details.gates
-    failed = [_cell(gate.name) for gate in entry.details.failed]
+    failed = [markdown_cell(gate.name) for gate in entry.details.failed]
     if entry.details.passed:
         verdict = f"all {len(gates)} **passed**"
     else:
@@ -129,12 +131,6 @@ def _where(number: int | None) -> str:
 
 
 def _source(source: str) -> str:
-    return "a local folder" if Path(source).is_absolute() else f"`{_cell(source)}`"  # a path is nobody else's business
-
-
-def _cell(text: str) -> str:
-    """Text of others as a part of a Markdown table: it starts no cell, no code, no tag and no line of its own."""
-    kept = printable(text)
-    for letter, written in (("|", "/"), ("`", "'"), ("<", "‹"), (">", "›"), ("*", "∗")):
-        kept = kept.replace(letter, written)
-    return kept if len(kept) <= 80 else f"{kept[:79]}…"
+    return (
+        "a local folder" if Path(source).is_absolute() else f"`{markdown_cell(source)}`"
+    )  # a path is nobody else's business

@@ -36,7 +36,6 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from copal.config import canonical_json
 from copal.errors import CopalError
-from copal.rows import printable
 
 __all__ = [
     "Frozen",
@@ -160,14 +159,14 @@ def _line(error: ValidationError) -> str:
 
 
 def _path(parts: Iterable[str | int]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in map(_plain, parts)).removeprefix(
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in map(_short, parts)).removeprefix(
         "."
     )
 
 
-def _plain(part: str | int) -> str | int:
+def _short(part: str | int) -> str | int:
     """A key may be any text."""
-    return printable(part[:_LONGEST_KEY]) if isinstance(part, str) else part
+    return part[:_LONGEST_KEY] if isinstance(part, str) else part
 
 
 def shown(value: object) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from copal.printable import printable
+
 __all__ = [
     "count",
     "figure",
     "four_digits",
     "geometric_mean",
     "gigabytes",
+    "markdown_cell",
     "markdown_table",
     "mean",
     "percent",
     "percent_plain",
-    "printable",
     "short",
     "three_digits",
     "timespan",
@@ -33,15 +35,18 @@ def geometric_mean(values: Sequence[float]) -> float | None:
     return math.exp(math.fsum(map(math.log, values)) / len(values)) if values else None
 
 
-def printable(text: object) -> str:
-    """`text` without what a terminal would obey: the data of others may hold escape sequences."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(text))
-
-
 def markdown_table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table in Markdown; cells must hold no `|` and no end of line."""
     lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
     return "\n".join([lines[0], "|---" * (lines[0].count("|") - 1) + "|", *lines[1:]])
+
+
+def markdown_cell(text: str) -> str:
+    """Text of others as a part of a Markdown table: it starts no cell, no code, no tag and no line of its own."""
+    kept = printable(text)
+    for letter, written in (("|", "/"), ("`", "'"), ("<", "‹"), (">", "›"), ("*", "∗")):
+        kept = kept.replace(letter, written)
+    return kept if len(kept) <= 80 else f"{kept[:79]}…"
 
 
 def short(text: str | None, length: int = 10) -> str:

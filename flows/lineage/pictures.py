@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copal.printable import printable
 from flows.lineage.history import History, Measure, measures, since_newest, step_texts
 
 if TYPE_CHECKING:
@@ -179,4 +180,5 @@ def _figure(height: float) -> tuple[Figure, Any]:
 
 
 def _cut(text: str, length: int) -> str:
+    text = printable(text)
     return text if len(text) <= length else f"{text[: length - 1]}…"

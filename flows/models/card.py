@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flows.lineage.figures import markdown_table
+from flows.lineage.figures import markdown_cell, markdown_table
 from flows.lineage.record import Record
 
 __all__ = ["CARD_FILE", "license_of", "model_card"]
@@ -30,7 +30,7 @@ def model_card(version: int, record: Record, license_name: str | None) -> str:
         pipeline_tag="text-generation",
         tags=["copal", "pruned"] if record.domains else ["copal"],
     )
-    title = f"# {record.model}, version {version}"
+    title = f"# {markdown_cell(record.model)}, version {version}"
     parts = [title, _what(record), "## Domains", _domains(record), "## Sparsity", _sparsity(record)]
     parts += ["## Lineage", _lineage(version, record)]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
@@ -55,7 +55,7 @@ def _what(record: Record) -> str:
     base = f"{_source(record)} (fingerprint `{record.base.fingerprint}`)"
     if record.parent is None:
         return f"The dense base model of a lineage of pruned models, from {base}. Nothing in it is pruned."
-    names = ", ".join(domain.name for domain in record.domains) or "no domain"
+    names = ", ".join(markdown_cell(domain.name) for domain in record.domains) or "no domain"
     return (
         f"A causal language model, pruned without retraining by copal for {names}. The base is {base}: masks are "
         "decided from its dense weights, with the statistics of all domains, and the weights that stay are solved for."
@@ -64,7 +64,9 @@ def _what(record: Record) -> str:
 
 def _source(record: Record) -> str:
     source = record.base.source
-    return "a local folder" if Path(source).is_absolute() else f"`{source}`"  # a path is nobody else's business
+    return (
+        "a local folder" if Path(source).is_absolute() else f"`{markdown_cell(source)}`"
+    )  # a path is nobody else's business
 
 
 def _domains(record: Record) -> str:
@@ -72,13 +74,13 @@ def _domains(record: Record) -> str:
         return "None: no data but that of the base has gone into this version."
     rows = [
         (
-            domain.name,
+            markdown_cell(domain.name),
             f"{record.perplexity[domain.name]:.2f}",
             f"{record.dense_perplexity[domain.name]:.2f}",
             f"{domain.evaluation_tokens:,}",
             f"{domain.tokens:,}",
-            f"`{domain.dvc_md5}`",
-            f"`{domain.git_rev}`",
+            f"`{markdown_cell(domain.dvc_md5)}`",
+            f"`{markdown_cell(domain.git_rev)}`",
         )
         for domain in record.domains
     ]
@@ -123,6 +125,6 @@ def _lineage(version: int, record: Record) -> str:
     ]
     return (
         f"{markdown_table(('', ''), rows)}\n\n"
-        f"`copal verify {version}` in the workspace of {record.model} checks files, records, log, data "
+        f"`copal verify {version}` in the workspace of {markdown_cell(record.model)} checks files, records, log, data "
         "and signature."
     )

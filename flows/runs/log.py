@@ -7,8 +7,7 @@ import logging
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
-from flows.terminal.lines import write
-from flows.uris import without_secrets
+from flows.terminal.lines import fit, write
 
 __all__ = ["note", "tell"]
 
@@ -28,5 +27,5 @@ def note(line: str) -> bool:
         log = get_run_logger()
     except MissingContextError:
         return False
-    log.info(without_secrets(line))
+    log.info(fit(line))
     return log.isEnabledFor(logging.INFO)

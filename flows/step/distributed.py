@@ -27,6 +27,7 @@ from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import CopalError, ResourceError, SettingsError, SmallerBatchWarning
 from copal.evaluation import Score, evaluate
 from copal.files import write_atomic
+from copal.printable import printable_lines
 from copal.processes import device, is_main
 from copal.progress import Progress, silent
 from copal.step import Base, NewDomain, Parent, StepReport, WithdrawnDomain, prune_step, read_report
@@ -151,7 +152,7 @@ def _listen(lines: Iterable[str], progress: Progress) -> None:
         elif kind == "warning":
             warnings.warn(json.loads(value), SmallerBatchWarning, stacklevel=2)
         else:  # a library's
-            print(line, end="", file=sys.stderr)
+            print(printable_lines(line), end="", file=sys.stderr)
 
 
 def _raise(files: list[Path], log: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.lineage.figures import figure, printable
+from flows.lineage.figures import figure
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,7 +24,7 @@ def render_answer(answer: Mapping[str, Any]) -> RenderableType:
     lines: list[RenderableType] = []
 
     def say(line: str) -> None:
-        lines.append(Text(printable(line)))
+        lines.append(Text(line))
 
     def show(headings: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
         if rows:
@@ -32,7 +32,7 @@ def render_answer(answer: Mapping[str, Any]) -> RenderableType:
             for heading in headings:
                 table.add_column(heading, overflow="fold")
             for row in rows:
-                table.add_row(*(Text(printable("" if cell is None else cell)) for cell in row))
+                table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
             lines.append(table)
 
     {"used": _show_used, "data": _show_data, "diff": _show_diff, "worse": _show_worse, "whose": _show_whose}[

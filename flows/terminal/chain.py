@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flows.lineage.figures import printable, short
+from flows.lineage.figures import short
 from flows.lineage.history import History, log_text, summary
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ def render_history(history: History) -> RenderableType:
     from rich.text import Text
     from rich.tree import Tree
 
-    def text(*parts: tuple[str, str]) -> Text:  # no string: rich would read [brackets] in it as markup
-        return Text.assemble(*((printable(part), style) for part, style in parts), overflow="fold")
+    def text(*parts: tuple[str, str]) -> Text:  # no string: a style each
+        return Text.assemble(*((part, style) for part, style in parts), overflow="fold")
 
     tree = Tree(text((history.model, "bold")))
     for line in summary(history):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flows.lineage.figures import gigabytes, printable, timespan
+from flows.lineage.figures import gigabytes, timespan
 from flows.terminal.status import waits
 
 if TYPE_CHECKING:
@@ -81,5 +81,5 @@ def _settings(found: Mapping[str, Any]) -> Table:
     for heading in ("setting", "then", "now", "what it takes"):
         table.add_column(heading, overflow="fold")
     for change in found["settings"]:
-        table.add_row(change["name"], printable(change["then"]), printable(change["now"]), change["takes"])
+        table.add_row(change["name"], str(change["then"]), str(change["now"]), change["takes"])
     return table

@@ -6,22 +6,24 @@ import logging
 import sys
 from typing import TextIO
 
+from copal.printable import printable_lines
 from flows.uris import without_secrets
 
-__all__ = ["LogLines", "write"]
+__all__ = ["LogLines", "fit", "write"]
+
+
+def fit(text: str) -> str:
+    """`text` fit to be shown: without passwords, and without what a terminal would obey."""
+    return printable_lines(without_secrets(text))
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
     """Print lines on standard output, or on `stream`, fit to be shown."""
-    print(_fit(text), file=sys.stdout if stream is None else stream, flush=True)
+    print(fit(text), file=sys.stdout if stream is None else stream, flush=True)
 
 
 class LogLines(logging.Formatter):
     """What is logged, fit to be shown."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _fit(super().format(record))
-
-
-def _fit(text: str) -> str:
-    return without_secrets(text)
+        return fit(super().format(record))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from copal.progress import Progress, silent
-from flows.terminal.lines import write
+from flows.terminal.lines import fit, write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,11 +22,17 @@ _LONG = 2.0  # seconds after which a stage is worth a line in a log
 _PIPE_WIDTH = 160  # columns where there is no terminal to ask: tables are cut nowhere
 
 
-def console() -> Console:
-    """Standard output; plain text where it is not a terminal."""
+def console(*, stderr: bool = False) -> Console:
+    """Standard output, or standard error; plain text where it is not a terminal. What it draws is fit to be shown."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    from flows.terminal.drawing import Fitting
+
+    there = (sys.stderr if stderr else sys.stdout).isatty()
+    # Without markup: [brackets] are somebody's text, and no style.
+    found = Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if there else _PIPE_WIDTH)
+    found.push_render_hook(Fitting())
+    return found
 
 
 def is_quiet() -> bool:
@@ -56,20 +62,19 @@ def progress_bar() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _plain(sys.stderr)
         return
-    from rich.console import Console
     from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()
     tasks: dict[str, TaskID] = {}
     reached: dict[str, int] = {}
-    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console(stderr=True)) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
             # A total of 1 says only that something began or ended: the bar swings until then.
             whole = None if total == 1 and done < total else total
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=whole)
+                tasks[stage] = bars.add_task(fit(stage), total=whole)  # bars are drawn past the hook
             elif done < reached[stage]:  # the same stage again, for instance another model is evaluated
                 bars.reset(tasks[stage], total=whole)
             reached[stage] = done

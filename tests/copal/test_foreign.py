@@ -86,7 +86,7 @@ def test_keys_with_values_that_do_nothing_pass() -> None:
 
 
 def test_what_a_library_says_is_one_line_for_a_terminal() -> None:
-    assert one_line(ValueError("a\nb\x1b[2J c")) == "a b [2J c"
+    assert one_line(ValueError("a\nb\x1b[2J c")) == "a b\\x1b[2J c"
     assert one_line(KeyError("x")) == "KeyError: 'x'"
     assert one_line(MemoryError()) == "MemoryError"
     assert len(one_line(ValueError("x" * 10_000))) < 400

@@ -1,6 +1,7 @@
 """The page of a lineage: one HTML file without scripts that loads nothing, for a browser or as an artifact. Pure.
 
-What is drawn is computed here, `page.html` says how it looks; Jinja escapes all that comes from records and the log.
+What is drawn is computed here, `page.html` says how it looks; Jinja escapes all that comes from records and the log,
+and marks that turn the direction of writing around are spelled out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copal.printable import printable_lines
 from flows.lineage.figures import (
     count,
     figure,
@@ -91,9 +93,16 @@ def _template() -> Template:
     """How the page looks; compiled once."""
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_fit
+    )
     environment.filters |= {"short": short, "figure": figure, "percent": percent, "utc": utc}
     return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+
+
+def _fit(value: Any) -> Any:
+    """A value of the template, before Jinja escapes it; what the template makes itself (`Markup`) stays."""
+    return printable_lines(value) if type(value) is str else value
 
 
 def _graph(lines: Sequence[Line]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import uuid
@@ -9,19 +10,20 @@ from datetime import datetime
 from urllib.parse import urlsplit
 
 import pytest
-from rich.console import Console
 
 from flows.cli import main
 from flows.lineage.history import History, HistoryError, find_version, measures, step_texts, summary, up_to
 from flows.lineage.openlineage import events
 from flows.project import append_log, read_history
 from flows.terminal.chain import render_history
+from flows.terminal.progress import console
 from support.histories import MOVED, a_history, altered, md5, three_domains
 
 
 def shown(history: History) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=160).print(render_history(history))
+    with contextlib.redirect_stdout(stream):
+        console().print(render_history(history))
     return stream.getvalue()
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from copal.printable import printable_lines
 from flows.lineage.history import History, up_to
 from flows.lineage.page.page import render_page
 from support.histories import MOVED, a_history, altered, layers, logged, three_domains, with_gates
 
 HOSTILE = (
     "</title><script>document.title='owned';console.error('owned')</script>\"' onload=x <img src=https://evil.example/>"
+    "</style><style>*{display:none}</style>;background:url(//evil.example)\u202egpj.\u2066\u200b\x1b[2J\x00"
 )
 
 
@@ -119,7 +121,8 @@ def test_the_page_is_whole_accessible_and_loads_nothing(make):
         assert not [name for name in attributes if name.startswith("on")], tag
         for name in ("src", "href", "xlink:href", "action", "data"):
             assert (attributes.get(name) or "#").startswith("#")
-    style = re.findall(r"<style>(.*?)</style>", text, re.S)[0]
+    assert printable_lines(text) == text, "nothing turns the direction of writing around, or is hidden"
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
     assert "url(" not in style
     assert "@import" not in style
     assert "default-src 'none'" in text

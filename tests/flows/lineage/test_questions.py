@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
 
 import pytest
-from rich.console import Console
 
 from flows.cli import main
 from flows.lineage.answers import data_in, diff, used, whose, worse
@@ -16,12 +16,14 @@ from flows.lineage.files import file_digests
 from flows.lineage.history import History, HistoryError, find_version
 from flows.project import append_log
 from flows.terminal.answers import render_answer
+from flows.terminal.progress import console
 from support.histories import MOVED, a_history, altered, logged, md5, three_domains
 
 
 def shown(answer: dict) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=200).print(render_answer(answer))
+    with contextlib.redirect_stdout(stream):
+        console().print(render_answer(answer))
     return stream.getvalue()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from copal.printable import printable_lines
 from flows.lineage.record import Base, Sparsity
 from flows.models.card import license_of, model_card
 from flows.models.export import export
@@ -83,3 +84,11 @@ def test_the_readme_of_the_base_is_kept_beside_the_card(make_bench, tiny_base, t
     export(bench.registry, bench.registry.version(1), tmp_path / "out", lambda *_: None)
     assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
     assert "# The base" in (tmp_path / "out" / "BASE_README.md").read_text()
+
+
+def test_names_of_others_start_no_tag_and_no_code_in_a_card():
+    nasty = "x`</td><script>alert(1)</script>|\u202e\x1b[2J\n# y"
+    text = model_card(3, a_record(base=Base(fingerprint="0" * 64, source=nasty)), None)
+    assert "<script>" not in text
+    assert printable_lines(text) == text
+    assert "\n# y" not in text
