@@ -6,8 +6,7 @@ are seen at once; what others write is seen after `refresh`, which whoever takes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,21 +16,17 @@ from flows.lineage.entries import GatesEntry
 from flows.lineage.files import CONTRIBUTION_FOLDER, SUM_FOLDER
 from flows.lineage.record import Record
 from flows.lineage.signing import check_key
-from flows.registry.artifacts import Artifacts
 from flows.registry.errors import AliasMovedError, LineageConflictError, RegistryError
 from flows.registry.publish import adopt, check_base, check_head, publish, sealed_files, sweep
+from flows.registry.reader import RegistryReader
 from flows.registry.runs import log_gates, shown_run
-from flows.registry.store import Store
-from flows.registry.versions import DROPPED, GATES, LOG_ENTRY, ModelVersion, Snapshot, linked, look, look_at_aliases
+from flows.registry.versions import DROPPED, GATES, LOG_ENTRY, LOG_HEAD, ModelVersion
 
 if TYPE_CHECKING:
     from flows.settings import Settings
     from flows.workspace import Workspace
 
 __all__ = ["Registry", "open_registry"]
-
-_BASE, _LOGGED = "copal.base_fingerprint", "copal.logged_model"
-_LOG_HEAD = "copal.log_head"  # the tag that anchors the ledger's log
 
 
 def open_registry(workspace: Workspace, settings: Settings) -> Registry:
@@ -45,148 +40,19 @@ def open_registry(workspace: Workspace, settings: Settings) -> Registry:
     )
 
 
-class Registry:
-    """The versions of one registered model.
-
-    Reading never creates a store: where the SQLite file of `tracking_uri` is not there, there are no versions.
-    """
+class Registry(RegistryReader):
+    """The versions of one registered model; new ones, aliases and what MLflow shows are written here."""
 
     def __init__(
         self, tracking_uri: str, artifact_root: Path | str, model_name: str, cache: Path, key: Path | None = None
     ) -> None:
-        """Nothing is opened yet.
+        """As the reader's.
 
         Args:
-            tracking_uri: MLflow's store, `sqlite:////absolute/path.db` or a server.
-            artifact_root: folder or URI under which the artifacts of new versions go.
-            model_name: registered model; the experiment has the same name.
-            cache: folder for what is fetched from a remote artifact store.
             key: the private key that new versions are signed with; None: they are not.
-
-        Raises:
-            RegistryError: `model_name` cannot name a model.
         """
-        self._store = Store(tracking_uri, artifact_root, model_name)
-        self._cache = cache
+        super().__init__(tracking_uri, artifact_root, model_name, cache)
         self._key = key
-        self._artifacts = Artifacts(self._store, cache)
-        self._seen: Snapshot | None = None
-
-    @property
-    def tracking_uri(self) -> str:
-        """MLflow's store."""
-        return self._store.tracking_uri
-
-    @property
-    def model_name(self) -> str:
-        """The registered model: the name of the lineage."""
-        return self._store.model_name
-
-    # -- what there is
-
-    def refresh(self) -> None:
-        """Forget what was read: what others have written since is seen from here on."""
-        self._seen = None
-
-    def refresh_aliases(self) -> None:
-        """Forget where the aliases were: one call less than to read it all anew.
-
-        Raises:
-            RegistryError: the store cannot be read.
-        """
-        if self._seen is None or not self._seen.there:
-            return self.refresh()
-        with self._store.client() as client:
-            self._seen = look_at_aliases(self._store, client, self._seen)
-
-    def _look(self) -> Snapshot:
-        if not self._store.is_there:
-            return Snapshot(there=False, every=(), aliases={}, tags={})
-        if self._seen is None:
-            with self._store.client() as client:
-                self._seen = look(self._store, client)
-        return self._seen
-
-    def head(self) -> ModelVersion | None:
-        """The newest version, which `models:/<name>@latest` loads; None where there is none yet."""
-        versions = self.versions()
-        return versions[-1] if versions else None
-
-    def root(self) -> ModelVersion | None:
-        """The dense base; number 1, unless an earlier attempt to register it was withdrawn. Where somebody deleted that
-        version in MLflow: what is left of it.
-
-        Raises:
-            RegistryError: nothing is left of it.
-        """
-        versions = self.versions()
-        if not versions or versions[0].parent is None:
-            return versions[0] if versions else None
-        for version in self.deleted():
-            if version.parent is None and version.tags.get(_BASE) == versions[0].tags[_BASE]:
-                return version
-        raise RegistryError(
-            f"{self.model_name} has versions, and no dense base any more: somebody deleted its first version and its "
-            "files; bring a copy of the registry back, or start a lineage under another model.name"
-        )
-
-    def versions(self) -> list[ModelVersion]:
-        """All published versions, oldest first.
-
-        Raises:
-            RegistryError: the store cannot be opened or read.
-        """
-        return self._look().versions
-
-    def version(self, number: int) -> ModelVersion:
-        """The published version `number`.
-
-        Raises:
-            RegistryError: there is none.
-        """
-        versions = self.versions()
-        for version in versions:
-            if version.number == number:
-                return version
-        there = ", ".join(str(version.number) for version in versions) or "none"
-        raise RegistryError(f"model {self.model_name} has no version {number}; versions: {there}")
-
-    def deleted(self) -> list[ModelVersion]:
-        """Versions that somebody deleted in MLflow, which keeps their files; oldest first.
-
-        Raises:
-            RegistryError: the store cannot be read.
-        """
-        there = {version.tags[_LOGGED] for version in self._look().every}
-        with self._store.client() as client:
-            return [version for version in linked(self._store, client) if version.tags[_LOGGED] not in there]
-
-    def kept(self, number: int) -> ModelVersion:
-        """The version `number`, or what is left of it where somebody deleted it in MLflow.
-
-        Raises:
-            RegistryError: there is none, and nothing is left.
-        """
-        found = [version for version in self.versions() if version.number == number]
-        found += [] if found else [version for version in self.deleted() if version.number == number]
-        return found[-1] if found else self.version(number)
-
-    def resolve(self, wanted: str) -> ModelVersion:
-        """The version that a user names, by its number or by an alias.
-
-        Raises:
-            RegistryError: there is none; names the aliases.
-        """
-        if wanted.isdecimal():
-            return self.version(int(wanted))
-        versions = self.versions()
-        for version in versions:
-            if wanted in version.aliases:
-                return version
-        aliases = sorted(alias for version in versions for alias in version.aliases)
-        raise RegistryError(
-            f"{self.model_name} has no version or alias {wanted!r}; aliases: {', '.join(aliases) or 'none'}"
-        )
 
     def lineages(self) -> list[Registry]:
         """Every lineage of the store, by name, this one included where it has versions.
@@ -202,39 +68,7 @@ class Registry:
         others = [Registry(uri, root, name, self._cache, self._key) for name in self._store.model_names()]
         return [other for other in others if other.head() is not None]
 
-    # -- the files of a version
-
-    def folder(self, version: ModelVersion) -> Path:
-        """A local folder with the version's `model/`, `state/` and `lineage.json`; treat it as read-only.
-
-        The artifacts themselves where they are on this machine (no copy), else a copy in the cache, verified.
-
-        Raises:
-            RegistryError: the artifacts are not there, or what was fetched is not what the record names.
-        """
-        return self._artifacts.folder(version)
-
-    def record(self, version: ModelVersion) -> Record:
-        """The version's lineage record, checked against the digest in the registry. Fetches no weights.
-
-        Raises:
-            LineageError: the record is damaged or was altered.
-            RegistryError: it cannot be fetched.
-        """
-        return self._artifacts.record(version)
-
-    @contextmanager
-    def stored(self, version: ModelVersion, file: str | None = None) -> Iterator[Path]:
-        """A folder with the version's artifacts as the store has them now, past any cache; nothing is checked.
-
-        Args:
-            file: the only one that is wanted.
-
-        Raises:
-            RegistryError: they cannot be fetched.
-        """
-        with self._artifacts.stored(version, file) as folder:
-            yield folder
+    # -- what a version keeps
 
     def drop_sum(self, version: ModelVersion, *, dry_run: bool = False) -> int:
         """Delete the running sum in the state of `version`; a step that needs it makes it again from contributions.
@@ -372,10 +206,6 @@ class Registry:
 
     # -- what the log says and MLflow shows: see `flows.gates`
 
-    def log_anchor(self) -> str:
-        """What the registry keeps of the log: number and digest of its newest entry; "" where it keeps nothing."""
-        return self._look().tags.get(_LOG_HEAD, "")
-
     def anchor_log(self, anchor: str) -> None:
         """Keep the number and the digest of the log's newest entry, so that the ledger alone cannot be rewritten.
 
@@ -383,17 +213,9 @@ class Registry:
             RegistryError: the store fails.
         """
         with self._store.client() as client:
-            client.set_registered_model_tag(self.model_name, _LOG_HEAD, anchor)
+            client.set_registered_model_tag(self.model_name, LOG_HEAD, anchor)
         seen = self._look()
-        self._seen = replace(seen, tags={**seen.tags, _LOG_HEAD: anchor})
-
-    def alias(self, name: str) -> int | None:
-        """The number of the version that an alias names; None where it names none.
-
-        Raises:
-            RegistryError: the store cannot be read.
-        """
-        return self._look().aliases.get(name)
+        self._seen = replace(seen, tags={**seen.tags, LOG_HEAD: anchor})
 
     def move_alias(self, name: str, number: int | None, *, expected: int | None) -> None:
         """Move an alias as a log entry says. Only for who holds the aliases.
@@ -448,15 +270,6 @@ class Registry:
             if run is not None:
                 (Path(folder) / "lineage.html").write_text(html, encoding="utf-8")
                 self._store.upload(run.info.artifact_uri, Path(folder))
-
-    def run_is_deleted(self, version: ModelVersion) -> bool:
-        """Whether somebody deleted the MLflow run that made a version, where it has figures and pictures.
-
-        Raises:
-            RegistryError: the store cannot be read.
-        """
-        with self._store.client() as client:
-            return version.run_id is not None and shown_run(client, version) is None
 
     def _tag_version(self, number: int, tags: Mapping[str, str]) -> None:
         with self._store.client() as client:

@@ -22,6 +22,7 @@ __all__ = [
     "GATES",
     "LINKED",
     "LOG_ENTRY",
+    "LOG_HEAD",
     "WHY",
     "ModelVersion",
     "Snapshot",
@@ -36,6 +37,7 @@ __all__ = [
 DROPPED = {SUM_FOLDER: "copal.sum_dropped", CONTRIBUTION_FOLDER: "copal.contribution_dropped"}
 GATES, LOG_ENTRY, WHY = "copal.gates", "copal.log_entry", "copal.why"
 _WITHDRAWN, _PARENT, _LOGGED = "copal.withdrawn", "copal.parent_version", "copal.logged_model"
+LOG_HEAD = "copal.log_head"  # the tag that anchors the ledger's log
 LINKED = "mlflow.modelVersions"  # MLflow's tag on a logged model: the versions made of it
 
 
