@@ -61,8 +61,10 @@ class MlflowServer:
         raise AssertionError((self.folder / "log").read_text())
 
     def kill(self) -> None:
-        """kill -9, with its workers."""
+        """kill -9, with its workers; nothing where that was done."""
         assert self._process is not None
+        if self._process.poll() is not None:
+            return
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
