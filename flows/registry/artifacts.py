@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from copal.files import sha256_file
 from flows.lineage.files import verify_files
 from flows.lineage.record import RECORD_FILE, LineageError, Record, read_record, write_record
 from flows.registry.errors import RegistryError
@@ -47,6 +48,18 @@ class Artifacts:
                 with contextlib.suppress(OSError):  # another process was faster
                     folder.rename(target)
         return target
+
+    def checked_folder(self, version: ModelVersion, parts: tuple[str, ...]) -> Path:
+        """See `RegistryReader.checked_folder`."""
+        folder = self.folder(version)
+        for name, digest in self.record(version).files.items():
+            path = folder / name
+            if name.startswith(parts) and not (path.is_file() and sha256_file(path) == digest):
+                raise RegistryError(
+                    f"version {version.number} of {self._store.model_name}: {path} is not what was registered: bring "
+                    f"that back from a copy (`copal verify {version.number}` tells of all files)"
+                )
+        return folder
 
     def record(self, version: ModelVersion) -> Record:
         """See `Registry.record`."""

@@ -172,6 +172,15 @@ class RegistryReader:
         """
         return self._artifacts.folder(version)
 
+    def checked_folder(self, version: ModelVersion, *parts: str) -> Path:
+        """`folder`, after the files whose paths begin with `parts` were hashed: a step may build on them.
+
+        Raises:
+            RegistryError: as `folder`; or one of them is not what the record names.
+            LineageError: as `record`.
+        """
+        return self._artifacts.checked_folder(version, parts)
+
     def record(self, version: ModelVersion) -> Record:
         """The version's lineage record, checked against the digest in the registry. Fetches no weights.
 

@@ -178,7 +178,13 @@ def step_on(
     withdraws: bool = False,
     why: str | None = None,
 ) -> Step:
-    """The step from `parent`, a version of the lineage; see `Step`."""
+    """The step from `parent`, a version of the lineage; see `Step`.
+
+    What it computes with is hashed first: weights here, the state's manifest here and its shards when they are read.
+
+    Raises:
+        RegistryError: a file is not what was registered.
+    """
     root = registry.root()
     assert root is not None
     record = registry.record(parent)
@@ -186,9 +192,9 @@ def step_on(
     versions = {entry.contribution_version for entry in known if entry.contribution_version is not None}
     return Step(
         head=parent.number,
-        base=registry.folder(root) / "model",
+        base=registry.checked_folder(root, "model/") / "model",
         base_fingerprint=record.base.fingerprint,
-        parent=registry.folder(parent) if known else None,
+        parent=registry.checked_folder(parent, "model/", "state/manifest.json") if known else None,
         states={number: registry.folder(registry.kept(number)) / "state" for number in sorted(versions)},
         model=registry.model_name,
         run=run,
