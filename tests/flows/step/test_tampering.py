@@ -29,7 +29,7 @@ def folder(bench, number: int) -> Path:
 
 
 def shard(bench, number: int, part: str) -> Path:
-    return sorted((folder(bench, number) / part).glob("*.safetensors"))[1]  # of a model the first holds no linears
+    return sorted((folder(bench, number) / part).glob("*.safetensors"))[:2][-1]  # of a version the first has no linears
 
 
 def cut(path: Path) -> None:
