@@ -49,7 +49,7 @@ gpu: ## what needs a GPU, in under ten minutes, into bench/gpu.md (wants torch, 
 	$(GPU_PYTHON) tests/gpu/run.py
 
 test-stack: $(STAMP) ## a whole stack, and a ledger on PostgreSQL (on Debian and Ubuntu: apt-get install postgresql)
-	$(PYTEST) -m team
+	$(PYTEST) -m "team and not soak"
 
 soak: $(STAMP) ## the long tests
 	$(BIN)/python -m pytest -m soak

