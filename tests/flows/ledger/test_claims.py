@@ -69,8 +69,9 @@ def test_of_eight_processes_one_after_another_holds_the_lineage(uri):
 
 
 @pytest.mark.team
-def test_eight_processes_race_200_rounds_on_postgresql(postgresql):
-    race(postgresql.uri(postgresql.new_database()), 200)
+@pytest.mark.parametrize("rounds", [50, pytest.param(200, marks=pytest.mark.soak)])
+def test_eight_processes_race_on_postgresql(postgresql, rounds):
+    race(postgresql.uri(postgresql.new_database()), rounds)
 
 
 def test_of_eight_that_saw_the_same_claim_one_takes_it(ledger, uri):
