@@ -77,11 +77,11 @@ def up(
             text = render_prefect_file(template, workspace, settings, registry=shown, devices=devices)
             _deploy(stack, text, stop, tell)
             _start_workers(stack, stop, tell)
-            stack.save(ready=True)
             tell(f"Prefect: http://{HOST}:{port}")
             tell(f"MLflow: {registry}")
             tell(f"a browser is let in by the links in {link_file(workspace).as_uri()}")
             tell(f"`copal down` in {workspace.root} ends all of it")
+            stack.save(ready=True)  # last: whoever waits for it shows what was told
             stack.watch_over(stop)
         except StopRequested:
             pass

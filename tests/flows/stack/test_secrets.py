@@ -46,7 +46,7 @@ class Team:
         """Run a command of copal's, and keep what it says."""
         command = [sys.executable, "-P", "-m", "flows.cli", *words, "--workspace", str(self.bench.root)]
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=200, check=False, cwd=self.data
+            command, env=self.environment, capture_output=True, text=True, timeout=400, check=False, cwd=self.data
         )
         self.said[" ".join(words)] = done.stdout + done.stderr
         return done
