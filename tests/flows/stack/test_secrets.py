@@ -126,7 +126,7 @@ def test_no_secret_leaves_its_place(stack: Team, tmp_path: Path) -> None:
     until(lambda: stack.worker_says("RegistryError"), 150, "a failure of the registry")
     for words in (("status",), ("doctor",), ("verify", "latest", "--debug"), ("watch", "--once", "--verbose")):
         stack.run(*words)
-    assert "MLflow store http://127.0.0.1" in stack.said["status"]
+    assert "the MLflow server at http://127.0.0.1" in stack.said["status"]
     found = {
         place: [
             *(str(path) for path in written(stack, tmp_path) if canary.encode() in path.read_bytes()),

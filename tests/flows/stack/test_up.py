@@ -289,6 +289,7 @@ def test_notify_wakes_the_watcher_and_says_what_changed(quiet: Running) -> None:
     }
 
 
+@pytest.mark.slow  # so its file, the longest of the team's, comes first
 def test_with_the_hook_a_burst_of_commits_ends_in_versions_in_commit_order(quiet: Running) -> None:
     done = command("hook", "install", "--workspace", quiet.bench.root, env=quiet.environment)
     assert done.returncode == 0, done.stderr
