@@ -63,6 +63,7 @@ def run_demo(folder: Path) -> None:
 
         out.print(f"{len(DOMAINS) + 2}. version {challenger} passed its gates; it is promoted, and so the champion")
         promote(str(folder), str(challenger), why="it ends the demo")
+        project.registry.refresh()
     out.print(render_status(status(project)))
     out.print(f"This took {(time.perf_counter() - began) / 60:.1f} minutes. What to do next:\n")
     here = Path.cwd()
