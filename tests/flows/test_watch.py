@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def step(root: str, domain: str, rev: str) -> int | None:
     """What the flow `adapt` does."""
     made = run_step(open_project(root), domain, rev, plain_tasks())
     return made.number if made else None
+
+
+def noting_step() -> tuple[list[str], Callable[[str, str, str], int | None]]:
+    """The domains that were tried, and a step that writes them down."""
+    taken: list[str] = []
+
+    def noted(root: str, domain: str, rev: str) -> int | None:
+        taken.append(domain)
+        return step(root, domain, rev)
+
+    return taken, noted
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -112,12 +124,7 @@ def test_a_refused_dataset_is_tried_once_in_a_run_though_others_are_made(bench):
     bench.commit("bad", 0, documents=3)
     bench.commit("code", 1)
     bench.commit("legal", 2)
-    taken = []
-
-    def noted(root, domain, rev):
-        taken.append(domain)
-        return step(root, domain, rev)
-
+    taken, noted = noting_step()
     with pytest.raises(RefusedError, match="data/bad has"):
         take(bench, one=noted)
     assert taken == ["bad", "code", "legal"]
@@ -224,12 +231,7 @@ def test_refused_data_is_not_tried_again_before_it_or_the_settings_change(bench,
     """Issue 13, point 9."""
     bench.commit("bad", 0, documents=3)
     bench.commit("code", 1)
-    taken = []
-
-    def noted(root, domain, rev):
-        taken.append(domain)
-        return step(root, domain, rev)
-
+    taken, noted = noting_step()
     with pytest.raises(RefusedError, match="data/bad has"):
         take(bench, one=noted)
     assert taken == ["bad", "code"]

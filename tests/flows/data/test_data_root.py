@@ -34,12 +34,6 @@ def _on_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    init_repository(tmp_path / "workspace")
-    return Workspace(tmp_path / "workspace")
-
-
-@pytest.fixture
 def other(tmp_path: Path) -> Path:
     """A repository with a DVC remote and, at its only commit, the domain legal, pushed."""
     root = tmp_path / "other"

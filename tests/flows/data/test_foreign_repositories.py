@@ -43,12 +43,6 @@ def _user(tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    init_repository(tmp_path / "workspace")
-    return Workspace(tmp_path / "workspace")
-
-
-@pytest.fixture
 def outside(tmp_path: Path) -> Path:
     """A folder of the user's that the repository would like to be written to."""
     folder = tmp_path / "outside"

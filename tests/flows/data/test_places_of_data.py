@@ -26,12 +26,6 @@ def _user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    init_repository(tmp_path / "workspace")
-    return Workspace(tmp_path / "workspace")
-
-
-@pytest.fixture
 def other(tmp_path: Path) -> Path:
     """Two commits with the domain legal, then code; the data is on a remote."""
     root = tmp_path / "other"
