@@ -6,27 +6,39 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from copal.bounded import check_bounds
 from copal.errors import SettingsError
-from flows.settings import DomainSettings, LedgerSettings, RegistrySettings, Settings
+from flows.settings import DomainSettings, Settings
 from flows.uris import cause, without_secrets
 
-__all__ = ["load_settings", "recorded_settings"]
+__all__ = ["VARIABLES", "load_settings", "recorded_settings"]
 
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound=BaseModel)
+
+# Variable of the environment -> the setting that it goes before; of two for one setting, the later counts.
+VARIABLES = {
+    "MLFLOW_TRACKING_URI": ("registry", "uri"),
+    "COPAL_REGISTRY_URI": ("registry", "uri"),
+    "COPAL_REGISTRY_ARTIFACTS": ("registry", "artifacts"),
+    "COPAL_LEDGER_URI": ("ledger", "uri"),
+    "COPAL_WATCH_REPOSITORY": ("watch", "repository"),
+    "COPAL_CACHE_SIZE": ("cache", "size"),
+    "COPAL_SIGNING_KEY": ("signing", "key"),
+    "COPAL_SIGNING_PUBLIC_KEY": ("signing", "public_key"),
+}
 
 _DEEPEST = 64  # brackets within one another
 _LARGEST = 64 << 10  # bytes; those of fifty domains take five thousand
 
 
 def load_settings(params: Path) -> Settings:
-    """Read params.yaml; what it leaves out has its default. `COPAL_REGISTRY_URI`, else `MLFLOW_TRACKING_URI`, goes
-    before `registry.uri`, and `COPAL_LEDGER_URI` before `ledger.uri`.
+    """Read params.yaml; what it leaves out has its default. What the environment says goes before it: `VARIABLES`.
 
     Raises:
         SettingsError: the file cannot be read, or a setting is unknown, of the wrong type or out of range. Names both.
@@ -110,16 +122,17 @@ def _line(error: ValidationError) -> str:
 
 
 def _with_environment(settings: Settings) -> Settings:
-    """The settings, with registry and ledger as the environment names them; refused where hosts would share no ledger.
+    """The settings, with what the environment says in place of some; refused where hosts would share no ledger.
 
     Raises:
         SettingsError: two hosts would have one registry, and a ledger each; or a variable is no such URL.
     """
-    variable = next((name for name in ("COPAL_REGISTRY_URI", "MLFLOW_TRACKING_URI") if os.environ.get(name)), None)
-    if variable:
-        settings = settings.model_copy(update={"registry": _of_variable(RegistrySettings, variable)})
-    if os.environ.get("COPAL_LEDGER_URI"):
-        settings = settings.model_copy(update={"ledger": _of_variable(LedgerSettings, "COPAL_LEDGER_URI")})
+    set_here = {name: text for name in VARIABLES if (text := os.environ.get(name))}
+    for name, text in set_here.items():
+        section, setting = VARIABLES[name]
+        changed = _of_variable(getattr(settings, section), setting, name, text)
+        settings = settings.model_copy(update={section: changed})
+    variable = next((name for name in reversed(set_here) if VARIABLES[name] == ("registry", "uri")), None)
     if settings.ledger.uri is None and _is_remote(settings.registry.uri):
         raise SettingsError(
             f"ledger.uri must be set, for {variable or 'registry.uri'} names a store that other hosts share "
@@ -130,9 +143,13 @@ def _with_environment(settings: Settings) -> Settings:
     return settings
 
 
-def _of_variable(kind: type[_T], variable: str) -> _T:
+def _of_variable(section: _T, setting: str, variable: str, text: str) -> _T:
+    value: object = text
+    if isinstance(getattr(section, setting), float):  # a variable is always text
+        with suppress(ValueError):
+            value = float(text)
     try:
-        return kind(uri=os.environ[variable])  # type: ignore[call-arg]
+        return type(section).model_validate({**section.model_dump(), setting: value})
     except ValidationError as error:
         raise SettingsError(f"{variable} {error.errors()[0]['msg']}") from error
 

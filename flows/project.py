@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from copal.config import fingerprint
-from flows.data.dataset import UnusableDataError
+from flows.cache import Cache
+from flows.data.dataset import DatasetVersion, UnusableDataError
+from flows.data.fetch import fetch_version
 from flows.ledger import ALIASES, LINEAGE, Claim, Ledger, LedgerError, Refusal
 from flows.lineage.chain import anchor_at, anchor_problems, not_anchored
 from flows.lineage.entries import Details, Entry, WithdrawalDetails
@@ -30,6 +32,7 @@ __all__ = [
     "Project",
     "append_log",
     "complete_log",
+    "data_of",
     "hold_aliases",
     "hold_lineage",
     "open_project",
@@ -53,6 +56,7 @@ class Project:
     settings: Settings
     registry: Registry
     ledger: Ledger
+    cache: Cache
 
     @property
     def name(self) -> str:
@@ -73,8 +77,9 @@ def open_project(folder: Path | str) -> Project:
 
 def project_of(workspace: Workspace, settings: Settings) -> Project:
     """The project of a workspace with these settings."""
+    cache = Cache(workspace.cache, settings.cache.size)
     ledger = Ledger(workspace.ledger_uri(settings), settings.model.name)
-    return Project(workspace, settings, open_registry(workspace, settings), ledger)
+    return Project(workspace, settings, open_registry(workspace, settings, cache), ledger, cache)
 
 
 @contextmanager
@@ -104,6 +109,11 @@ def hold_aliases(project: Project, what: str, tell: Tell | None = None) -> Itera
     with project.ledger.hold(ALIASES, what, lease=project.settings.run.lease, tell=tell) as claim:
         project.registry.refresh_aliases()
         yield claim
+
+
+def data_of(project: Project, version: DatasetVersion) -> Path:
+    """A folder with the data of a dataset version: see `flows.data.fetch.fetch_version`."""
+    return fetch_version(project.cache, project.workspace, project.settings.watch, version)
 
 
 def read_log(project: Project) -> list[Entry]:

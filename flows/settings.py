@@ -24,6 +24,7 @@ from copal.config import CalibrationConfig, PruneConfig, fingerprint, from_mappi
 from copal.errors import DataError, SettingsError
 
 __all__ = [
+    "CacheSettings",
     "DomainSettings",
     "GateSettings",
     "LedgerSettings",
@@ -187,11 +188,28 @@ class RegistrySettings(_Section):
 
     Attributes:
         uri: an MLflow tracking URI; None is SQLite in the workspace.
+        artifacts: where the files of a new lineage's versions go: a folder (relative ones from the workspace) or a URI
+            such as `s3://bucket/path`; None is where an MLflow server says, else the workspace. A lineage that has
+            begun stays where it is.
     """
 
     uri: Annotated[_Text | None, _must_be("an MLflow tracking URI or null", shown=False)] = Field(
         default=None, repr=False
     )
+    artifacts: Annotated[_Text | None, _must_be("a folder, a URI or null", shown=False)] = Field(
+        default=None, repr=False
+    )
+
+
+class CacheSettings(_Section):
+    """What is kept of what was fetched.
+
+    Attributes:
+        size: gigabytes (10^9 bytes) of data and versions in the workspace's cache; the least recently used go first,
+            but none that is in use. None is any number.
+    """
+
+    size: Annotated[_Number | None, _must_be("a number of gigabytes above 0 or null")] = 100.0
 
 
 class LedgerSettings(_Section):
@@ -240,6 +258,7 @@ class Settings(_Section):
     run: RunSettings = RunSettings()
     registry: RegistrySettings = RegistrySettings()
     ledger: LedgerSettings = LedgerSettings()
+    cache: CacheSettings = CacheSettings()
     signing: SigningSettings = SigningSettings()
 
     @property

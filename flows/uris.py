@@ -7,9 +7,10 @@ passes through here; a process gets one by an environment variable or a file of 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-__all__ = ["Login", "cause", "has_secrets", "split_login", "without_secrets"]
+__all__ = ["Login", "cause", "has_secrets", "local_path", "split_login", "without_secrets"]
 
 Login = tuple[str, str | None]
 """A user, or a token in the place of one, and the password, if any."""
@@ -47,6 +48,14 @@ def cause(error: BaseException) -> BaseException | None:
             return None
         found = found.__cause__ or found.__context__
     return error
+
+
+def local_path(uri: str) -> Path | None:
+    """The folder that `uri` names on this machine; None if it is remote."""
+    parts = urlsplit(uri)
+    if parts.scheme == "file":  # whatever host it names, MLflow reads it here
+        return Path(unquote(parts.path))
+    return None if parts.scheme else Path(uri)
 
 
 def split_login(url: str) -> tuple[str, Login | None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from copal.errors import CopalError
 from copal.files import locked
 from flows.settings import Settings
+from flows.uris import local_path
 
 __all__ = [
     "Workspace",
@@ -77,6 +78,21 @@ class Workspace:
     def registry_uri(self, settings: Settings) -> str:
         """The MLflow tracking URI: the one that is set, else SQLite in the workspace."""
         return self._here(settings.registry.uri or f"sqlite:///{self.private / 'mlflow.db'}")
+
+    def artifact_root(self, settings: Settings) -> Path:
+        """The folder of this machine in which copal may write and delete artifacts."""
+        named = settings.registry.artifacts
+        local = None if named is None else local_path(named)
+        return self.artifacts if local is None else self.root / local.expanduser()
+
+    def artifact_location(self, settings: Settings) -> str | None:
+        """The URI under which the artifacts of a new lineage go; None: where the MLflow server says."""
+        named, server = settings.registry.artifacts, settings.registry.uri or ""
+        if named is not None and local_path(named) is None:
+            return named
+        if named is None and server.startswith(("http://", "https://")):
+            return None
+        return self.artifact_root(settings).resolve().as_uri()
 
     def ledger_uri(self, settings: Settings) -> str:
         """The SQLAlchemy URL of claims and log: the one that is set, else SQLite in the workspace.

@@ -217,10 +217,10 @@ def _mlflow(workspace: Workspace | None, settings: Settings) -> Check:
     check = _package("mlflow")
     if not check.ok or workspace is None:
         return check
-    from flows.registry.registry import open_registry
+    from flows.project import project_of
 
     store = without_secrets(workspace.registry_uri(settings))
-    head = open_registry(workspace, settings).head()
+    head = project_of(workspace, settings).registry.head()
     if head is None:
         return Check(
             name="mlflow",

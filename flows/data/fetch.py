@@ -12,6 +12,7 @@ from typing import Any
 
 from copal.domain_files import check_name
 from copal.files import flush, freed_bytes, locked
+from flows.cache import Cache, fetched_once
 from flows.data.commits import git_root
 from flows.data.dataset import DatasetError, DatasetVersion, MissingDataError
 from flows.data.dvc import dvc_errors, one_line, open_dvc
@@ -52,29 +53,17 @@ def fetch(repo: Path, version: DatasetVersion, cache: Path, *, remote_only: bool
         return cache / version.md5
     root = git_root(repo)
     try:
-        return _fetch_once(root, version, cache, remote_only=remote_only)
+        return fetched_once(
+            cache / version.md5, lambda partial: _fetch(root, version, partial, remote_only=remote_only)
+        )
     except OSError as error:
         raise DatasetError(f"cannot fetch {version.path} into {cache}: {one_line(error)}") from error
 
 
-def _fetch_once(root: Path, version: DatasetVersion, cache: Path, *, remote_only: bool) -> Path:
-    target = cache / version.md5
-    partial = cache / f".{version.md5}.partial"
-    cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache / f".{version.md5}.lock"):
-        if target.is_dir():  # another process was first
-            return target
-        if partial.exists():  # a process that was killed left it: whoever writes it holds the lock
-            shutil.rmtree(partial)
-        partial.mkdir()
-        try:
-            files = partial / "files"
-            _download(root, version, files, scratch=partial / "dvc", remote_only=remote_only)
-            files.rename(target)
-            flush(cache)
-        finally:
-            shutil.rmtree(partial)
-    return target
+def _fetch(root: Path, version: DatasetVersion, partial: Path, *, remote_only: bool) -> Path:
+    files = partial / "files"
+    _download(root, version, files, scratch=partial / "dvc", remote_only=remote_only)
+    return files
 
 
 def _download(root: Path, version: DatasetVersion, files: Path, *, scratch: Path, remote_only: bool) -> None:
@@ -148,17 +137,20 @@ def _verify(version: DatasetVersion, files: Path, listed: dict[str, Any]) -> Non
         )
 
 
-def fetch_version(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> Path:
-    """`fetch` from the repository that has the version's commit: of the settings, the workspace, or the record.
-
-    A lineage may know data of a repository that the settings no longer name.
+def fetch_version(cache: Cache, workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> Path:
+    """`fetch` into the workspace's cache, from the repository that has the version's commit: of the settings, the
+    workspace, or the record. A lineage may know data of a repository that the settings no longer name.
 
     Raises:
         DatasetError: as `fetch` and `data_root`.
     """
-    cached = (workspace.cache / version.md5).is_dir()  # then no repository is asked, and none has to answer
-    root = workspace.root if cached else root_of(workspace, watch, version)
-    return fetch(root, version, make_private(workspace, workspace.cache))
+    make_private(workspace)
+    target = cache.hold(version.md5)
+    if target.is_dir():  # then no repository is asked, and none has to answer
+        return target
+    fetch(root_of(workspace, watch, version), version, cache.folder)
+    cache.make_room()
+    return target
 
 
 def check_stored(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> None:
@@ -204,4 +196,5 @@ def root_of(workspace: Workspace, watch: WatchSettings, version: DatasetVersion)
     for root in (in_use, workspace.root, named):
         if has_commit(root, version.git_rev):
             return root
-    return in_use if named == in_use else data_root(workspace, WatchSettings(repository=version.repository))
+    # The login is only in the settings.
+    return data_root(workspace, watch if named == in_use else WatchSettings(repository=version.repository))

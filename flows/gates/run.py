@@ -21,7 +21,7 @@ from flows.gates.show import show_gates
 from flows.lineage.entries import CHALLENGER, CHAMPION, Entry, GatesDetails, alias_moves
 from flows.lineage.files import verify_files
 from flows.lineage.record import Record
-from flows.project import Project, hold_aliases, read_log
+from flows.project import Project, data_of, hold_aliases, read_log
 from flows.registry.errors import AliasMovedError
 
 if TYPE_CHECKING:
@@ -185,15 +185,14 @@ def _write(project: Project, version: ModelVersion, record: Record, model: Path)
     from copal.processes import device
     from copal.streaming import compute_dtype
     from copal.tokenizer import load_tokenizer
-    from flows.data.fetch import fetch_version
 
-    workspace, settings = project.workspace, project.settings
+    settings = project.settings
     tokenizer = load_tokenizer(model)
     found: dict[str, str | None] = {}
     prompts = {}
     for domain in record.domains_at(version.number):
         try:
-            data = fetch_version(workspace, settings.watch, dataset_of(domain))
+            data = data_of(project, dataset_of(domain))
             window = domain_windows(
                 data, tokenizer, settings.calibration, left_out=domain.left_out.as_hashes()
             ).evaluation[0]

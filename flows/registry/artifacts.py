@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from copal.files import sha256_file
+from flows.cache import Cache, fetched_once
 from flows.lineage.files import verify_files
 from flows.lineage.record import RECORD_FILE, LineageError, Record, read_record, write_record
 from flows.registry.errors import RegistryError
-from flows.registry.store import Store, local_path
+from flows.registry.store import Store, flush_all
 from flows.registry.versions import DROPPED, ModelVersion
+from flows.uris import local_path
 
 __all__ = ["Artifacts"]
 
@@ -21,8 +23,8 @@ __all__ = ["Artifacts"]
 class Artifacts:
     """The files of versions. Its contract: what it gives is what the version was registered with, but for `stored`."""
 
-    def __init__(self, store: Store, cache: Path) -> None:
-        self._store, self._cache = store, cache / store.model_name
+    def __init__(self, store: Store, cache: Cache) -> None:
+        self._store, self._cache = store, cache
         self._records: dict[str, Record] = {}  # by digest, which is checked when one is read
 
     def folder(self, version: ModelVersion) -> Path:
@@ -35,19 +37,32 @@ class Artifacts:
                     "its artifacts were moved or deleted, bring them back to this path"
                 )
             return local
-        target = self._cached(version)
+        target = self._cache.hold(self._name(version))
         if not target.is_dir():
-            with self._fetched(version, None) as folder:
-                record = self._checked(version, folder / RECORD_FILE)
-                differences = verify_files(record, folder, **version.dropped)
-                if differences:
-                    raise RegistryError(
-                        f"version {version.number} of {self._store.model_name}: fetched from {version.location}, "
-                        f"but {differences[0]} ({len(differences)} such files); fetch it again"
-                    )
-                with contextlib.suppress(OSError):  # another process was faster
-                    folder.rename(target)
+            fetched_once(target, lambda partial: self._fetch(version, partial))
+            self._cache.make_room()
         return target
+
+    def _fetch(self, version: ModelVersion, partial: Path) -> Path:
+        folder = self._store.download(version.location, partial, quiet=False)
+        record = self._checked(version, folder / RECORD_FILE)
+        differences = verify_files(record, folder, **version.dropped)
+        if differences:
+            raise RegistryError(
+                f"version {version.number} of {self._store.model_name}: fetched from {version.location}, "
+                f"but {differences[0]} ({len(differences)} such files); fetch it again"
+            )
+        flush_all(folder)
+        return folder
+
+    def keep(self, version: ModelVersion, folder: Path) -> None:
+        """See `Registry.keep`."""
+        if local_path(version.location) is not None:
+            return
+        target = self._cache.hold(self._name(version))
+        flush_all(folder)
+        fetched_once(target, lambda _: folder)
+        self._cache.make_room()
 
     def checked_folder(self, version: ModelVersion, parts: tuple[str, ...]) -> Path:
         """See `RegistryReader.checked_folder`."""
@@ -71,7 +86,7 @@ class Artifacts:
         local = local_path(version.location)
         if local is not None:
             return self._checked(version, local / RECORD_FILE)
-        path = self._cached(version).with_suffix(".json")
+        path = self._cache.folder / f"{self._name(version)}.json"
         if not path.is_file():
             with self._fetched(version, RECORD_FILE) as folder:
                 write_record(path, self._checked(version, folder / RECORD_FILE))
@@ -120,18 +135,17 @@ class Artifacts:
 
     def _folders(self, version: ModelVersion, part: str) -> list[Path]:
         local = local_path(version.location)
-        return [self._cached(version) / part, *([] if local is None else [local / part])]
+        return [self._cache.folder / self._name(version) / part, *([] if local is None else [local / part])]
 
-    def _cached(self, version: ModelVersion) -> Path:
+    def _name(self, version: ModelVersion) -> str:
         # The digest, for two stores may share a cache, and both have a version 1.
-        return self._cache / f"{version.number}-{version.digest[:16]}"
+        return f"{self._store.model_name}-{version.number}-{version.digest[:16]}"
 
     @contextlib.contextmanager
     def _fetched(self, version: ModelVersion, file: str | None) -> Iterator[Path]:
         """A temporary folder in the cache with the version's artifacts, or with one file of them."""
-        parent = self._cached(version).parent
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".fetch-", dir=parent))
+        self._cache.folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".fetch-", dir=self._cache.folder))
         try:
             uri = version.location if file is None else f"{version.location.rstrip('/')}/{file}"
             got = self._store.download(uri, folder, quiet=file is not None)

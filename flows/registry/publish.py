@@ -25,8 +25,9 @@ from flows.lineage.record import RECORD_FILE, Record, write_record
 from flows.lineage.signing import sign
 from flows.registry.errors import HeadMovedError, LineageConflictError, RegistryError
 from flows.registry.runs import log_results, run_name, run_start, run_tags
-from flows.registry.store import Store, end_run, flush_all, local_path, never_fails, pages
+from flows.registry.store import Store, end_run, flush_all, never_fails, pages
 from flows.registry.versions import LINKED, WHY, ModelVersion, Snapshot, created, look, published, tags_of
+from flows.uris import local_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows.cache import Cache
 from flows.lineage.record import Record
 from flows.registry.artifacts import Artifacts
 from flows.registry.errors import RegistryError
 from flows.registry.runs import shown_run
-from flows.registry.store import Store
+from flows.registry.store import Places, Store
 from flows.registry.versions import LOG_HEAD, ModelVersion, Snapshot, linked, look, look_at_aliases
 
 __all__ = ["RegistryReader"]
@@ -27,19 +28,18 @@ class RegistryReader:
     Reading never creates a store: where the SQLite file of `tracking_uri` is not there, there are no versions.
     """
 
-    def __init__(self, tracking_uri: str, artifact_root: Path | str, model_name: str, cache: Path) -> None:
+    def __init__(self, places: Places, model_name: str, cache: Cache) -> None:
         """Nothing is opened yet.
 
         Args:
-            tracking_uri: MLflow's store, `sqlite:////absolute/path.db` or a server.
-            artifact_root: folder or URI under which the artifacts of new versions go.
+            places: MLflow's store, and where its artifacts go.
             model_name: registered model; the experiment has the same name.
-            cache: folder for what is fetched from a remote artifact store.
+            cache: for what is fetched from a remote artifact store.
 
         Raises:
             RegistryError: `model_name` cannot name a model.
         """
-        self._store = Store(tracking_uri, artifact_root, model_name)
+        self._store = Store(places, model_name)
         self._cache = cache
         self._artifacts = Artifacts(self._store, cache)
         self._seen: Snapshot | None = None
@@ -47,7 +47,7 @@ class RegistryReader:
     @property
     def tracking_uri(self) -> str:
         """MLflow's store."""
-        return self._store.tracking_uri
+        return self._store.places.tracking_uri
 
     @property
     def model_name(self) -> str:

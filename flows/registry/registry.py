@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from flows.cache import Cache
 from flows.lineage.entries import GatesEntry
 from flows.lineage.files import CONTRIBUTION_FOLDER, SUM_FOLDER
 from flows.lineage.record import Record
@@ -20,6 +21,7 @@ from flows.registry.errors import AliasMovedError, LineageConflictError, Registr
 from flows.registry.publish import adopt, check_base, check_head, publish, sealed_files, sweep
 from flows.registry.reader import RegistryReader
 from flows.registry.runs import log_gates, shown_run
+from flows.registry.store import Places
 from flows.registry.versions import DROPPED, GATES, LOG_ENTRY, LOG_HEAD, ModelVersion
 
 if TYPE_CHECKING:
@@ -29,29 +31,24 @@ if TYPE_CHECKING:
 __all__ = ["Registry", "open_registry"]
 
 
-def open_registry(workspace: Workspace, settings: Settings) -> Registry:
+def open_registry(workspace: Workspace, settings: Settings, cache: Cache) -> Registry:
     """The registry that the settings name; nothing is opened before the first call."""
-    return Registry(
-        workspace.registry_uri(settings),
-        workspace.artifacts,
-        settings.model.name,
-        workspace.cache / "registry",
-        workspace.path(settings.signing.key),
+    places = Places(
+        workspace.registry_uri(settings), workspace.artifact_root(settings), workspace.artifact_location(settings)
     )
+    return Registry(places, settings.model.name, cache, workspace.path(settings.signing.key))
 
 
 class Registry(RegistryReader):
     """The versions of one registered model; new ones, aliases and what MLflow shows are written here."""
 
-    def __init__(
-        self, tracking_uri: str, artifact_root: Path | str, model_name: str, cache: Path, key: Path | None = None
-    ) -> None:
+    def __init__(self, places: Places, model_name: str, cache: Cache, key: Path | None = None) -> None:
         """As the reader's.
 
         Args:
             key: the private key that new versions are signed with; None: they are not.
         """
-        super().__init__(tracking_uri, artifact_root, model_name, cache)
+        super().__init__(places, model_name, cache)
         self._key = key
 
     def lineages(self) -> list[Registry]:
@@ -64,8 +61,8 @@ class Registry(RegistryReader):
         """
         if not self._store.is_there:
             return []
-        root, uri = self._store.artifact_root, self.tracking_uri
-        others = [Registry(uri, root, name, self._cache, self._key) for name in self._store.model_names()]
+        names = self._store.model_names()
+        others = [Registry(self._store.places, name, self._cache, self._key) for name in names]
         return [other for other in others if other.head() is not None]
 
     # -- what a version keeps
@@ -175,6 +172,15 @@ class Registry(RegistryReader):
             why=why,
         )
         return version
+
+    def keep(self, version: ModelVersion, folder: Path) -> None:
+        """Move the folder that a version was made of into the cache, where its artifacts are not on this machine: what
+        comes next need not fetch them. Elsewhere it stays where it is.
+
+        Args:
+            folder: as it was given to `register`, on the file system of the cache.
+        """
+        self._artifacts.keep(version, folder)
 
     def _check_parent(self, record: Record, parent: ModelVersion | None) -> None:
         digest = {"version": parent.number, "digest": parent.digest} if parent else None

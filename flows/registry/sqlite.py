@@ -30,13 +30,13 @@ def sqlite_file(tracking_uri: str) -> Path | None:
     return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" else None
 
 
-def is_own(tracking_uri: str, artifact_root: Path | str) -> bool:
+def is_own(tracking_uri: str, artifact_root: Path) -> bool:
     """Whether a database lies beside its artifacts: then it is their workspace's own, and wanders with them."""
     database = sqlite_file(tracking_uri)
-    return database is not None and database.resolve().parent == Path(artifact_root).resolve().parent
+    return database is not None and database.resolve().parent == artifact_root.resolve().parent
 
 
-def open_database(tracking_uri: str, artifact_root: Path | str) -> None:
+def open_database(tracking_uri: str, artifact_root: Path) -> None:
     """Check that the database of a store can be opened, where it is SQLite and there already. In a workspace's own,
     locations that were written at another place are made those of this one, in one transaction.
 
@@ -44,7 +44,7 @@ def open_database(tracking_uri: str, artifact_root: Path | str) -> None:
         RegistryError: it is no database, it is damaged, others do not let it go for half a minute, or it cannot be
             written where that is needed.
     """
-    database, root = sqlite_file(tracking_uri), Path(artifact_root)
+    database, root = sqlite_file(tracking_uri), artifact_root
     if database is None or not database.exists():
         return
     try:

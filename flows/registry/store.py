@@ -7,19 +7,20 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from copal.files import flush
 from flows.registry.errors import RegistryError
 from flows.registry.sqlite import is_own, locked_advice, open_database, sqlite_file
-from flows.uris import cause, without_secrets
+from flows.uris import cause, local_path, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Store", "end_run", "flush_all", "local_path", "never_fails", "pages"]
+__all__ = ["Places", "Store", "end_run", "flush_all", "never_fails", "pages"]
 
 _log = logging.getLogger(__name__)
 
@@ -27,22 +28,41 @@ _ANSWER = 5.0  # seconds that a server has to answer
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where MLflow keeps things.
+
+    Attributes:
+        tracking_uri: `sqlite:////absolute/path.db`, or a server.
+        artifact_root: the folder of this machine in which copal may write and delete artifacts.
+        location: URI under which the artifacts of a new lineage go; None: where the server says.
+    """
+
+    tracking_uri: str
+    artifact_root: Path
+    location: str | None
+
+    @property
+    def are_own(self) -> bool:
+        """Whether the database lies beside its artifacts: then it is their workspace's own, and wanders with them."""
+        return is_own(self.tracking_uri, self.artifact_root)
+
+
 class Store:
     """Access to MLflow for one registered model; nothing is opened before the first call, and reading makes no store.
 
     Attributes:
-        tracking_uri: of MLflow: `sqlite:////absolute/path.db`, or a server.
-        artifact_root: folder or URI under which the artifacts of new versions go.
+        places: where it is.
         model_name: the registered model; the experiment has the same name.
     """
 
-    def __init__(self, tracking_uri: str, artifact_root: Path | str, model_name: str) -> None:
+    def __init__(self, places: Places, model_name: str) -> None:
         if not _MODEL_NAME.fullmatch(model_name):
             raise RegistryError(
                 f"model.name must be 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit, "
                 f"not {model_name!r}"
             )
-        self.tracking_uri, self.artifact_root, self.model_name = tracking_uri, artifact_root, model_name
+        self.places, self.model_name = places, model_name
         self._client: MlflowClient | None = None
 
     @contextlib.contextmanager
@@ -52,9 +72,10 @@ class Store:
         Raises:
             RegistryError: in place of every error of MLflow or its database that leaves the `with`.
         """
-        open_database(self.tracking_uri, self.artifact_root)  # MLflow tries a broken one for 100 s, with tracebacks
+        uri = self.places.tracking_uri
+        open_database(uri, self.places.artifact_root)  # MLflow tries a broken one for 100 s, with tracebacks
         if self._client is None:
-            _check_server(self.tracking_uri)  # and one that does not answer for minutes, without a word
+            _check_server(uri)  # and one that does not answer for minutes, without a word
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
@@ -62,18 +83,18 @@ class Store:
         with _quiet():
             try:
                 if self._client is None:
-                    self._client = MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
+                    self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
                 yield self._client
             except (MlflowException, SQLAlchemyError, OSError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 advice = locked_advice(str(error))
-                message = f"MLflow store {self.tracking_uri}: {reason}{f'; {advice}' if advice else ''}"
+                message = f"MLflow store {uri}: {reason}{f'; {advice}' if advice else ''}"
                 raise RegistryError(without_secrets(message)) from cause(error)
 
     @property
     def is_there(self) -> bool:
         """Whether there is a store to read: to look into one that is not there would make it."""
-        path = sqlite_file(self.tracking_uri)
+        path = sqlite_file(self.places.tracking_uri)
         return path is None or path.exists()
 
     def model(self, client: MlflowClient) -> Any:
@@ -94,28 +115,44 @@ class Store:
         found = client.get_experiment_by_name(self.model_name)
         if found is None:
             try:
-                return str(client.create_experiment(self.model_name, artifact_location=self._artifact_location()))
-            except MlflowException:
-                found = client.get_experiment_by_name(self.model_name)  # another process was faster
-                if found is None:
+                client.create_experiment(self.model_name, artifact_location=self._artifact_location())
+            except MlflowException:  # another process was faster
+                if client.get_experiment_by_name(self.model_name) is None:
                     raise
+            found = client.get_experiment_by_name(self.model_name)
+            assert found is not None
         if found.lifecycle_stage != "active":
             raise RegistryError(
-                f"MLflow's experiment {self.model_name} was deleted: bring it back with `MLFLOW_TRACKING_URI="
-                f"{without_secrets(self.tracking_uri)} mlflow experiments restore -x {found.experiment_id}`, then go on"
+                f"MLflow's experiment {self.model_name} was deleted: bring it back with `"
+                f"MLFLOW_TRACKING_URI={without_secrets(self.places.tracking_uri)} mlflow experiments restore -x "
+                f"{found.experiment_id}`, then go on"
             )
+        self._check_shared(found.artifact_location)
         return str(found.experiment_id)
 
-    def _artifact_location(self) -> str:
-        if ":/" in str(self.artifact_root):  # a URI
-            return f"{str(self.artifact_root).rstrip('/')}/{self.model_name}"
-        return (Path(self.artifact_root).resolve() / self.model_name).as_uri()
+    def _artifact_location(self) -> str | None:
+        location = self.places.location
+        return None if location is None else f"{location.rstrip('/')}/{self.model_name}"
+
+    def _check_shared(self, location: str) -> None:
+        """Check that what is stored at the location of an experiment can be read wherever its server is.
+
+        Raises:
+            RegistryError: the server names a folder of its own, and no setting says that it is one of this machine.
+        """
+        local, uri = local_path(location), self.places.tracking_uri
+        if local is not None and urlsplit(uri).scheme in ("http", "https") and not self.is_inside(local):
+            raise RegistryError(
+                f"the MLflow server at {without_secrets(uri)} keeps artifacts in the folder {local}, of which nobody "
+                "says that it is the same one here: start it with --serve-artifacts and --artifacts-destination, or, "
+                "where all hosts share that folder under this path, set registry.artifacts to it"
+            )
 
     def artifacts(self, location: str) -> Any:
         """MLflow's access to the artifacts at a URI."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        return get_artifact_repository(location, tracking_uri=self.tracking_uri)
+        return get_artifact_repository(location, tracking_uri=self.places.tracking_uri)
 
     def upload(self, location: str, folder: Path) -> None:
         """Store the files in `folder` at a URI. Not by the id of a run or model: for that, MLflow would remember where
@@ -133,12 +170,12 @@ class Store:
         Raises:
             RegistryError: the store is the workspace's own, and the URI leads out of it.
         """
-        if is_own(self.tracking_uri, self.artifact_root):
+        if self.places.are_own:
             self.check_inside(location)
 
     def is_inside(self, path: Path) -> bool:
         """Whether a path on this machine leads, links followed, to the artifacts of this workspace."""
-        return path.resolve().is_relative_to(self.artifact_root)
+        return path.resolve().is_relative_to(self.places.artifact_root)
 
     def check_inside(self, location: str) -> None:
         """Check that files at a URI may be deleted.
@@ -149,7 +186,7 @@ class Store:
         local = local_path(location)
         if local is not None and not self.is_inside(local):
             raise RegistryError(
-                f"{local} is not among the artifacts of this workspace ({self.artifact_root}), and copal "
+                f"{local} is not among the artifacts of this workspace ({self.places.artifact_root}), and copal "
                 "writes and deletes nothing outside of them: do it in the workspace that they belong to, or by hand"
             )
 
@@ -163,7 +200,7 @@ class Store:
         with self.client(), hidden:
             from mlflow.artifacts import download_artifacts
 
-            return Path(download_artifacts(uri, dst_path=str(folder), tracking_uri=self.tracking_uri))
+            return Path(download_artifacts(uri, dst_path=str(folder), tracking_uri=self.places.tracking_uri))
 
     def model_names(self) -> list[str]:
         """The registered models of the store that could be lineages, by name."""
@@ -202,14 +239,6 @@ def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
         token = page.token
         if not token:
             return
-
-
-def local_path(uri: str) -> Path | None:
-    """The folder that `uri` names on this machine; None if it is remote."""
-    parts = urlsplit(uri)
-    if parts.scheme == "file":  # whatever host it names, MLflow reads it here
-        return Path(unquote(parts.path))
-    return None if parts.scheme else Path(uri)
 
 
 def end_run(client: MlflowClient, run_id: str, status: str) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,17 +68,21 @@ class Starting:
     Its contract: after `end` none of them is left, nor the state file, nor the credentials.
 
     Args:
+        artifacts: where those of new lineages go; None where it is for the registry's server to say.
         own_registry: the MLflow server `registry` is one of the children.
     """
 
-    def __init__(self, workspace: Workspace, api: str, registry: str, ledger: str, *, own_registry: bool) -> None:
+    def __init__(
+        self, workspace: Workspace, api: str, registry: str, artifacts: str | None, ledger: str, *, own_registry: bool
+    ) -> None:
         self.workspace, self.api, self.registry = workspace, api, registry
         self.logs = make_private(workspace, workspace.private / "logs")
         self.home = make_private(workspace, workspace.private / "prefect")
         self.children: list[Child] = []
         self.access = new_access()
         write_access(workspace, self.access, api, registry if own_registry else None)
-        self.environment = _environment(self.home, api, registry, ledger)
+        stores = {"COPAL_REGISTRY_URI": registry, "COPAL_REGISTRY_ARTIFACTS": artifacts, "COPAL_LEDGER_URI": ledger}
+        self.environment = _environment(self.home, api, stores)
         if own_registry:
             for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH"):  # the user's, for another server
                 self.environment.pop(name, None)
@@ -120,13 +124,13 @@ class Starting:
         """Start the Prefect server on these sockets."""
         self._serve("prefect", sockets, PREFECT_SERVER_CORS_ALLOWED_ORIGINS=self.api.removesuffix("/api"))
 
-    def start_mlflow(self, store: str, sockets: Sequence[socket.socket]) -> None:
-        """Start the MLflow server on these sockets."""
+    def start_mlflow(self, store: str, artifacts: str, sockets: Sequence[socket.socket]) -> None:
+        """Start the MLflow server on these sockets, with its database and the place of artifacts."""
         self._serve(
             "mlflow",
             sockets,
             MLFLOW_BACKEND_STORE_URI=store,  # not among the arguments: everybody sees those, and it may hold a password
-            MLFLOW_DEFAULT_ARTIFACT_ROOT=self.workspace.artifacts.as_uri(),
+            MLFLOW_DEFAULT_ARTIFACT_ROOT=artifacts,
             MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",  # eight more processes for what copal does not use
         )
 
@@ -199,11 +203,11 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(name, handler)
 
 
-def _environment(home: Path, api: str, registry: str, ledger: str) -> dict[str, str]:
+def _environment(home: Path, api: str, stores: Mapping[str, str | None]) -> dict[str, str]:
     """Of the children: the user's, but for what would bring Prefect to another server or profile."""
     found = {name: value for name, value in isolated_environment().items() if not name.startswith("PREFECT_")}
     found.pop("MLFLOW_TRACKING_URI", None)
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the user's is not for what runs on this machine
         found[name] = ",".join(filter(None, (found.get(name), HOST, "localhost")))
-    found |= {"COPAL_REGISTRY_URI": registry, "COPAL_LEDGER_URI": ledger}
+    found |= {name: uri for name, uri in stores.items() if uri is not None}
     return found | _PREFECT | {"PREFECT_HOME": str(home), "PREFECT_API_URL": api}

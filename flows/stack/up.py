@@ -66,7 +66,8 @@ def up(
         template = prefect_file()
         registry = f"http://{HOST}:{mlflow_port}" if own_registry else str(settings.registry.uri)
         api, ledger = f"http://{HOST}:{port}/api", workspace.ledger_uri(settings)
-        stack = Starting(workspace, api, registry, ledger, own_registry=own_registry)
+        artifacts = workspace.artifact_location(settings)
+        stack = Starting(workspace, api, registry, artifacts, ledger, own_registry=own_registry)
         try:
             stack.save()
             _start_servers(stack, sockets, mlflow_sockets, settings, stop, tell)
@@ -101,8 +102,10 @@ def _start_servers(
     stack.start_prefect(sockets)
     if mlflow_sockets:
         store = stack.workspace.registry_uri(settings)
-        open_database(store, stack.workspace.artifacts)  # a workspace that was copied is settled before others see it
-        stack.start_mlflow(store, mlflow_sockets)
+        open_database(
+            store, stack.workspace.artifact_root(settings)
+        )  # a workspace that was copied is settled before others see it
+        stack.start_mlflow(store, str(stack.workspace.artifact_location(settings)), mlflow_sockets)
     port = urlsplit(stack.api).port
     stack.wait(lambda: answers(f"{stack.api}/health"), stop, f"the Prefect server to answer on port {port}")
     tell(f"Prefect server: port {port}")

@@ -57,6 +57,7 @@ def register_step(
         seal=seal,
         why=step.why,
     )
+    registry.keep(registered, step.out)
     progress("register", 1, 1)
     return registered
 

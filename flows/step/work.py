@@ -19,7 +19,7 @@ from flows.data.dataset import UnusableDataError
 from flows.data.recorded import dataset_of
 from flows.lineage.record import Domain, LeftOut
 from flows.machine import device_and_dtype, forward_dtype
-from flows.project import Project
+from flows.project import Project, data_of
 from flows.settings import Settings
 from flows.step.dense import known_figures
 from flows.step.resolve import Step
@@ -47,13 +47,11 @@ def fetch_data(project: Project, step: Step) -> dict[str, str]:
         DatasetError: what was fetched is not what the pointer says.
         DataError: a file has a name that is none; `UnusableDataError` where it is of the domain that the step adds.
     """
-    from flows.data.fetch import fetch_version
-
     wanted = [*([] if step.withdraws else [step.version]), *map(dataset_of, step.earlier)]
     folders = {}
     for version in wanted:
         with _of(step, version.domain):
-            folders[version.domain] = str(fetch_version(project.workspace, project.settings.watch, version))
+            folders[version.domain] = str(data_of(project, version))
     return folders
 
 

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from copal.errors import CopalError
 from copal.progress import Progress, silent
-from flows.data.fetch import fetch_version
 from flows.data.recorded import dataset_of
 from flows.lineage.files import verify_files
 from flows.lineage.record import Record
 from flows.machine import surroundings
 from flows.params import recorded_settings
-from flows.project import Project
+from flows.project import Project, data_of
 from flows.settings import Settings
 from flows.step.resolve import Step, step_on
 from flows.step.work import prune_domain
@@ -87,14 +86,13 @@ def replay(
     if problems:
         raise ReplayError(f"version {version.number}: {problems[0]}; bring the stored model back from a copy first")
     settings = recorded_settings(record.settings, f"the record of version {version.number}")
-    watch = project.settings.watch
     make_private(workspace, workspace.runs)
     with exclusive(workspace), TemporaryDirectory(prefix="replay-", dir=workspace.runs) as scratch:
         plan = _last_step if last_step else _from_data
         made: Path | None = None
         for of_step, step in plan(registry, version, settings, Path(scratch)):
             step.run.mkdir(exist_ok=True)
-            data = {} if step.withdraws else {step.version.domain: str(fetch_version(workspace, watch, step.version))}
+            data = {} if step.withdraws else {step.version.domain: str(data_of(project, step.version))}
             report = prune_domain(of_step, step, data, progress)
             if made is not None:
                 shutil.rmtree(made)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flows.cache import Cache
 from flows.lineage.files import file_digests
 from flows.lineage.keys import step_key
 from flows.lineage.record import Base, Code, Domain, Parent, Record, Seconds, Sparsity
 from flows.registry.registry import Registry
+from flows.registry.store import Places
 from flows.registry.versions import ModelVersion
 from support.histories import a_domain
 
@@ -16,7 +18,11 @@ BASE = "b" * 64
 
 
 def a_registry(workspace: Path, name: str = "tiny") -> Registry:
-    return Registry(f"sqlite:///{workspace}/mlflow.db", workspace / "artifacts", name, workspace / "cache")
+    return Registry(places_in(workspace), name, Cache(workspace / "cache"))
+
+
+def places_in(folder: Path) -> Places:
+    return Places(f"sqlite:///{folder}/mlflow.db", folder / "artifacts", (folder / "artifacts").as_uri())
 
 
 def staged(folder: Path, text: str) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cache import Cache
 from flows.data.commits import in_history
 from flows.data.dataset import DatasetError, DatasetVersion
 from flows.data.dvc import add_and_commit, init_repository
@@ -69,7 +70,7 @@ def url(repository: Path) -> WatchSettings:
 
 
 def text(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> str:
-    return (fetch_version(workspace, watch, version) / "text.txt").read_text()
+    return (fetch_version(Cache(workspace.cache), workspace, watch, version) / "text.txt").read_text()
 
 
 def snapshot(root: Path) -> dict[str, bytes]:

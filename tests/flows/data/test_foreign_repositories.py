@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cache import Cache
 from flows.data.dataset import DatasetError, DatasetVersion
 from flows.data.dvc import add_and_commit, init_repository
 from flows.data.fetch import fetch_version
@@ -90,7 +91,7 @@ def url(repository: Path) -> WatchSettings:
 
 
 def text(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> str:
-    return (fetch_version(workspace, watch, version) / "text.txt").read_text()
+    return (fetch_version(Cache(workspace.cache), workspace, watch, version) / "text.txt").read_text()
 
 
 def files(folder: Path) -> list[str]:

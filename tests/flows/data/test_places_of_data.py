@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cache import Cache
 from flows.data.commits import watched_revision
 from flows.data.dvc import add_and_commit, init_repository
 from flows.data.fetch import fetch_version
@@ -56,7 +57,9 @@ def domains(workspace: Workspace, watch: WatchSettings) -> list[str]:
     root = data_root(workspace, watch)
     found = dataset_versions(root, watched_revision(root, watch.branch))
     for version in found:
-        assert (fetch_version(workspace, watch, version) / "text.txt").read_text() == version.domain
+        assert (
+            fetch_version(Cache(workspace.cache), workspace, watch, version) / "text.txt"
+        ).read_text() == version.domain
     return [version.domain for version in found]
 
 

@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from copal.errors import CopalError
+from flows.cache import Cache
 from flows.cli import main
 from flows.gates import champion as module
 from flows.gates.champion import PromotionError, judged, make_champion, restore_champion, settle
@@ -37,7 +38,9 @@ def project(tmp_path: Path, mlflow_template: Path) -> Project:
     """The dense base, versions 2 to 4 whose gates passed, and 5 whose gates failed; 6 has not gone through them."""
     shutil.copy(mlflow_template, tmp_path / "mlflow.db")
     registry = a_registry(tmp_path)
-    made = Project(Workspace(tmp_path), SETTINGS, registry, Ledger(f"sqlite:///{tmp_path}/ledger.db", "tiny"))
+    made = Project(
+        Workspace(tmp_path), SETTINGS, registry, Ledger(f"sqlite:///{tmp_path}/ledger.db", "tiny"), Cache(tmp_path)
+    )
     for number in range(1, 7):
         folder, parent = staged(tmp_path / str(number), str(number)), registry.head()
         record = a_record(folder, parent, [f"{letter}omain" for letter in "abcdef"[: number - 1]])
@@ -55,8 +58,7 @@ def results_of(version: ModelVersion, passed: bool) -> GatesDetails:
 
 def opened_anew(project: Project) -> Project:
     """As another process sees it."""
-    registry = project.registry
-    store = Registry(registry.tracking_uri, project.workspace.root, registry.model_name, project.workspace.cache)
+    store = a_registry(project.workspace.root, project.registry.model_name)
     return replace(project, registry=store, ledger=Ledger(project.ledger.uri, project.ledger.lineage))
 
 

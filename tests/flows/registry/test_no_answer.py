@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from flows.cache import Cache
 from flows.registry import store
 from flows.registry.errors import RegistryError
 from flows.registry.registry import Registry
@@ -25,7 +26,7 @@ def test_a_server_that_does_not_answer_is_said(listener, monkeypatch, tmp_path, 
     if listens:
         listener.listen()
     host = f"127.0.0.1:{listener.getsockname()[1]}"
-    registry = Registry(f"http://me:secret@{host}", tmp_path, "tiny", tmp_path)
+    registry = Registry(store.Places(f"http://me:secret@{host}", tmp_path, None), "tiny", Cache(tmp_path))
     began = time.monotonic()
     with pytest.raises(RegistryError, match=r"does not answer within 0\.5 s: start it, or mend") as caught:
         registry.versions()

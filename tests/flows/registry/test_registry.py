@@ -17,11 +17,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from flows.cache import Cache
 from flows.lineage.files import verify_files
 from flows.lineage.keys import step_key
 from flows.lineage.record import Base, LineageError, Parent
 from flows.registry.errors import HeadMovedError, LineageConflictError, RegistryError
 from flows.registry.registry import Registry
+from flows.registry.store import Places
 from flows.registry.versions import ModelVersion
 from support.registries import BASE, a_record, a_registry, staged
 
@@ -412,7 +414,9 @@ def test_a_remote_version_is_fetched_once_and_verified(
     assert registry.folder(root) == folder
     assert len(downloads) == 2
     assert verify_files(registry.record(root), folder) == []
-    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.json"]
+    shown = [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")]
+    assert sorted(shown) == [folder.name, f"{folder.name}.json"]
+    assert not list(folder.parent.glob(".*.partial"))
 
     shutil.rmtree(folder)
     (workspace / "artifacts/tiny" / root.location.partition("/tiny/")[2] / "model/config.json").write_text("damaged")
@@ -438,7 +442,8 @@ def test_a_broken_store_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_a_store_error_does_not_show_passwords() -> None:
-    registry = Registry("nosuch://user:secret@host/db", "/nowhere", "tiny", Path("/nowhere"))
+    nowhere = Path("/nowhere")
+    registry = Registry(Places("nosuch://user:secret@host/db", nowhere, None), "tiny", Cache(nowhere))
     with pytest.raises(RegistryError) as error:
         registry.head()
     assert "secret" not in str(error.value)
@@ -467,12 +472,16 @@ def test_a_pending_check_is_quiet_and_loads_neither_torch_nor_prefect(
     program = f"""
 import sys
 from pathlib import Path
-import flows.registry.registry
+from flows.cache import Cache
+from flows.registry.store import Places
+from flows.registry.registry import Registry
+from flows.registry.store import Places
 assert "mlflow" not in sys.modules
 workspace = Path({str(workspace)!r})
-uri = f"sqlite:///{{workspace}}/mlflow.db"
-print(flows.registry.registry.Registry(uri, workspace, "tiny", workspace).head().number)
-new = flows.registry.registry.Registry(f"sqlite:///{{workspace}}/new.db", workspace, "tiny", workspace)
+def registry(name):
+    return Registry(Places(f"sqlite:///{{workspace}}/{{name}}.db", workspace, None), "tiny", Cache(workspace))
+print(registry("mlflow").head().number)
+new = registry("new")
 with new._store.client():  # migrates
     pass
 print(sorted({{"torch", "transformers", "prefect", "dvc"}} & set(sys.modules)))
