@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from copal.config import fingerprint
 from flows.cache import Cache
+from flows.data.clones import is_url
 from flows.data.dataset import DatasetVersion, UnusableDataError
 from flows.data.fetch import fetch_version
+from flows.data.workspaces import workspace_folder
 from flows.ledger import ALIASES, LINEAGE, Claim, Ledger, LedgerError, Refusal
 from flows.lineage.chain import anchor_at, anchor_problems, not_anchored
 from flows.lineage.entries import Details, Entry, WithdrawalDetails
@@ -50,6 +52,9 @@ Tell = Callable[[str], None]
 class Project:
     """A workspace with its settings, and the lineage that it grows: versions in the registry, claims and log in the
     ledger.
+
+    Attributes:
+        url: where the workspace was cloned from; None where it is a folder of this machine.
     """
 
     workspace: Workspace
@@ -57,6 +62,12 @@ class Project:
     registry: Registry
     ledger: Ledger
     cache: Cache
+    url: str | None = None
+
+    @property
+    def place(self) -> str:
+        """By which the project can be opened again, in another process too: its URL, else its folder."""
+        return self.url or str(self.workspace.root)
 
     @property
     def name(self) -> str:
@@ -65,14 +76,17 @@ class Project:
 
 
 def open_project(folder: Path | str) -> Project:
-    """The project in the workspace `folder`; no store is opened before it is asked for something.
+    """The project in the workspace `folder`, or in a clone of the URL that it is (see `flows.data.workspaces`); no
+    store is opened before it is asked for something.
 
     Raises:
+        DatasetError: the URL cannot be cloned.
         WorkspaceError: `folder` is no workspace.
         SettingsError: its params.yaml is bad.
     """
-    workspace = open_workspace(Path(folder))
-    return project_of(workspace, load_settings(workspace.params))
+    workspace = open_workspace(workspace_folder(str(folder)))
+    found = project_of(workspace, load_settings(workspace.params))
+    return replace(found, url=str(folder)) if is_url(str(folder)) else found
 
 
 def project_of(workspace: Workspace, settings: Settings) -> Project:

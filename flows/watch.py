@@ -61,7 +61,15 @@ def run_adapt(workspace: str, domain: str, rev: str | None) -> int | None:
         return adapt(workspace, domain, rev)
     project = open_project(workspace)
     found = find_step(project, domain, rev)
-    return None if found is None else adapt_on_worker(deployment, workspace, domain, rev, f"{project.name} {found[2]}")
+    if found is None:
+        return None
+    _, _, key = found
+
+    def registered() -> int | None:
+        project.registry.refresh()
+        return next((version.number for version in project.registry.versions() if version.key == key), None)
+
+    return adapt_on_worker(deployment, workspace, domain, rev, f"{project.name} {key}", registered)
 
 
 def _now() -> datetime:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -15,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CommandError", "Folder", "Json", "Version", "open_project"]
 
-Folder = Annotated[Path, Parameter(name="--workspace", env_var="COPAL_WORKSPACE", help="The workspace.")]
+Folder = Annotated[
+    str, Parameter(name="--workspace", env_var="COPAL_WORKSPACE", help="The workspace: a folder, or URL#REVISION.")
+]
 Version = Annotated[str, Parameter(help="A number, or an alias such as latest.")]
 Json = Annotated[bool, Parameter(name="--json", help="For programs.")]
 
@@ -24,7 +25,7 @@ class CommandError(CopalError):
     """The command line asks for what cannot be done as things are."""
 
 
-def open_project(folder: Path) -> Project:
+def open_project(folder: str) -> Project:
     """The project in the workspace `folder`: what a command is done to. No store is opened yet.
 
     Raises:

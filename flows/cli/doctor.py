@@ -55,7 +55,7 @@ def doctor(path: Path) -> list[Check]:
         ("transformers", lambda: _package("transformers")),
         ("git", lambda: _git(path)),
         ("dvc", lambda: _dvc(workspace, settings)),
-        ("domains", lambda: _domains(workspace)),
+        ("domains", lambda: _domains(workspace, settings)),
         ("mlflow", lambda: _mlflow(workspace, settings)),
         ("ledger", lambda: _ledger(workspace, settings)),
         ("prefect", _prefect),
@@ -194,14 +194,14 @@ def _dvc(workspace: Workspace | None, settings: Settings) -> Check:
     )
 
 
-def _domains(workspace: Workspace | None) -> Check:
+def _domains(workspace: Workspace | None, settings: Settings) -> Check:
     """Whether there is data that no step can use."""
     if workspace is None:
         return Check(name="domains", ok=True, found="none here: they are folders of a workspace, under data/")
     from flows.pending.plan import plan
-    from flows.project import open_project
+    from flows.project import project_of
 
-    found = plan(open_project(workspace.root))
+    found = plan(project_of(workspace, settings))
     lines = [*found.problems, *(f"{version.path}: {refusal.reason}" for version, refusal in found.refused)]
     if not lines:
         return Check(name="domains", ok=True, found="none is refused")

@@ -30,7 +30,7 @@ def lineage(
     openlineage: Annotated[
         Path | None, Parameter(group=_FORM, help="Write OpenLineage run events, a line each.")
     ] = None,
-    workspace: Folder = Path(),
+    workspace: Folder = ".",
 ) -> int:
     """Show which data, settings and code made each version."""
     from copal.files import write_atomic
@@ -67,7 +67,7 @@ def verify(
     *,
     no_data: Annotated[bool, Parameter(help="Leave the data out: it is fetched and hashed.")] = False,
     as_json: Json = False,
-    workspace: Folder = Path(),
+    workspace: Folder = ".",
 ) -> int:
     """Check files, records, log, data and signature of a version: what differs."""
     from flows.verification.verify import verify as check
@@ -92,7 +92,7 @@ def replay(
     last_step: bool = False,
     keep: Path | None = None,
     as_json: Json = False,
-    workspace: Folder = Path(),
+    workspace: Folder = ".",
 ) -> int:
     """Make a version again from its record, and compare masks and weights.
 
@@ -120,7 +120,7 @@ def replay(
 # --- copal audit: an auditor's questions
 
 
-def used(dataset: str, /, *, as_json: Json = False, workspace: Folder = Path()) -> int:
+def used(dataset: str, /, *, as_json: Json = False, workspace: Folder = ".") -> int:
     """Which versions hold a dataset.
 
     Args:
@@ -133,9 +133,7 @@ def used(dataset: str, /, *, as_json: Json = False, workspace: Folder = Path()) 
     return 0
 
 
-def data(
-    *, alias: Version = "champion", on: str | None = None, as_json: Json = False, workspace: Folder = Path()
-) -> int:
+def data(*, alias: Version = "champion", on: str | None = None, as_json: Json = False, workspace: Folder = ".") -> int:
     """Which data is in a version.
 
     Args:
@@ -148,7 +146,7 @@ def data(
     return 0
 
 
-def diff(a: Version, b: Version, /, *, as_json: Json = False, workspace: Folder = Path()) -> int:
+def diff(a: Version, b: Version, /, *, as_json: Json = False, workspace: Folder = ".") -> int:
     """What changed from one version to another."""
     from flows.lineage.answers import diff as ask
     from flows.terminal.answers import render_answer
@@ -157,7 +155,7 @@ def diff(a: Version, b: Version, /, *, as_json: Json = False, workspace: Folder 
     return 0
 
 
-def worse(domain: str | None = None, /, *, as_json: Json = False, workspace: Folder = Path()) -> int:
+def worse(domain: str | None = None, /, *, as_json: Json = False, workspace: Folder = ".") -> int:
     """Which domains got worse since they were the newest, when, and by which step.
 
     Args:
@@ -170,7 +168,7 @@ def worse(domain: str | None = None, /, *, as_json: Json = False, workspace: Fol
     return 0
 
 
-def whose(folder: Path, /, *, as_json: Json = False, workspace: Folder = Path()) -> int:
+def whose(folder: Path, /, *, as_json: Json = False, workspace: Folder = ".") -> int:
     """Which version a folder's files belong to.
 
     Args:
@@ -191,7 +189,7 @@ def whose(folder: Path, /, *, as_json: Json = False, workspace: Folder = Path())
     return 0
 
 
-def _history(workspace: Path) -> History:
+def _history(workspace: str) -> History:
     from flows.project import read_history
 
     return read_history(open_project(workspace))

@@ -21,7 +21,7 @@ _Why = Annotated[str | None, Parameter(help="For the log.")]
 _Force = Annotated[bool, Parameter(help="Against the gates, or after a move by hand; wants --why.")]
 
 
-def gates(version: Version, /, *, again: bool = False, as_json: Json = False, workspace: Folder = Path()) -> int:
+def gates(version: Version, /, *, again: bool = False, as_json: Json = False, workspace: Folder = ".") -> int:
     """Show what each gate said of a version.
 
     Args:
@@ -50,7 +50,7 @@ def gates(version: Version, /, *, again: bool = False, as_json: Json = False, wo
     return 0 if entry.details.passed else 1
 
 
-def promote(version: Version, /, *, why: _Why = None, force: _Force = False, workspace: Folder = Path()) -> int:
+def promote(version: Version, /, *, why: _Why = None, force: _Force = False, workspace: Folder = ".") -> int:
     """Make a version the champion: it passed its gates, and you want it to serve."""
     from flows.gates.champion import make_champion
 
@@ -64,7 +64,7 @@ def promote(version: Version, /, *, why: _Why = None, force: _Force = False, wor
     return 0
 
 
-def rollback(*, why: _Why = None, force: _Force = False, workspace: Folder = Path()) -> int:
+def rollback(*, why: _Why = None, force: _Force = False, workspace: Folder = ".") -> int:
     """Make the champion before this one the champion again."""
     from flows.gates.champion import restore_champion
 
@@ -73,7 +73,7 @@ def rollback(*, why: _Why = None, force: _Force = False, workspace: Folder = Pat
     return 0
 
 
-def export(version: Version, folder: Path, /, *, workspace: Folder = Path()) -> int:
+def export(version: Version, folder: Path, /, *, workspace: Folder = ".") -> int:
     """Copy a version's model to a new folder, plain Hugging Face format.
 
     Args:

@@ -91,13 +91,14 @@ def sizes(
     return 0
 
 
-def doctor(*, workspace: Folder = Path()) -> int:
+def doctor(*, workspace: Folder = ".") -> int:
     """Check Python, libraries, git, stores and disk, and say how to mend what is wrong."""
     from flows.cli.doctor import doctor as look
     from flows.cli.doctor import render
+    from flows.data.workspaces import workspace_folder
 
     with working("looking around"):
-        checks = look(workspace)
+        checks = look(workspace_folder(workspace))
     say(render(checks))
     return 2 if any(check.ok is False for check in checks) else 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -22,7 +21,7 @@ def up(
     mlflow_port: _Port = 5000,
     devices: str | None = None,
     detach: bool = False,
-    workspace: Folder = Path(),
+    workspace: Folder = ".",
 ) -> int:
     """Run servers, watcher and workers for a team, on this machine, until interrupted.
 
@@ -45,17 +44,18 @@ def up(
     return 0
 
 
-def down(*, workspace: Folder = Path()) -> int:
+def down(*, workspace: Folder = ".") -> int:
     """End what `copal up` runs in the workspace."""
+    from flows.data.workspaces import workspace_folder
     from flows.stack.up import down as end
     from flows.workspace import open_workspace
 
-    opened = open_workspace(workspace)  # whatever has become of its settings
+    opened = open_workspace(workspace_folder(workspace))  # whatever has become of its settings
     say(f"{'ended what ran' if end(opened) else 'nothing runs'} in {opened.root}")
     return 0
 
 
-def notify(*domains: str, since: str | None = None, workspace: Folder = Path()) -> int:
+def notify(*domains: str, since: str | None = None, workspace: Folder = ".") -> int:
     """Tell the Prefect server of new dataset versions, so that the watcher looks.
 
     Args:
@@ -77,7 +77,7 @@ def notify(*domains: str, since: str | None = None, workspace: Folder = Path()) 
     return 0
 
 
-def hook(action: Literal["install", "uninstall"], /, *, workspace: Folder = Path()) -> int:
+def hook(action: Literal["install", "uninstall"], /, *, workspace: Folder = ".") -> int:
     """Notify from git: add to the hooks post-commit and post-merge, or remove that.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copal.errors import CopalError
@@ -52,7 +51,7 @@ def changes_only() -> Callable[[str], None]:
     return tell
 
 
-def check(root: Path, tell: Callable[[str], None]) -> None:
+def check(place: str, tell: Callable[[str], None]) -> None:
     """One check of a watcher: run what is pending, in order. Neither Prefect nor torch is loaded where nothing is.
 
     Raises:
@@ -60,7 +59,7 @@ def check(root: Path, tell: Callable[[str], None]) -> None:
     """
     from flows.pending.plan import plan, refusal_text
 
-    project = open_project(root)  # anew for each check: params.yaml may have changed
+    project = open_project(place)  # anew for each check: params.yaml may have changed
     found = plan(project)
     if not found.pending and (found.head is None or found.head.concluded):
         lines = _waits({version.domain: wait for version, wait in found.waiting}) or _nothing_new(project, found)
@@ -70,7 +69,7 @@ def check(root: Path, tell: Callable[[str], None]) -> None:
             raise CommandError("; ".join(problems))
         return
     if found.head is None:
-        raise CommandError(f"{project.name} has no base model yet: run `copal init {root} --base SOURCE` first")
+        raise CommandError(f"{project.name} has no base model yet: run `copal init {place} --base SOURCE` first")
     for note in found.notes:
         tell(f"note: {note}")
     if not is_quiet():
@@ -86,7 +85,7 @@ def _run(project: Project, newest: int, tell: Callable[[str], None]) -> None:
     from flows.watch import watch
 
     try:
-        watch(str(project.workspace.root))
+        watch(project.place)
     finally:  # one dataset may have been refused and others not
         project.registry.refresh()
         made = [version for version in project.registry.versions() if version.number > newest]

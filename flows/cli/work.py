@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -25,7 +24,7 @@ def watch(
     *,
     once: bool = False,
     interval: Annotated[float | None, Parameter(validator=Number(gt=0, lt=math.inf))] = None,
-    workspace: Folder = Path(),
+    workspace: Folder = ".",
 ) -> int:
     """Adapt to every dataset version that the newest model version does not know.
 
@@ -36,17 +35,17 @@ def watch(
     from flows.cli.watching import changes_only, check, watch_forever
 
     project = open_project(workspace)
-    root = project.workspace.root
+    place = project.place
     if once:
-        check(root, say)
+        check(place, say)
         return 0
     tell = changes_only()
-    hint(f"watching {root}; Ctrl-C ends it")
-    watch_forever(lambda: check(root, tell), interval or project.settings.watch.interval, threading.Event())
+    hint(f"watching {place}; Ctrl-C ends it")
+    watch_forever(lambda: check(place, tell), interval or project.settings.watch.interval, threading.Event())
     return 0
 
 
-def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = Path()) -> int:
+def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = ".") -> int:
     """Adapt to one dataset version.
 
     Args:
@@ -67,7 +66,7 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = Path())
     check_server()
     from flows.adapt import adapt as flow
 
-    number = flow(str(project.workspace.root), domain, rev)
+    number = flow(project.place, domain, rev)
     registry.refresh()
     if number is None:
         _say_known(registry, domain)
@@ -77,7 +76,7 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = Path())
 
 
 def status(
-    *, every: Annotated[bool, Parameter(name="--all")] = False, as_json: Json = False, workspace: Folder = Path()
+    *, every: Annotated[bool, Parameter(name="--all")] = False, as_json: Json = False, workspace: Folder = "."
 ) -> int:
     """Show the versions, their figures, and what is pending.
 
@@ -97,7 +96,7 @@ def status(
     return 0
 
 
-def plan(*, as_json: Json = False, workspace: Folder = Path()) -> int:
+def plan(*, as_json: Json = False, workspace: Folder = ".") -> int:
     """Show what would run: in which order, how long, how large, and which settings count. Begins nothing."""
     from flows.pending.forecast import forecast
     from flows.terminal.forecast import render_forecast
@@ -108,7 +107,7 @@ def plan(*, as_json: Json = False, workspace: Folder = Path()) -> int:
     return 0
 
 
-def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder = Path()) -> int:
+def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder = ".") -> int:
     """Make a version as if a domain had never been seen.
 
     Args:
@@ -130,7 +129,7 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
         check_server()
         from flows.withdraw import withdraw as flow
 
-        done = flow(str(project.workspace.root), domain, why, purge)
+        done = flow(project.place, domain, why, purge)
     registry.refresh()
     if done.made is not None:
         show_versions(project, [registry.version(done.made.number)], say)
@@ -143,7 +142,7 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
     return 0
 
 
-def gc(*, dry_run: bool = False, workspace: Folder = Path()) -> int:
+def gc(*, dry_run: bool = False, workspace: Folder = ".") -> int:
     """Delete what can be made again: running sums of old versions, and what killed runs left.
 
     Args:

@@ -84,7 +84,8 @@ def uninstall(project: Project) -> list[Path]:
 
 
 def _data_repository(project: Project) -> Path:
-    from flows.data.repositories import data_root, is_url
+    from flows.data.clones import is_url
+    from flows.data.repositories import data_root
 
     if is_url(project.settings.watch.repository):
         raise HookError(

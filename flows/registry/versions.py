@@ -77,6 +77,11 @@ class ModelVersion:
         return None if number is None else int(number)
 
     @property
+    def key(self) -> str | None:
+        """Of the step that made it; None at the root."""
+        return self.tags.get("copal.key")
+
+    @property
     def gates(self) -> str | None:
         """`passed` or `failed`; None where its gates never ran, or not to their end."""
         return self.tags.get(GATES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +25,8 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
 
 from copal.errors import CopalError
+from flows.data.clones import is_url
+from flows.data.dataset import MissingDataError
 from flows.runs.names import adapt_name
 
 if TYPE_CHECKING:
@@ -49,17 +52,29 @@ def adapt_deployment(workspace: str) -> DeploymentResponse | None:
         return None
     with get_client(sync_client=True) as client:
         found = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[_FLOW])))
-    here = Path(workspace).resolve()
-    ours = [each for each in found if Path(str(each.parameters.get("workspace"))).resolve() == here]
+    here = _place(workspace)
+    ours = [each for each in found if _place(str(each.parameters.get("workspace"))) == here]
     return ours[0] if ours else None
 
 
+def _place(workspace: str) -> str:
+    return workspace if is_url(workspace) else str(Path(workspace).resolve())
+
+
 def adapt_on_worker(
-    deployment: DeploymentResponse, workspace: str, domain: str, rev: str | None, key: str
+    deployment: DeploymentResponse,
+    workspace: str,
+    domain: str,
+    rev: str | None,
+    key: str,
+    registered: Callable[[], int | None],
 ) -> int | None:
     """Run the step that `key` names on a worker, and wait for its end however long it takes.
 
     Where a run of this step waits or runs already, it is the one that is waited for.
+
+    Args:
+        registered: tells which version the step has made, where the run's own result lies on another machine.
 
     Returns:
         What the flow gives: the number of the new version; None where the newest version knows this data already.
@@ -71,7 +86,7 @@ def adapt_on_worker(
     with get_client(sync_client=True) as client:
         parameters = {"workspace": workspace, "domain": domain, "rev": rev}
         run = start_run(client, deployment.id, adapt_name(domain, rev), parameters, key)
-        return outcome(domain, wait_for_end(client, deployment.id, run.id))
+        return outcome(domain, wait_for_end(client, deployment.id, run.id), registered)
 
 
 def start_run(client: SyncPrefectClient, deployment: UUID, name: str, parameters: dict[str, Any], key: str) -> FlowRun:
@@ -139,8 +154,11 @@ def _holds_slot(client: SyncPrefectClient, deployment: UUID) -> bool:
     return limit is None or limit.active_slots > 0  # without a limit nobody can tell
 
 
-def outcome(domain: str, state: State[Any]) -> int | None:
+def outcome(domain: str, state: State[Any], registered: Callable[[], int | None]) -> int | None:
     """What the run with this last state gives; raises what it raised.
+
+    Workers and watcher need share no storage for results: then the registry knows the version, and of an error what
+    Prefect says of it.
 
     Raises:
         CopalError, AdaptFailedError: see `adapt_on_worker`.
@@ -152,10 +170,10 @@ def outcome(domain: str, state: State[Any]) -> int | None:
         result = state.result(raise_on_failure=False)
     except (OSError, ValueError, TypeError, PrefectException) as error:
         if state.is_completed():
-            raise AdaptFailedError(
-                f"{domain}: the step is done, but its result cannot be read here ({' '.join(str(error).split())}): "
-                "give workers and watcher one storage for results, see infra/README.md"
-            ) from error
+            return registered()
+        _, missing, said = reason.partition(f"{MissingDataError.__name__}: ")
+        if missing:  # to be looked for again, which is no failure
+            raise MissingDataError(said) from error
         raise AdaptFailedError(f"{domain}: the step's run is {state.name}: {reason}") from error
     if isinstance(result, CopalError):
         raise result

@@ -150,7 +150,7 @@ def main() -> None:
             windows = fetch_windows(base, seed)
             for found, names in zip(runs.values(), (DOMAINS, HELD_OUT), strict=True):
                 found.append(measure(base, {name: windows[name] for name in names}, dtype, progress))
-    print(table(runs))
+            print(f"{seed + 1} of {asked.seeds} seeds\n\n{table(runs)}\n", flush=True)  # it is an hour's work
 
 
 if __name__ == "__main__":

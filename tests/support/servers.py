@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -26,14 +27,24 @@ def free_port() -> int:
 
 
 class MlflowServer:
-    """A real MLflow server on a database of its own, that can be killed and started again."""
+    """A real MLflow server on a database of its own, that can be killed and started again.
 
-    def __init__(self, folder: Path, database: Path) -> None:
+    Args:
+        serves: artifacts go through it, into a folder of its own, and each request is a line of its log.
+    """
+
+    def __init__(self, folder: Path, database: Path, *, serves: bool = False) -> None:
         shutil.copyfile(database, folder / "mlflow.db")
         self.folder = folder
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._artifacts = ["--no-serve-artifacts"]
+        if serves:
+            self._artifacts = [
+                *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
+                *("--uvicorn-opts", "--access-log --log-level info"),
+            ]
 
     def start(self) -> None:
         """Start it and wait until it answers."""
@@ -44,8 +55,8 @@ class MlflowServer:
                 f"sqlite:///{self.folder / 'mlflow.db'}",
                 "--workers",
                 "1",
-                "--no-serve-artifacts",
             ),
+            *self._artifacts,
         ]
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "log").open("ab") as log:
@@ -59,6 +70,10 @@ class MlflowServer:
                 return
             pause.wait(0.1)
         raise AssertionError((self.folder / "log").read_text())
+
+    def requests(self) -> list[str]:
+        """What it was asked, as `GET /path`; of a server that serves artifacts."""
+        return re.findall(r'"([A-Z]+ \S+) HTTP', (self.folder / "log").read_text())
 
     def kill(self) -> None:
         """kill -9, with its workers; nothing where that was done."""
