@@ -11,6 +11,7 @@ from copal.progress import Progress, silent
 from flows.gates.run import run_gates
 from flows.project import Project, complete_log, hold_lineage, refusing
 from flows.registry.errors import HeadMovedError
+from flows.step.events import lineage_events
 from flows.step.finish import finish, sweep
 from flows.step.purge import Purged, purge_domain
 from flows.step.register import register_step
@@ -157,7 +158,9 @@ def _fitting(project: Project, found: tuple[ModelVersion, DatasetVersion, str], 
 def _take(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:
     prepare(project, step)
     try:
-        made = _make(project, step, claim, tasks)
+        with lineage_events(project, step) as completed:
+            made = _make(project, step, claim, tasks)
+            completed(made.version)
     except BaseException as error:
         if not step.out.is_dir() or isinstance(error, HeadMovedError):
             discard(step)
