@@ -10,7 +10,7 @@ from cyclopts.validators import Number
 from flows.cli.context import CommandError, Folder, open_project
 from flows.cli.output import hint, say
 
-__all__ = ["down", "hook", "notify", "up"]
+__all__ = ["down", "hook", "metrics", "notify", "up"]
 
 _Port = Annotated[int, Parameter(validator=Number(gte=1, lte=65535))]
 
@@ -74,6 +74,33 @@ def notify(*domains: str, since: str | None = None, workspace: Folder = ".") -> 
         return 0
     url = tell(project, found)
     say(f"notified {url} of {', '.join(found)}")
+    return 0
+
+
+def metrics(*, port: _Port | None = None, host: str = "127.0.0.1", workspace: Folder = ".") -> int:
+    """Print the lineage's figures in Prometheus's text format, or serve them.
+
+    Args:
+        port: Serve them at /metrics on this port, asked anew at each scrape, until interrupted; default: print once.
+        host: The address to serve them on.
+    """
+    from prometheus_client import start_http_server
+
+    from flows.pending.metrics import exposition, registry_of
+
+    open_project(workspace)  # what is wrong with it is said at once, and not at each scrape
+    if port is None:
+        say(exposition(workspace).rstrip())
+        return 0
+    try:
+        server, thread = start_http_server(port, host, registry_of(workspace))
+    except OSError as error:
+        raise CommandError(f"cannot serve on {host}:{port} ({error.strerror}): choose another --port") from error
+    hint(f"http://{host}:{port}/metrics; Ctrl-C ends it")
+    try:
+        thread.join()
+    finally:
+        server.shutdown()
     return 0
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 from flows.data.dataset import DatasetError
-from flows.data.git import reason, run_git
+from flows.data.git import git, reason, run_git
 
 __all__ = [
+    "committed_at",
     "find_commit",
     "git_root",
     "in_history",
@@ -28,6 +30,15 @@ def resolve_commit(repo: Path, rev: str) -> str:
     if commit is None:
         raise unknown_revision(root, rev)
     return commit
+
+
+def committed_at(repo: Path, commit: str) -> datetime:
+    """When a commit was made, in UTC.
+
+    Raises:
+        GitError: the repository has no such commit.
+    """
+    return datetime.fromtimestamp(int(git(repo, "show", "--no-patch", "--format=%ct", commit, "--")), UTC)
 
 
 def in_history(repo: Path, commit: str, rev: str) -> bool:

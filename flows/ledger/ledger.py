@@ -12,7 +12,7 @@ from flows.ledger.claims import Claim, holding
 from flows.ledger.entries import add, read
 from flows.ledger.errors import LogMovedError
 from flows.ledger.refusals import Refusal, forget_refusal, note_refusal, read_refusals
-from flows.ledger.rows import Place
+from flows.ledger.rows import Holder, Place, look
 from flows.ledger.store import Store, inserting
 from flows.ledger.tables import settled
 from flows.lineage.chain import chain_problems, entries_of
@@ -53,6 +53,14 @@ class Ledger:
             LedgerError: the ledger cannot be written.
         """
         return holding(Place(store=self._store, lineage=self.lineage, kind=on), what, lease, tell)
+
+    def holder(self, on: str) -> Holder | None:
+        """Who holds the lineage (`LINEAGE`) or its aliases (`ALIASES`), or held them last; None where nobody ever did.
+
+        Raises:
+            LedgerError: the ledger cannot be read.
+        """
+        return look(Place(store=self._store, lineage=self.lineage, kind=on))
 
     def log(self) -> list[Entry]:
         """What happened to the versions after they were made, oldest first; structure and chain are checked.

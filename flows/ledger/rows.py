@@ -33,10 +33,12 @@ class Holder:
 
     Attributes:
         over: whether the claim was freed or is past its expiry.
+        left: seconds to its expiry, by the database's clock; below 0 where it is past that.
     """
 
     token: int
     over: bool
+    left: float
     sealed: str
     what: str
     host: str
@@ -61,9 +63,10 @@ def look(place: Place) -> Holder | None:
     with place.store.reading() as connection:
         if connection is None:
             return None
-        over = or_(~claims.c.held, claims.c.expires <= clock(connection)).label("over")
-        shown = [claims.c[name] for name in Holder.__slots__ if name != "over"]
-        row = connection.execute(select(over, *shown).where(_of(place))).mappings().one_or_none()
+        now = clock(connection)
+        computed = or_(~claims.c.held, claims.c.expires <= now).label("over"), (claims.c.expires - now).label("left")
+        shown = [claims.c[name] for name in Holder.__slots__ if name not in ("over", "left")]
+        row = connection.execute(select(*computed, *shown).where(_of(place))).mappings().one_or_none()
         return None if row is None else Holder(**row)
 
 
