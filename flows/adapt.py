@@ -12,7 +12,7 @@ from flows.gates.judge import failed
 from flows.project import open_project
 from flows.runs.artifacts import show_perplexity
 from flows.runs.limit import time_limit
-from flows.runs.log import note, tell
+from flows.runs.log import about_version, note, tell
 from flows.runs.names import adapt_run
 from flows.runs.tasks import step_tasks
 from flows.step.run import run_step
@@ -46,5 +46,8 @@ def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
         return None
     show_perplexity(project.name, made)
     bad = len(failed(made.gates))
-    note(f"version {made.number} of {project.name}: adapted to {domain}; {bad or 'no'} gate{'s' * (bad != 1)} failed")
+    note(
+        f"version {made.number} of {project.name}: adapted to {domain}; {bad or 'no'} gate{'s' * (bad != 1)} failed",
+        about_version(project.name, made.version, domain),
+    )
     return made.number

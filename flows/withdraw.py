@@ -7,7 +7,7 @@ from prefect import flow
 from flows.project import open_project
 from flows.runs.artifacts import show_perplexity
 from flows.runs.limit import time_limit
-from flows.runs.log import tell
+from flows.runs.log import about_version, note, tell
 from flows.runs.names import withdraw_run
 from flows.runs.tasks import step_tasks
 from flows.step.run import Withdrawal, run_withdrawal
@@ -34,4 +34,9 @@ def withdraw(workspace: str, domain: str, why: str, purge: bool = False) -> With
         done = run_withdrawal(project, domain, why, step_tasks(), purge=purge, tell=tell)
     if done.made is not None:
         show_perplexity(project.name, done.made)
+        version = done.made.version
+        note(
+            f"version {version.number} of {project.name}: without {domain}",
+            about_version(project.name, version, domain),
+        )
     return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -265,12 +266,19 @@ def test_a_step_that_was_taken_over_publishes_nothing(bench, monkeypatch):
     assert not list(bench.workspace.runs.iterdir())
 
 
-def test_the_flow_runs_the_gates_and_shows_them(make_learnt_bench, tmp_path):
+def test_the_flow_runs_the_gates_and_shows_them(make_learnt_bench, tmp_path, caplog, monkeypatch):
     from prefect.artifacts import Artifact
 
     bench = make_learnt_bench(tmp_path / "learnt")
+    log = logging.getLogger("prefect.flow_runs")
+    monkeypatch.setattr(log, "handlers", [*log.handlers, caplog.handler])
+    caplog.set_level(logging.INFO, logger=log.name)
     assert [adapt(str(bench.root), domain) for domain in ("code", "legal")] == [2, 3]
-    assert bench.registry.head().gates == "passed"
+    head = bench.registry.head()
+    assert head.gates == "passed"
+    told = [vars(record) for record in caplog.records if hasattr(record, "copal_version")]  # what a log in JSON has
+    fields = ("copal_model", "copal_version", "copal_domain", "copal_key")
+    assert [told[-1][name] for name in fields] == ["tiny", 3, "legal", head.key]
     assert bench.registry.alias("challenger") == 3
     assert bench.registry.alias("champion") is None
     shown = Artifact.get("tiny-gates")
