@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import shutil
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copal.errors import CopalError
+from flows.cli import stores
+from flows.cli.checks import Check, line, package
 from flows.data.git import run_git
 from flows.lineage.figures import gigabytes
 from flows.machine import free_disk, free_memory
 from flows.params import load_settings
 from flows.settings import Settings
-from flows.uris import without_secrets
 from flows.workspace import Workspace, WorkspaceError, open_workspace
 
 if TYPE_CHECKING:
@@ -31,35 +28,21 @@ _BROKEN = (ImportError, OSError, RuntimeError, AttributeError, ValueError)
 _GIB = 1 << 30
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
-    """What a look at one thing found.
-
-    Attributes:
-        ok: True; False where copal cannot work like this; None where it can, but the user should know.
-        advice: what to do; empty where there is nothing to do.
-    """
-
-    name: str
-    ok: bool | None
-    found: str
-    advice: str = ""
-
-
 def doctor(path: Path) -> list[Check]:
     """Look at everything that copal needs. Works outside a workspace too; changes nothing."""
     workspace, settings, place = _workspace(path)
     looks: list[tuple[str, Callable[[], Check]]] = [
         ("python", _python),
         ("torch", lambda: _torch(settings)),
-        ("transformers", lambda: _package("transformers")),
+        ("transformers", lambda: package("transformers")),
         ("git", lambda: _git(path)),
         ("dvc", lambda: _dvc(workspace, settings)),
         ("domains", lambda: _domains(workspace, settings)),
-        ("mlflow", lambda: _mlflow(workspace, settings)),
-        ("ledger", lambda: _ledger(workspace, settings)),
-        ("prefect", _prefect),
-        ("fastapi", lambda: _package("fastapi")),
+        ("mlflow", lambda: stores.mlflow(workspace, settings)),
+        ("artifacts", lambda: stores.artifacts(workspace, settings)),
+        ("ledger", lambda: stores.ledger(workspace, settings)),
+        ("prefect", stores.prefect),
+        ("fastapi", lambda: package("fastapi")),
         ("disk", lambda: _room("disk", path, workspace, settings)),
         ("memory", lambda: _room("memory", path, workspace, settings)),
     ]
@@ -82,15 +65,11 @@ def _look(name: str, look: Callable[[], Check]) -> Check:
     try:
         return look()
     except CopalError as error:
-        return Check(name=name, ok=False, found=_line(error), advice="mend what the line above names")
+        return Check(name=name, ok=False, found=line(error), advice="mend what the line above names")
     except _BROKEN as error:
         return Check(
-            name=name, ok=False, found=f"is broken: {_line(error)}", advice="install copal again, in a new venv"
+            name=name, ok=False, found=f"is broken: {line(error)}", advice="install copal again, in a new venv"
         )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _python() -> Check:
@@ -101,32 +80,8 @@ def _python() -> Check:
     )
 
 
-def _package(name: str) -> Check:
-    """Whether a package is installed in the range that copal's own metadata asks for."""
-    from packaging.requirements import Requirement
-
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return Check(name=name, ok=False, found="is not installed", advice=f"pip install {name}")
-    try:
-        wanted = [Requirement(line) for line in metadata.requires("copal") or []]
-    except metadata.PackageNotFoundError:  # copal runs from its sources
-        wanted = []
-    for requirement in wanted:
-        fits = requirement.specifier.contains(version, prereleases=True)
-        if requirement.name == name and not requirement.marker and not fits:
-            return Check(
-                name=name,
-                ok=False,
-                found=f"{version}, copal needs {requirement.specifier}",
-                advice=f"pip install '{name}{requirement.specifier}'",
-            )
-    return Check(name=name, ok=True, found=version)
-
-
 def _torch(settings: Settings) -> Check:
-    check = _package("torch")
+    check = package("torch")
     if not check.ok:
         return check
     import torch
@@ -170,7 +125,7 @@ def _git(path: Path) -> Check:
 
 
 def _dvc(workspace: Workspace | None, settings: Settings) -> Check:
-    check = _package("dvc")
+    check = package("dvc")
     if not check.ok or workspace is None:
         return check
     from flows.data.commits import watched_revision
@@ -213,65 +168,6 @@ def _domains(workspace: Workspace | None, settings: Settings) -> Check:
     )
 
 
-def _mlflow(workspace: Workspace | None, settings: Settings) -> Check:
-    check = _package("mlflow")
-    if not check.ok or workspace is None:
-        return check
-    from flows.project import project_of
-
-    store = without_secrets(workspace.registry_uri(settings))
-    head = project_of(workspace, settings).registry.head()
-    if head is None:
-        return Check(
-            name="mlflow",
-            ok=None,
-            found=f"{check.found}, no version of {settings.model.name} in {store}",
-            advice=f"register a base model: copal init {workspace.root} --base SOURCE",
-        )
-    return Check(
-        name="mlflow",
-        ok=True,
-        found=f"{check.found}, newest is version {head.number} of {settings.model.name} in {store}",
-    )
-
-
-def _ledger(workspace: Workspace | None, settings: Settings) -> Check:
-    if workspace is None:
-        return Check(
-            name="ledger", ok=True, found="claims and log: in the workspace, unless ledger.uri names a database"
-        )
-    from flows.ledger import Ledger
-
-    entries = Ledger(workspace.ledger_uri(settings), settings.model.name).log()
-    store = without_secrets(workspace.ledger_uri(settings))
-    return Check(name="ledger", ok=True, found=f"{len(entries)} log entries of {settings.model.name} in {store}")
-
-
-def _prefect() -> Check:
-    check = _package("prefect")
-    if not check.ok:
-        return check
-    from prefect.settings import get_current_settings
-
-    address = get_current_settings().api.url
-    if not address:
-        return Check(name="prefect", ok=True, found=f"{check.found}, a temporary server for each run")
-    shown = without_secrets(address)
-    try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=5):
-            pass
-    except urllib.error.HTTPError:
-        pass  # it wants an authentication that this check does not have, but it is there
-    except OSError as error:
-        return Check(
-            name="prefect",
-            ok=False,
-            found=f"{check.found}, the server {shown} does not answer ({_line(error)})",
-            advice="start it, or unset PREFECT_API_URL to use a temporary one",
-        )
-    return Check(name="prefect", ok=True, found=f"{check.found}, the server {shown} answers")
-
-
 def _room(name: str, path: Path, workspace: Workspace | None, settings: Settings) -> Check:
     """What is free of `name` (disk or memory), against what a step to one more domain needs."""
     free = free_disk(path) if name == "disk" else free_memory()
@@ -311,9 +207,9 @@ def _workspace(path: Path) -> tuple[Workspace | None, Settings, Check]:
     try:
         workspace = open_workspace(path)
     except WorkspaceError as error:
-        return None, Settings(), Check(name="workspace", ok=None, found="none here", advice=_line(error))
+        return None, Settings(), Check(name="workspace", ok=None, found="none here", advice=line(error))
     try:
         settings = load_settings(workspace.params)
     except CopalError as error:
-        return None, Settings(), Check(name="workspace", ok=False, found=_line(error), advice="mend params.yaml")
+        return None, Settings(), Check(name="workspace", ok=False, found=line(error), advice="mend params.yaml")
     return workspace, settings, Check(name="workspace", ok=True, found=f"{workspace.root}, model {settings.model.name}")

@@ -13,7 +13,7 @@ from flows.ledger.entries import add, read
 from flows.ledger.errors import LogMovedError
 from flows.ledger.refusals import Refusal, forget_refusal, note_refusal, read_refusals
 from flows.ledger.rows import Holder, Place, look
-from flows.ledger.store import Store, inserting
+from flows.ledger.store import Access, Store, inserting
 from flows.ledger.tables import settled
 from flows.lineage.chain import chain_problems, entries_of
 from flows.lineage.entries import Details, Entry, next_entry, writer
@@ -61,6 +61,10 @@ class Ledger:
             LedgerError: the ledger cannot be read.
         """
         return look(Place(store=self._store, lineage=self.lineage, kind=on))
+
+    def access(self) -> Access | None:
+        """See `flows.ledger.store.Store.access`."""
+        return self._store.access()
 
     def log(self) -> list[Entry]:
         """What happened to the versions after they were made, oldest first; structure and chain are checked.

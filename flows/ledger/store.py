@@ -6,10 +6,12 @@ A connection lives as long as its transaction: processes fork and threads renew 
 from __future__ import annotations
 
 import functools
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from flows.ledger.errors import LedgerError, explained
 from flows.ledger.tables import METADATA, VERSION, schema
 from flows.uris import without_secrets
 
-__all__ = ["Store", "clock", "inserting"]
+__all__ = ["Access", "Store", "clock", "inserting"]
 
 _BUSY = 30  # seconds to wait for others' transactions
 _CREATING = 0x_C0BA1_1ED6E5  # of PostgreSQL's advisory lock: one process at a time makes the tables
@@ -59,6 +61,19 @@ _POSTGRESQL_OPTIONS = {  # of libpq: a server that is gone is noticed; https://w
     "keepalives_count": "4",
     "tcp_user_timeout": "30000",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What we may do in a database.
+
+    Attributes:
+        may_write: claims and log.
+        skew: seconds that its clock is ahead of ours.
+    """
+
+    may_write: bool
+    skew: float
 
 
 class Store:
@@ -106,6 +121,23 @@ class Store:
         with explained(self.uri), self._engine.connect() as connection, connection.begin():
             connection.exec_driver_sql(_BEGIN[connection.dialect.name][writes])
             yield connection
+
+    def access(self) -> Access | None:
+        """What we may do in the database, and how far its clock is ahead of ours; None where there are no tables yet.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        with self.reading() as connection:
+            if connection is None:
+                return None
+            began = time.time()
+            skew = (connection.scalar(select(clock(connection))) or began) - (began + time.time()) / 2
+            if connection.dialect.name == "sqlite":
+                return Access(may_write=self._file is not None and os.access(self._file, os.W_OK), skew=skew)
+            wanted = "SELECT bool_and(has_table_privilege(name, 'INSERT, UPDATE')) FROM unnest(:names) AS name"
+            names = [table.name for table in METADATA.sorted_tables if inspect(connection).has_table(table.name)]
+            return Access(may_write=bool(connection.scalar(text(wanted), {"names": names})), skew=skew)
 
     def _has_tables(self, connection: Connection) -> bool:
         """Whether the tables are there, in our version."""

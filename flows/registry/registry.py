@@ -18,6 +18,7 @@ from flows.lineage.files import CONTRIBUTION_FOLDER, SUM_FOLDER
 from flows.lineage.record import Record
 from flows.lineage.signing import check_key
 from flows.registry.errors import AliasMovedError, LineageConflictError, RegistryError
+from flows.registry.probe import try_artifacts
 from flows.registry.publish import adopt, check_base, check_head, publish, sealed_files, sweep
 from flows.registry.reader import RegistryReader
 from flows.registry.runs import log_gates, shown_run
@@ -50,6 +51,10 @@ class Registry(RegistryReader):
         """
         super().__init__(places, model_name, cache)
         self._key = key
+
+    def try_artifacts(self) -> str | None:
+        """See `flows.registry.probe.try_artifacts`."""
+        return try_artifacts(self._store)
 
     def lineages(self) -> list[Registry]:
         """Every lineage of the store, by name, this one included where it has versions.

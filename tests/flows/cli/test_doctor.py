@@ -10,20 +10,22 @@ from types import SimpleNamespace
 
 import pytest
 
+from flows.cli import checks, stores
 from flows.cli import doctor as module
-from flows.cli.doctor import Check, doctor, render
+from flows.cli.checks import Check
+from flows.cli.doctor import doctor, render
 
 NAMES = [
-    "python", "torch", "transformers", "git", "dvc", "domains", "mlflow", "ledger", "prefect", "fastapi", "disk",
-    "memory", "workspace",
+    "python", "torch", "transformers", "git", "dvc", "domains", "mlflow", "artifacts", "ledger", "prefect", "fastapi",
+    "disk", "memory", "workspace",
 ]  # fmt: skip
 
 
 def look(path) -> dict[str, Check]:
-    checks = doctor(path)
-    assert [check.name for check in checks] == NAMES
-    assert all(check.advice for check in checks if check.ok is not True)
-    return {check.name: check for check in checks}
+    found = doctor(path)
+    assert [check.name for check in found] == NAMES
+    assert all(check.advice for check in found if check.ok is not True)
+    return {check.name: check for check in found}
 
 
 def test_a_good_workspace(bench):
@@ -64,26 +66,27 @@ def test_one_broken_thing_does_not_hide_the_others(bench, monkeypatch):
     (bench.root / ".copal" / "mlflow.db").write_bytes(b"not a database")
     (bench.root / ".copal" / "ledger.db").write_bytes(b"not a database either")
     (bench.root / "data" / "x.dvc").write_text("outs: [")
-    real = module._package
+    real = checks.package
 
     def broken(name):
         if name == "transformers":
             raise OSError("libcudart.so.12: cannot open shared object file")
         return real(name)
 
-    monkeypatch.setattr(module, "_package", broken)
-    checks = look(bench.root)
-    assert checks["mlflow"].ok is False
-    assert "mlflow.db" in checks["mlflow"].found
-    assert checks["ledger"].ok is False
-    assert "ledger.db: file is not a database" in checks["ledger"].found
-    assert checks["transformers"] == Check(
+    for place in (module, stores):
+        monkeypatch.setattr(place, "package", broken)
+    found = look(bench.root)
+    assert found["mlflow"].ok is False
+    assert "mlflow.db" in found["mlflow"].found
+    assert found["ledger"].ok is False
+    assert "ledger.db: file is not a database" in found["ledger"].found
+    assert found["transformers"] == Check(
         name="transformers",
         ok=False,
         found="is broken: libcudart.so.12: cannot open shared object file",
         advice="install copal again, in a new venv",
     )
-    assert checks["workspace"].ok
+    assert found["workspace"].ok
 
 
 def test_bad_settings(bench):
@@ -96,19 +99,19 @@ def test_bad_settings(bench):
 def test_a_version_out_of_range_or_not_there(monkeypatch):
     def version(name):
         if name == "dvc":
-            raise module.metadata.PackageNotFoundError(name)
+            raise checks.metadata.PackageNotFoundError(name)
         return {"fastapi": "0.151.0", "mlflow": "3.17.2"}[name]
 
     requires = ["fastapi<0.151", "mlflow<4,>=3.17", "fastapi>=1; extra == 'dev'"]
     there = SimpleNamespace(
-        version=version, requires=lambda _: requires, PackageNotFoundError=module.metadata.PackageNotFoundError
+        version=version, requires=lambda _: requires, PackageNotFoundError=checks.metadata.PackageNotFoundError
     )
-    monkeypatch.setattr(module, "metadata", there)
-    assert module._package("fastapi") == Check(
+    monkeypatch.setattr(checks, "metadata", there)
+    assert checks.package("fastapi") == Check(
         name="fastapi", ok=False, found="0.151.0, copal needs <0.151", advice="pip install 'fastapi<0.151'"
     )
-    assert module._package("mlflow").ok
-    assert module._package("dvc").ok is False
+    assert checks.package("mlflow").ok
+    assert checks.package("dvc").ok is False
 
 
 def test_no_git(monkeypatch, tmp_path):
@@ -143,27 +146,40 @@ def prefect_at():
         settings.__exit__(None, None, None)
 
 
-def test_a_prefect_server(prefect_at):
-    class Health(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path == "/api/health" else 404)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_prefect_server(prefect_at, known):
+    class Server(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            said = {"/api/admin/version": b'"3.8.8"', "/api/work_pools/filter": b"[]"}.get(self.path)
+            self.send_response((200 if said else 404) if known else 401)
+            self.send_header("Content-Length", str(len(said or b"")))
             self.end_headers()
+            self.wfile.write(said or b"")
+
+        do_GET = do_POST = answer  # noqa: N815
 
         def log_message(self, *_):
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Health) as server:
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        prefect_at(f"http://127.0.0.1:{server.server_port}/api")
-        assert module._prefect().found.endswith(f"the server http://127.0.0.1:{server.server_port}/api answers")
+        url = f"http://127.0.0.1:{server.server_port}/api"
+        prefect_at(url)
+        check = stores.prefect()
         server.shutdown()
+    assert check.ok is known
+    if known:
+        assert check.found.endswith(f"the server {url} answers, version 3.8.8, work pools: none")
+    else:
+        assert check.found.endswith(f"the server {url} does not know us (HTTP 401)")
+        assert "PREFECT_API_AUTH_STRING" in check.advice
 
 
 def test_a_prefect_server_that_does_not_answer(prefect_at):
     with socket.socket() as taken:  # bound but not listening: nobody answers, and nobody else gets the port
         taken.bind(("127.0.0.1", 0))
         prefect_at(f"http://me:secret@127.0.0.1:{taken.getsockname()[1]}/api")
-        check = module._prefect()
+        check = stores.prefect()
     assert check.ok is False
     assert "does not answer" in check.found
     assert "secret" not in check.found

@@ -99,6 +99,10 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, server, p
     two.gone()
 
     # three looks, and takes the step
+    told = three.copal("doctor")
+    assert "a file could be stored in mlflow-artifacts:/" in told
+    assert re.search(r"it is MLflow \S+, asks nobody who he is, answers in \d", told)
+    assert re.search(r"ledger +0 log entries of team in postgresql\S+, which we may write", told)
     assert json.loads(three.copal("status", "--json"))["pending"]
     three.copal("watch", "--once")
     assert [version["version"] for version in json.loads(three.copal("status", "--json"))["versions"]] == [1, 2]
