@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import traceback
@@ -10,7 +11,7 @@ import pytest
 
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import DataError, SettingsError
-from flows.params import load_settings, recorded_settings
+from flows.params import VARIABLES, load_settings, recorded_settings
 from flows.settings import (
     DomainSettings,
     GateSettings,
@@ -30,7 +31,7 @@ from flows.workspace import Workspace, WorkspaceError, open_workspace
 
 @pytest.fixture(autouse=True)
 def _no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("COPAL_REGISTRY_URI", "MLFLOW_TRACKING_URI", "COPAL_LEDGER_URI"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -439,3 +440,36 @@ def test_what_is_wrong_with_the_settings_is_said_without_a_password(text: str, t
     with pytest.raises(SettingsError) as caught:
         load_settings(tmp_path / "params.yaml")
     assert "canary" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_every_variable_is_in_the_table_of_the_readme():
+    table = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for variable, (section, setting) in VARIABLES.items():
+        assert re.search(rf"^\| .*`{variable}`.* \| .*`{section}\.{setting}`", table, re.MULTILINE), variable
+
+
+def test_a_size_in_the_environment_is_a_number(params, monkeypatch):
+    monkeypatch.setenv("COPAL_CACHE_SIZE", "2.5")
+    assert _load(params, "").cache.size == 2.5
+    monkeypatch.setenv("COPAL_CACHE_SIZE", "much")
+    with pytest.raises(SettingsError, match=r"COPAL_CACHE_SIZE must be a number of gigabytes above 0"):
+        _load(params, "")
+
+
+@pytest.mark.parametrize(
+    ("registry", "location", "root"),
+    [
+        ("", "file:///w/.copal/artifacts", "/w/.copal/artifacts"),
+        ("uri: http://mlflow", None, "/w/.copal/artifacts"),
+        ("uri: http://mlflow, artifacts: /srv/a", "file:///srv/a", "/srv/a"),
+        ("artifacts: stored", "file:///w/stored", "/w/stored"),
+        ("artifacts: 'file:///srv/b'", "file:///srv/b", "/srv/b"),
+        ("artifacts: 's3://bucket/path'", "s3://bucket/path", "/w/.copal/artifacts"),
+        ("uri: http://mlflow, artifacts: 'mlflow-artifacts:/team'", "mlflow-artifacts:/team", "/w/.copal/artifacts"),
+    ],
+)
+def test_where_the_artifacts_of_a_new_lineage_go(params, registry, location, root):
+    settings = _load(params, f"registry: {{{registry}}}\nledger: {{uri: 'postgresql://db/copal'}}")
+    workspace = Workspace(Path("/w"))
+    assert workspace.artifact_location(settings) == location
+    assert workspace.artifact_root(settings) == Path(root)
