@@ -41,7 +41,7 @@ def test_a_holder_whose_process_is_dead_is_not_waited_for(bench):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("watchers", "rounds"),
-    [(2, 6), (8, 3), *(pytest.param(watchers, 20, marks=pytest.mark.soak) for watchers in (2, 8))],
+    [(2, 4), (8, 2), *(pytest.param(watchers, 20, marks=pytest.mark.soak) for watchers in (2, 8))],
 )
 def test_watchers_on_the_same_data_make_one_version_a_key(raced, watchers, rounds):
     raced.commit("legal", 0)

@@ -162,7 +162,9 @@ def test_a_disk_that_is_full_while_registering_loses_nothing_and_nothing_is_comp
     assert step(bench).number == 2
 
 
-@pytest.mark.parametrize("call", ["log_model_artifacts", "log_batch", "create_model_version"])
+@pytest.mark.parametrize(
+    "call", ["log_model_artifacts", pytest.param("log_batch", marks=pytest.mark.soak), "create_model_version"]
+)
 def test_a_server_that_dies_during_a_registration_loses_nothing_and_nothing_is_computed_again(
     bench, mlflow_server, monkeypatch, not_again, call
 ):
