@@ -9,6 +9,7 @@ from flows.gates.champion import make_champion, named, restore_champion
 from flows.lineage.entries import Entry
 from flows.project import Project, open_project
 from flows.runs.artifacts import artifact_key
+from flows.runs.events import tell_champion
 from flows.runs.log import tell
 from flows.runs.names import promote_run, rollback_run
 
@@ -61,4 +62,5 @@ def _show(project: Project, entry: Entry) -> int:
         f"{named(entry.to_version)}: {entry.why or 'no reason given'} (log entry {entry.number})",
         description=f"champion of {project.name}: {named(entry.to_version)}",
     )
+    tell_champion(project.name, entry.to_version, entry.why)
     return entry.number

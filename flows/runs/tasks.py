@@ -26,6 +26,7 @@ from flows.machine import has_gpu
 from flows.project import Project
 from flows.registry.versions import ModelVersion
 from flows.runs.artifacts import progress_artifacts, show_gates
+from flows.runs.events import tell_gates
 from flows.runs.log import tell
 from flows.step.register import register_step
 from flows.step.resolve import Step
@@ -76,6 +77,7 @@ def gates(project: Project, version: ModelVersion, claim: Claim) -> tuple[GateRe
     """Run the gates of the registered version and move the aliases that they move."""
     results = run_gates(project, version, claim, tell)
     show_gates(project.name, version.number, results)
+    tell_gates(project.name, version.number, results)
     return results
 
 

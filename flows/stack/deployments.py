@@ -15,18 +15,24 @@ __all__ = [
     "is_server",
     "prefect_file",
     "render_prefect_file",
+    "shipped_file",
 ]
 
 
 def prefect_file() -> Path:
-    """infra/prefect.yaml: of the checkout, or as installed with the package.
+    """infra/prefect.yaml: see `shipped_file`."""
+    return shipped_file("prefect.yaml")
+
+
+def shipped_file(name: str) -> Path:
+    """A file of infra/: of the checkout, or as installed with the package.
 
     Raises:
         UpError: it is not there.
     """
     places = (
-        Path(__file__).parents[2] / "infra" / "prefect.yaml",
-        Path(sysconfig.get_path("data")) / "share" / "copal" / "prefect.yaml",
+        Path(__file__).parents[2] / "infra" / name,
+        Path(sysconfig.get_path("data")) / "share" / "copal" / name,
     )
     for place in places:
         if place.is_file():
