@@ -28,7 +28,9 @@ for name in mlflow_flask_secret_key s3_root_secret_key s3_server_secret_key s3_w
     random | put "$name"
 done
 [ -s prefect_auth_string ] || printf 'copal:%s' "$(random)" | put prefect_auth_string
-[ -e git_credentials ] || { : > git_credentials; chmod 644 git_credentials; } # for private repositories: https://USER:TOKEN@HOST
+for name in git_credentials webhook_url; do # https://USER:TOKEN@HOST for private repositories; who is told of failed gates
+    [ -e "$name" ] || { : > "$name"; chmod 644 "$name"; }
+done
 
 sed -e "s/@MLFLOW_AUTH_DB_PASSWORD@/$(cat mlflow_auth_db_password)/" \
     -e "s/@MLFLOW_ADMIN_PASSWORD@/$(cat mlflow_admin_password)/" "$here/auth.ini.template" | put mlflow_auth.ini
