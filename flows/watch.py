@@ -13,9 +13,10 @@ from flows.pending.missing_data import forget, note_missing, waiting
 from flows.pending.plan import Plan, plan, refusal_text
 from flows.project import hold_lineage, open_project
 from flows.runs.again import check_again
-from flows.runs.dispatch import adapt_deployment, adapt_on_worker
+from flows.runs.dispatch import adapt_deployment, adapt_on_worker, pool_of
 from flows.runs.log import note
 from flows.runs.names import watch_run
+from flows.runs.sizing import pod_variables
 from flows.step.finish import finish
 from flows.step.resolve import find_step
 from flows.step.run import plain_tasks
@@ -46,7 +47,8 @@ def run_adapt(workspace: str, domain: str, rev: str | None) -> int | None:
     """Run the flow `adapt`, and wait for its end however long it takes.
 
     With a Prefect server that has a deployment of `adapt` for this workspace (its parameter `workspace`), it runs on a
-    worker of that deployment's pool; else in this process.
+    worker of that deployment's pool; else in this process. Where the pool is one of Kubernetes, the step gets a pod
+    of its size.
 
     Returns:
         The number of the new version; None where the newest version knows this data already.
@@ -63,13 +65,15 @@ def run_adapt(workspace: str, domain: str, rev: str | None) -> int | None:
     found = find_step(project, domain, rev)
     if found is None:
         return None
-    _, _, key = found
+    head, _, key = found
 
     def registered() -> int | None:
         project.registry.refresh()
         return next((version.number for version in project.registry.versions() if version.key == key), None)
 
-    return adapt_on_worker(deployment, workspace, domain, rev, f"{project.name} {key}", registered)
+    pool = pool_of(deployment)
+    variables = pod_variables(project, head, domain, pool, deployment.job_variables) if pool is not None else {}
+    return adapt_on_worker(deployment, workspace, domain, rev, f"{project.name} {key}", registered, variables)
 
 
 def _now() -> datetime:

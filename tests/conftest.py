@@ -29,7 +29,7 @@ settings.load_profile("any machine")
 # DVC repositories, databases and processes of their own.
 COSTLY = {"make_bench", "mlflow_template", "template", "learnt_base", "real_base", "prefect", "postgresql"}
 COSTLY_ROOMS = {"cli", "data", "ledger"}
-TEAM = {"postgresql", "stack", "beginning"}  # real servers, for minutes
+TEAM = {"postgresql", "stack", "beginning", "guarded"}  # real servers, for minutes
 LONG = {"slow", "real_model", "soak", "team"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,10 +33,18 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import FlowRun, State
+    from prefect.client.schemas.objects import FlowRun, State, WorkPool
     from prefect.client.schemas.responses import DeploymentResponse
 
-__all__ = ["AdaptFailedError", "adapt_deployment", "adapt_on_worker", "outcome", "start_run", "wait_for_end"]
+__all__ = [
+    "AdaptFailedError",
+    "adapt_deployment",
+    "adapt_on_worker",
+    "outcome",
+    "pool_of",
+    "start_run",
+    "wait_for_end",
+]
 
 _FLOW = "adapt"
 _POLL = 2.0  # seconds between two looks at a run
@@ -61,6 +69,14 @@ def _place(workspace: str) -> str:
     return workspace if is_url(workspace) else str(Path(workspace).resolve())
 
 
+def pool_of(deployment: DeploymentResponse) -> WorkPool | None:
+    """The work pool that the deployment's runs go to; None where it has none."""
+    if deployment.work_pool_name is None:
+        return None
+    with get_client(sync_client=True) as client:
+        return client.read_work_pool(deployment.work_pool_name)
+
+
 def adapt_on_worker(
     deployment: DeploymentResponse,
     workspace: str,
@@ -68,6 +84,7 @@ def adapt_on_worker(
     rev: str | None,
     key: str,
     registered: Callable[[], int | None],
+    variables: Mapping[str, Any] | None = None,
 ) -> int | None:
     """Run the step that `key` names on a worker, and wait for its end however long it takes.
 
@@ -75,6 +92,7 @@ def adapt_on_worker(
 
     Args:
         registered: tells which version the step has made, where the run's own result lies on another machine.
+        variables: job variables of this run, which go before those of deployment and pool.
 
     Returns:
         What the flow gives: the number of the new version; None where the newest version knows this data already.
@@ -85,11 +103,18 @@ def adapt_on_worker(
     """
     with get_client(sync_client=True) as client:
         parameters = {"workspace": workspace, "domain": domain, "rev": rev}
-        run = start_run(client, deployment.id, adapt_name(domain, rev), parameters, key)
+        run = start_run(client, deployment.id, adapt_name(domain, rev), parameters, key, variables)
         return outcome(domain, wait_for_end(client, deployment.id, run.id), registered)
 
 
-def start_run(client: SyncPrefectClient, deployment: UUID, name: str, parameters: dict[str, Any], key: str) -> FlowRun:
+def start_run(
+    client: SyncPrefectClient,
+    deployment: UUID,
+    name: str,
+    parameters: dict[str, Any],
+    key: str,
+    variables: Mapping[str, Any] | None = None,
+) -> FlowRun:
     """The one run of the deployment for the step that `key` names: one that has not ended yet, or a new one.
 
     The server makes one run of a flow for one idempotency key, for good. So the key names the deployment, for other
@@ -98,6 +123,7 @@ def start_run(client: SyncPrefectClient, deployment: UUID, name: str, parameters
 
     Args:
         key: of the step, with the name of its lineage.
+        variables: job variables of a new run.
     """
     tag, key = f"step:{key}", f"{deployment} {key}"
     ended = client.read_flow_runs(
@@ -121,6 +147,7 @@ def start_run(client: SyncPrefectClient, deployment: UUID, name: str, parameters
                 tags=[tag],
                 idempotency_key=key if last is None else f"{key} after {last.id}",
                 timeout=0,
+                job_variables=dict(variables or {}),
             ),
         )
         if run.state is None or not run.state.is_final():

@@ -15,6 +15,7 @@ __all__ = [
     "is_server",
     "prefect_file",
     "render_prefect_file",
+    "render_team_file",
     "shipped_file",
 ]
 
@@ -60,6 +61,25 @@ def render_prefect_file(
             deployment["schedules"] = [{"cron": watch.cron} if watch.cron else {"interval": watch.interval}]
         elif devices is not None and deployment["work_pool"]["name"] == GPU_POOL:
             variables["CUDA_VISIBLE_DEVICES"] = devices
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def render_team_file(template: Path, workspace: str, *, interval: float | None) -> str:
+    """The deployments of a team: infra/prefect.yaml for hosts that share no files.
+
+    Args:
+        workspace: its URL, which each host clones for itself, or its folder on every worker.
+        interval: seconds between two checks; None leaves what the template says.
+    """
+    import yaml
+
+    content = yaml.safe_load(template.read_text(encoding="utf-8"))
+    for deployment in content["deployments"]:
+        deployment["parameters"]["workspace"] = workspace
+        variables = deployment["work_pool"]["job_variables"]["env"]
+        variables.pop("PREFECT_RESULTS_LOCAL_STORAGE_PATH", None)  # deployments share what an anchor names
+        if deployment["name"] == "watch" and interval is not None:
+            deployment["schedules"] = [{"interval": interval}]
     return yaml.safe_dump(content, sort_keys=False)
 
 

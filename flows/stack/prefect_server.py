@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -43,15 +43,33 @@ def client_settings(url: str) -> dict[str, bool]:
     return {"trust_env": urlsplit(url).hostname not in _LOOPBACK}
 
 
-def create_pools(api: str, auth: str) -> None:
-    """Create the work pools that are not there. The worker fills in what jobs of its type can be told."""
-    from prefect.client.schemas.actions import WorkPoolCreate
+def create_pools(
+    api: str, auth: str | None, kind: str = "process", templates: Mapping[str, dict[str, Any]] | None = None
+) -> None:
+    """Create the work pools that are not there, and give those that are the templates named here.
+
+    Args:
+        kind: Prefect's type of the pools.
+        templates: pool -> its base job template; without one the worker fills in what jobs of its type can be told.
+
+    Raises:
+        UpError: a pool is there and of another type; the server does not answer or refuses.
+    """
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 
     with _client(api, auth) as client:
-        there = {pool.name for pool in client.read_work_pools()}
+        there = {pool.name: pool for pool in client.read_work_pools()}
         for name in POOLS:
+            template = (templates or {}).get(name, {})
             if name not in there:
-                client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+                client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=template))
+            elif there[name].type != kind:
+                raise UpError(
+                    f"the work pool {name} is of the type {there[name].type}, not {kind}: delete it "
+                    f"(`prefect work-pool delete {name}`) and run this again"
+                )
+            elif template and template != there[name].base_job_template:
+                client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 
 def settle_old_runs(api: str, auth: str, workspace: str) -> None:
@@ -107,7 +125,7 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def _client(api: str, auth: str) -> Iterator[SyncPrefectClient]:
+def _client(api: str, auth: str | None) -> Iterator[SyncPrefectClient]:
     """A client of the server at `api`, let in by `auth`. It tries again where the server's database is busy."""
     import httpx
     from prefect.client.orchestration import SyncPrefectClient

@@ -18,12 +18,38 @@ if TYPE_CHECKING:
     from copal.estimate import Estimate
     from copal.shapes import StepSettings
     from flows.registry.registry import Registry
+    from flows.registry.versions import ModelVersion
 
-__all__ = ["Demand", "check_resources", "config_of_base", "demands", "settings_of_step", "shortages"]
+__all__ = [
+    "Demand",
+    "Needs",
+    "check_resources",
+    "config_of_base",
+    "demands",
+    "domains_after",
+    "needs",
+    "settings_of_step",
+    "shortages",
+]
 
 _MEMORY = 1.2  # times what was computed: tests hold that to a fifth of what steps take
 _DISK = 1.05  # likewise; headers, reports and MLflow's own files
 _PROCESS = 600 * 10**6  # bytes of Python and its libraries in each of several processes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """Bytes that a step needs, a margin included.
+
+    Attributes:
+        disk: of its own folder, and of the version where that stays.
+        memory: of all processes together, beside what Python takes in one of them.
+        gpu: of the memory of each GPU; 0 without one.
+    """
+
+    disk: int
+    memory: int
+    gpu: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +98,22 @@ def shortages(found: tuple[Demand, ...]) -> tuple[str, ...]:
     )
 
 
+def needs(found: Estimate, processes: int) -> Needs:
+    """What a step that was estimated needs, run by so many processes."""
+    # A version is copied from the step's folder to where it stays, or what it builds on was fetched from there.
+    return Needs(
+        disk=int(_DISK * (found.disk.most + found.disk.version)),
+        memory=int(_MEMORY * found.memory.host) + (_PROCESS * processes if processes > 1 else 0),
+        gpu=int(_MEMORY * found.memory.device),
+    )
+
+
+def domains_after(registry: Registry, head: ModelVersion, domain: str, *, withdraws: bool = False) -> int:
+    """How many domains the version after `head` has, once this one is added, replaced or withdrawn."""
+    others = {known.name for known in registry.record(head).domains} - {domain}
+    return len(others) + (not withdraws)
+
+
 def demands(
     project: Project, folder: Path, domains: int, found: Estimate | None = None, kept: int = 0
 ) -> tuple[Demand, ...]:
@@ -87,14 +129,13 @@ def demands(
     settings, work = project.settings, project.workspace
     asked = settings_of_step(settings, domains)
     found = found or estimate_step(folder, asked)
-    processes = _PROCESS * settings.model.processes if settings.model.processes > 1 else 0
-    # A version is copied from the step's folder to where it stays, or what it builds on was fetched from there.
+    least = needs(found, settings.model.processes)
     needed = [
         Demand(
             kind="disk",
             what=f"disk in {work.private}",
             margin="a twentieth",
-            needed=int(_DISK * (found.disk.most + found.disk.version)) + kept,
+            needed=least.disk + kept,
             free=free_disk(work.private),
             advice="free some (`copal gc --dry-run` says what can go), or move the workspace to a larger disk",
         ),
@@ -102,23 +143,23 @@ def demands(
             kind="memory",
             what="memory",
             margin="a fifth",
-            needed=int(_MEMORY * found.memory.host) + processes,
+            needed=least.memory,
             free=free_memory(),
             advice="lower model.batch or model.processes, or take a machine with more",
         ),
     ]
     if (free := free_device_memory(settings.model.processes)) is not None:
-        needed.append(_device(folder, asked, found, free))
+        needed.append(_device(folder, asked, least, free))
     return tuple(needed)
 
 
-def _device(folder: Path, asked: StepSettings, found: Estimate, free: int) -> Demand:
+def _device(folder: Path, asked: StepSettings, least: Needs, free: int) -> Demand:
     """A step halves the batch where memory runs out: what counts is one window at a time."""
     from copal.estimate import estimate_step
 
-    needed = int(_MEMORY * found.memory.device)
+    needed = least.gpu
     if needed > free:
-        needed = int(_MEMORY * estimate_step(folder, replace(asked, batch=1)).memory.device)
+        needed = needs(estimate_step(folder, replace(asked, batch=1)), asked.processes).gpu
     return Demand(
         kind="gpu",
         what="GPU memory (with one window at a time)",

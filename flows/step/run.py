@@ -16,7 +16,7 @@ from flows.step.finish import finish, sweep
 from flows.step.purge import Purged, purge_domain
 from flows.step.register import register_step
 from flows.step.resolve import Step, find_step, find_withdrawal, run_folder, step_on
-from flows.step.resources import check_resources
+from flows.step.resources import check_resources, domains_after
 from flows.step.staging import Evaluation, discard, prepare, staged_evaluation, staged_report
 from flows.step.work import evaluate_step, fetch_data, prune_domain
 from flows.workspace import exclusive
@@ -150,8 +150,7 @@ def _fitting(project: Project, found: tuple[ModelVersion, DatasetVersion, str], 
     head, version, key = found
     run, withdraws = run_folder(project, key), why is not None
     if not (run / "version").is_dir():  # else what takes most is done
-        others = {domain.name for domain in project.registry.record(head).domains} - {version.domain}
-        check_resources(project, len(others) + (not withdraws))
+        check_resources(project, domains_after(project.registry, head, version.domain, withdraws=withdraws))
     return step_on(project.registry, head, version, key, run, withdraws=withdraws, why=why)
 
 

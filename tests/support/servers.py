@@ -14,6 +14,7 @@ import sys
 import threading
 import urllib.request
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from support.ledgers import run_sql
@@ -31,11 +32,22 @@ class MlflowServer:
 
     Args:
         serves: artifacts go through it, into a folder of its own, and each request is a line of its log.
+        options, environment: more of what it is started with.
     """
 
-    def __init__(self, folder: Path, database: Path, *, serves: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        database: Path,
+        *,
+        serves: bool = False,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         shutil.copyfile(database, folder / "mlflow.db")
         self.folder = folder
+        self._options = tuple(options)
+        self._environment = dict(environment or {})
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -57,8 +69,9 @@ class MlflowServer:
                 "1",
             ),
             *self._artifacts,
+            *self._options,
         ]
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | self._environment
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
