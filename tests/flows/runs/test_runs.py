@@ -130,7 +130,7 @@ def test_a_run_whose_process_is_gone_is_not_waited_for(client, deploy) -> None:
     with pytest.raises(
         AdaptFailedError, match=r"^code: the step's run is Crashed: Its process does not renew its slot"
     ):
-        outcome("code", state)
+        outcome("code", state, nobody)
     assert start_run(client, deployment, "adapt code", {}, "c" * 64).id != run.id
 
 
@@ -152,6 +152,11 @@ def test_the_deployment_of_another_workspace_is_not_taken(client, deploy, tmp_pa
 
 
 # --- what a caller hears
+
+
+def nobody() -> int | None:
+    """The registry is not asked where the run says it itself."""
+    raise AssertionError
 
 
 @flow(persist_result=True, result_serializer="json")
@@ -176,14 +181,14 @@ def told(client: SyncPrefectClient, tmp_path: Path) -> Iterator[Callable[[str], 
 
 
 def test_numbers_and_errors_of_copal_come_as_they_were(told, tmp_path) -> None:
-    assert outcome("code", told("version")) == 4
-    assert outcome("code", told("known")) is None
+    assert outcome("code", told("version"), nobody) == 4
+    assert outcome("code", told("known"), nobody) is None
     for kind, error, said in (
         ("missing", MissingDataError, "data/code at 0123.dir is nowhere: dvc push"),
         ("memory", ResourceError, "out of memory: lower model.batch"),
     ):
         with pytest.raises(CopalError) as caught:
-            outcome("code", told(kind))
+            outcome("code", told(kind), nobody)
         assert type(caught.value) is error
         assert str(caught.value) == said
     stored = [path.read_text() for path in (tmp_path / "results").iterdir()]
@@ -200,32 +205,35 @@ def test_numbers_and_errors_of_copal_come_as_they_were(told, tmp_path) -> None:
 )
 def test_another_error_is_one_line_that_names_the_domain(told, kind: str, said: str) -> None:
     with pytest.raises(AdaptFailedError) as caught:
-        outcome("code", told(kind))
+        outcome("code", told(kind), nobody)
     assert str(caught.value).startswith(f"code: the step's run is Failed: Flow run encountered an exception: {said}")
     assert "\n" not in str(caught.value)
 
 
-def test_a_result_that_is_not_to_be_had_is_an_error_that_says_what_to_do(told, tmp_path) -> None:
-    state = told("version")
+def test_without_a_storage_that_both_reach_the_registry_knows_the_version(told, tmp_path) -> None:
+    state, missing, memory = told("version"), told("missing"), told("memory")
     (tmp_path / "results").rename(tmp_path / "away")
-    with pytest.raises(AdaptFailedError, match=r"^code: the step is done, but its result .* one storage for results"):
-        outcome("code", state)
+    assert outcome("code", state, lambda: 7) == 7
+    with pytest.raises(MissingDataError, match=r"^data/code at 0123\.dir is nowhere: dvc push$"):
+        outcome("code", missing, nobody)
+    with pytest.raises(AdaptFailedError, match=r"ResourceError: out of memory: lower model\.batch"):
+        outcome("code", memory, nobody)
 
 
 def test_a_cancelled_and_a_crashed_run_have_no_result() -> None:
     with pytest.raises(AdaptFailedError, match=r"^code: the step was cancelled$"):
-        outcome("code", Cancelled())
+        outcome("code", Cancelled(), nobody)
     with pytest.raises(
         AdaptFailedError, match=r"^code: the step's run is Crashed: Process exited with status code: -9$"
     ):
-        outcome("code", Crashed(message="Process exited with status code: -9"))
+        outcome("code", Crashed(message="Process exited with status code: -9"), nobody)
 
 
 def test_the_flow_adapt_leaves_its_error_for_who_started_it(client, tmp_path) -> None:
     with temporary_settings({PREFECT_RESULTS_LOCAL_STORAGE_PATH: tmp_path / "results"}):
         run = adapt(str(tmp_path / "none"), "code", return_state=True).state_details.flow_run_id
         with pytest.raises(WorkspaceError, match="none is not a folder"):
-            outcome("code", client.read_flow_run(run).state)
+            outcome("code", client.read_flow_run(run).state, nobody)
 
 
 # --- checks that come while one runs
