@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,6 +247,28 @@ class Stream:
         self._hidden = hidden
         self._next += 1
 
+    def go_on(self, index: int, hidden: Tensor, sizes: Sequence[int]) -> None:
+        """Be before block `index` of the model (or after the last), with `hidden` (N, L, H) in batches of `sizes`."""
+        self.resize(sizes)
+        self._hidden = [part.to(self._model.device, copy=True) for part in torch.split(hidden, list(sizes))]
+        self._next = index
+
+    def resize(self, sizes: Sequence[int]) -> None:
+        """Run so many windows at a time, batch by batch: rounding depends on it."""
+        if list(sizes) != self.sizes:
+            self._tokens = list(torch.split(torch.cat(self._tokens), list(sizes)))
+            self._hidden = list(torch.split(torch.cat(self._hidden), list(sizes)))
+
+    @property
+    def next(self) -> int:
+        """Index of the block that it is before; the number of blocks after the last one."""
+        return self._next
+
+    @property
+    def sizes(self) -> list[int]:
+        """Windows of each batch."""
+        return [len(tokens) for tokens in self._tokens]
+
     @property
     def hidden(self) -> Tensor:
         """Hidden states (N, L, H) before the next block, or after the last one."""
@@ -312,7 +334,7 @@ class Stream:
 
     def _run_back(self, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor | None:
         """What `backward` gives; None where memory ran out."""
-        sizes, before = [len(tokens) for tokens in self._tokens], list[Tensor]()
+        sizes, before = self.sizes, list[Tensor]()
         # A GPU's fused kernels add up the gradient of attention in any order: a replay would have other bits.
         attention = sdpa_kernel(SDPBackend.MATH) if self._model.device.type == "cuda" else nullcontext()
         try:

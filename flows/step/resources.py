@@ -142,6 +142,7 @@ def settings_of_step(settings: Settings, domains: int) -> StepSettings:
         batch=settings.model.batch,
         processes=settings.model.processes,
         on_gpu=device.type != "cpu",
+        resumes=True,
     )
 
 
