@@ -256,10 +256,11 @@ def _product(kind: BlockShape) -> int:
 def _files(disk: Disk, blocks: int, settings: StepSettings) -> int:
     """Bytes of files: the base is read for statistics and solve, and again where the loss decides; evaluation reads
     three models; the version is written, hashed twice, and copied to where it stays. What a killed step goes on from is
-    written and hashed at every block, and so is the gradient on the way back.
+    written and hashed at every block: hidden states, which are written in any case where the loss decides, and then the
+    gradient too.
     """
     parent = disk.model + 2 * disk.total if settings.has_parent else 0
     again = 2 * (disk.model + disk.hidden) + disk.total + disk.contribution if settings.by_loss else 0
     evaluated = (3 if settings.has_parent else 2) * disk.model
-    laid_aside = (2 if settings.by_loss else 1) * blocks * disk.newest
+    laid_aside = (3 if settings.by_loss else 2) * blocks * disk.newest // 2
     return 2 * disk.model + again + parent + evaluated + 5 * disk.version + laid_aside
