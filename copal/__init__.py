@@ -47,6 +47,7 @@ modules, each of which imports only from lines below its own:
     foreign                                         what others wrote, read within bounds
     meter, hardware, known                          what estimates are made from
     config, files, processes, progress              what all of them use
+    out_of_memory                                   likewise: memory that runs out
     bounded, errors, printable                      likewise: JSON within bounds; text of others for a terminal
 """
 

@@ -18,21 +18,20 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from copal.base import Base
 from copal.checkpoint import Checkpoint, CheckpointWriter
 from copal.config import CalibrationConfig, Pattern, PruneConfig, fingerprint
-from copal.errors import ModelError, ResourceError, StateError
+from copal.errors import ModelError, StateError
+from copal.out_of_memory import memory_for
 from copal.packing import block_bytes
 from copal.parent import Parent, ParentState
 from copal.processes import from_main, is_main, processes, share_of_windows
@@ -56,6 +55,8 @@ __all__ = [
     "read_report",
 ]
 
+# Of the windows fewer at a time may do (`copal.streaming`), beside them nothing does.
+_ONE_BLOCK = "the statistics and the solve of one block, however small model.batch is", "take a device with more"
 _PROBE = 8  # made-up tokens that show which linears read the same input, where there are no windows
 
 
@@ -127,7 +128,7 @@ def prune_step(
     model = _load(base, prune, device, dtype)
     settings = (calibration.fingerprint(), prune.fingerprint(), batch, repr(method))  # a function's place in memory
     same = _fingerprint(base, parent, known, domain, model, settings) if resume else ""
-    with unfinished(out, resume, same) as work, _memory_for_a_block():
+    with unfinished(out, resume, same) as work, memory_for(*_ONE_BLOCK):
         clock, layers = Clock(work.seconds), list[LayerReport]()
         checkpoint, state = _writers(model, work.version, calibration)
         stream = _start(model, domain, batch, clock)
@@ -236,20 +237,6 @@ def _fingerprint(
             "machine": [platform.machine(), machine],
         }
     )
-
-
-@contextmanager
-def _memory_for_a_block() -> Iterator[None]:
-    """Say it plainly where memory runs out beside the windows, of which fewer at a time may do (`copal.streaming`)."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        raise ResourceError(
-            "memory is not enough for the statistics and the solve of one block, however small model.batch is: "
-            "take a device with more"
-        ) from error
 
 
 def _manifest(
