@@ -66,7 +66,7 @@ POINTS = [
     *_both("flows.step.staging:write_atomic", of="step.json"),
     Point("flows.data.fetch:_download", "before"),
     Point("flows.data.fetch:_verify", "after"),
-    Point("flows.data.fetch:_fetch_once", "after"),
+    Point("flows.data.fetch:fetched_once", "after"),
     Point("copal.checkpoint:CheckpointWriter.write", "after"),
     Point("copal.resume:Unfinished.finish", "after"),
     Point("copal.state:StateWriter.contribution", "after"),

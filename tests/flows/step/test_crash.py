@@ -34,7 +34,7 @@ Weights = dict[str, torch.Tensor]
 
 # A kill at these is tried for real as well: while data is fetched, pruned, registered, judged and shown.
 REAL = [
-    Point("flows.data.fetch:_fetch_once", "after"),
+    Point("flows.data.fetch:fetched_once", "after"),
     Point("copal.state:StateWriter.contribution", "after"),
     Point("copal.resume:Unfinished.finish", "after", of="prune-00000"),
     Point("mlflow:MlflowClient.log_model_artifacts", "after"),
