@@ -26,6 +26,7 @@ modules, each of which imports only from lines below its own:
     survey                                          where the loss decides: what is known of all blocks beforehand
     walk                                            what a step does to each block
     report, parent                                  what a step tells of itself, and what it builds on
+    resume                                          what a step that was killed goes on from
     evaluation, generate                            perplexity of a version, and text that it writes
     baselines                                       what users know, to compare with
     solve                                           which weights go, and what becomes of those that stay
@@ -46,6 +47,7 @@ modules, each of which imports only from lines below its own:
     foreign                                         what others wrote, read within bounds
     meter, hardware, known                          what estimates are made from
     config, files, processes, progress              what all of them use
+    out_of_memory                                   likewise: memory that runs out
     bounded, errors, printable                      likewise: JSON within bounds; text of others for a terminal
 """
 

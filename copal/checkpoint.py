@@ -22,7 +22,7 @@ from copal.files import write_json
 from copal.folder import WEIGHTS, WEIGHTS_INDEX, weight_files, weight_map
 from copal.foreign import one_line, refuse_pointer
 
-__all__ = ["Checkpoint", "CheckpointWriter", "Stored", "save_shard"]
+__all__ = ["Checkpoint", "CheckpointWriter", "Shard", "Stored", "save_shard"]
 
 _LONGEST_NAME = 300  # characters
 
@@ -40,6 +40,15 @@ class Stored:
     file: str
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file that a `CheckpointWriter` has written: its name, the tensors in it, and the bytes of those."""
+
+    file: str
+    names: tuple[str, ...]
+    size: int
 
 
 class Checkpoint:
@@ -111,34 +120,38 @@ class CheckpointWriter:
     def __init__(self, source: Checkpoint, folder: Path, shards: int, *, writes: bool = True) -> None:
         """`shards`: how many times `write` will be called. `writes`: False does nothing (see `copal.processes`)."""
         self._source, self._folder, self._shards = source, folder, shards
-        self._weight_map: dict[str, str] = {}
-        self._bytes = 0
-        self._written = 0
+        self._written: list[Shard] = []
         self._writes = writes
         if writes:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, names: list[str], replaced: Mapping[str, Tensor]) -> None:
-        """Write the tensors `names` of the source, those in `replaced` from there, as one shard."""
+    def write(self, names: list[str], replaced: Mapping[str, Tensor]) -> Shard | None:
+        """Write the tensors `names` of the source, those in `replaced` from there, as one shard; None: nothing."""
         if not self._writes:
-            return
-        self._written += 1
-        file = f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
+            return None
+        file = f"model-{len(self._written) + 1:05d}-of-{self._shards:05d}.safetensors"
         tensors = {**self._source.read([name for name in names if name not in replaced]), **replaced}
         save_shard(self._folder / file, tensors, {"format": "pt"})
-        self._weight_map |= dict.fromkeys(tensors, file)
-        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        shard = Shard(file, tuple(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+        self._written.append(shard)
+        return shard
+
+    def adopt(self, shard: Shard) -> None:
+        """Take a shard that is there, written in the same order for the same step, for one that `write` wrote."""
+        self._written.append(shard)
 
     def finish(self) -> None:
         """Copy what is not weights (configuration, tokenizer) and write the index."""
         if not self._writes:
             return
-        assert self._written == self._shards
-        assert self._weight_map.keys() == set(self._source.names())
+        placed = {name: shard.file for shard in self._written for name in shard.names}
+        assert len(self._written) == self._shards
+        assert placed.keys() == set(self._source.names())
         for path in sorted(self._source.folder.iterdir()):
             if path.is_file() and path.suffix != ".safetensors" and path.name != WEIGHTS_INDEX:
                 shutil.copyfile(path, self._folder / path.name)
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
+        size = sum(shard.size for shard in self._written)
+        index = {"metadata": {"total_size": size}, "weight_map": placed}
         write_json(self._folder / WEIGHTS_INDEX, index)
 
 

@@ -38,12 +38,15 @@ class Disk:
     Attributes:
         model, contribution, total: of the new version: its weights, its domain's statistics, and the running sum.
         hidden: what every block reads, kept until the way back (criterion `loss`).
+        newest: hidden states, or their gradient, that a killed step goes on from: those of the last block, and those of
+            the one before it until they are written.
     """
 
     model: int
     contribution: int
     total: int
     hidden: int
+    newest: int
 
     @property
     def version(self) -> int:
@@ -52,8 +55,8 @@ class Disk:
 
     @property
     def most(self) -> int:
-        """Most that the step's own folder takes at one time: hidden states go before the model comes."""
-        return self.contribution + self.total + max(self.model, self.hidden)
+        """Most that the step's own folder takes at one time: what every block reads goes before the model comes."""
+        return self.contribution + self.total + max(self.model, self.hidden) + self.newest
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def estimate(shape: ModelShape, settings: StepSettings) -> Estimate:
         disk=disk,
         memory=memory(shape, settings),
         work=_work(shape, settings),
-        files=_files(disk, settings),
+        files=_files(disk, shape.block_count, settings),
     )
 
 
@@ -137,6 +140,7 @@ def _disk(shape: ModelShape, settings: StepSettings) -> Disk:
         contribution=own + fisher,
         total=total + fisher,
         hidden=shape.block_count * reads if settings.by_loss else 0,
+        newest=2 * reads if settings.resumes else 0,
     )
 
 
@@ -249,11 +253,14 @@ def _product(kind: BlockShape) -> int:
     return sum(2 * group.weights * group.inputs for group in kind.groups)
 
 
-def _files(disk: Disk, settings: StepSettings) -> int:
+def _files(disk: Disk, blocks: int, settings: StepSettings) -> int:
     """Bytes of files: the base is read for statistics and solve, and again where the loss decides; evaluation reads
-    three models; the version is written, hashed twice, and copied to where it stays.
+    three models; the version is written, hashed twice, and copied to where it stays. What a killed step goes on from is
+    written and hashed at every block: hidden states, which are written in any case where the loss decides, and then the
+    gradient too.
     """
     parent = disk.model + 2 * disk.total if settings.has_parent else 0
     again = 2 * (disk.model + disk.hidden) + disk.total + disk.contribution if settings.by_loss else 0
     evaluated = (3 if settings.has_parent else 2) * disk.model
-    return 2 * disk.model + again + parent + evaluated + 5 * disk.version
+    laid_aside = (3 if settings.by_loss else 2) * blocks * disk.newest // 2
+    return 2 * disk.model + again + parent + evaluated + 5 * disk.version + laid_aside

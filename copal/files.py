@@ -18,6 +18,7 @@ __all__ = [
     "freed_bytes",
     "json_text",
     "locked",
+    "move_into_place",
     "sha256_file",
     "write_atomic",
     "write_json",
@@ -32,14 +33,19 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in sorted(partial.rglob("*")):
-            flush(path)
-        flush(partial)
-        partial.rename(target)
-        flush(target.parent)
+        move_into_place(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def move_into_place(partial: Path, target: Path) -> None:
+    """Flush the folder `partial` and all that is in it, and rename it to `target`, which is not there or empty."""
+    for path in sorted(partial.rglob("*")):
+        flush(path)
+    flush(partial)
+    partial.rename(target)
+    flush(target.parent)
 
 
 def flush(path: Path) -> None:

@@ -72,6 +72,8 @@ def _block(kind: BlockShape, shape: ModelShape, settings: StepSettings) -> Itera
     inputs = tokens * itemsize * sum(group.inputs for group in kind.groups)
     weighted = tokens * max(group.inputs for group in kind.groups) * (_FLOAT if itemsize == _FLOAT else 2 * _FLOAT + 2)
     yield 2 * hidden + block + moments + max(kind.held, inputs + weighted + largest // 4)
+    if settings.resumes:  # what the next block reads is laid aside: put together, and as bytes
+        yield 3 * hidden
     # Moments are packed and unpacked; those of the parent are read and added; the sum is folded.
     yield hidden + 2 * largest + (3.5 if settings.has_parent else 2.25) * moments
     if settings.by_loss:

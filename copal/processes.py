@@ -20,7 +20,18 @@ from torch import Tensor, distributed
 
 from copal.errors import SettingsError
 
-__all__ = ["device", "from_main", "gather", "is_main", "share", "share_of_windows", "sum_by_name", "tensors_from_main"]
+__all__ = [
+    "device",
+    "from_main",
+    "gather",
+    "is_main",
+    "number",
+    "processes",
+    "share",
+    "share_of_windows",
+    "sum_by_name",
+    "tensors_from_main",
+]
 
 _T = TypeVar("_T")
 _Items = TypeVar("_Items", Tensor, list[Any])
@@ -40,6 +51,16 @@ def is_main() -> bool:
     return bool(_state().is_main_process)
 
 
+def number() -> int:
+    """Of this process, from 0."""
+    return int(_state().process_index)
+
+
+def processes() -> int:
+    """How many there are."""
+    return int(_state().num_processes)
+
+
 def share(items: _Items) -> _Items:
     """This process's part of `items`: every n-th, as even as can be; it may be empty."""
     state = _state()
@@ -52,25 +73,23 @@ def share_of_windows(windows: Tensor) -> Tensor:
     Raises:
         SettingsError: there are fewer windows than processes.
     """
-    processes = _state().num_processes
-    if len(windows) < processes:
-        raise SettingsError(f"model.processes is {processes}, but there are {len(windows)} windows: lower it to that")
+    if len(windows) < processes():
+        raise SettingsError(f"model.processes is {processes()}, but there are {len(windows)} windows: lower it to that")
     return share(windows)
 
 
 def gather(value: _T) -> list[_T]:
     """The `value` of every process, in the order of the processes; for small things."""
-    processes = _state().num_processes
-    if processes == 1:
+    if processes() == 1:
         return [value]
-    values: list[Any] = [None] * processes
+    values: list[Any] = [None] * processes()
     distributed.all_gather_object(values, value)
     return values
 
 
 def sum_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sums of float32 tensors over the processes, in place; a tensor that a process does not have counts as zero."""
-    if _state().num_processes == 1:
+    if processes() == 1:
         return dict(tensors)
     shapes: dict[str, tuple[int, ...]] = {}
     for known in gather({name: tuple(tensor.shape) for name, tensor in tensors.items()}):
@@ -84,7 +103,7 @@ def sum_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def from_main(value: _T) -> _T:
     """The main process's `value`; the others wait for it."""
-    if _state().num_processes == 1:
+    if processes() == 1:
         return value
     box = [value]
     distributed.broadcast_object_list(box, src=0)
@@ -94,7 +113,7 @@ def from_main(value: _T) -> _T:
 def tensors_from_main(tensors: Mapping[str, Tensor] | None, here: torch.device) -> dict[str, Tensor]:
     """The main process's `tensors` on `here`, where this process computes; the others hand in None."""
     found = {} if tensors is None else {name: tensor.to(here).contiguous() for name, tensor in tensors.items()}
-    if _state().num_processes == 1:
+    if processes() == 1:
         return found
     kinds = from_main({name: (tensor.shape, tensor.dtype) for name, tensor in found.items()})
     for name, (shape, dtype) in kinds.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 __all__ = ["Clock", "Progress", "silent"]
@@ -19,8 +19,9 @@ def silent(stage: str, done: int, total: int) -> None:
 class Clock:
     """Adds up the seconds that are spent in named parts of something."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        """`seconds`: what they took before."""
+        self.seconds = dict(seconds or {})
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:

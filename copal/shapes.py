@@ -43,6 +43,7 @@ class StepSettings:
         dtype: of the forward pass.
         batch, processes: as in params.yaml.
         on_gpu: whether each process has a GPU.
+        resumes: whether it keeps what it goes on from if it is killed (`copal.resume`).
     """
 
     calibration: CalibrationConfig
@@ -52,6 +53,7 @@ class StepSettings:
     batch: int = 8
     processes: int = 1
     on_gpu: bool = False
+    resumes: bool = False
 
     @property
     def windows(self) -> int:

@@ -185,8 +185,9 @@ class StateWriter:
         """
         self._folder, self._compact, self._device, self._writes = folder, compact, device, writes
         self._digests: dict[str, dict[str, str]] = {"contribution": {}, "sum": {}}
+        self._adopted: set[str] = set()
         for part in self._digests if writes else ():
-            (folder / part).mkdir(parents=True)
+            (folder / part).mkdir(parents=True, exist_ok=True)
 
     def contribution(self, index: int, moments: Moments, shapes: Shapes) -> dict[str, Moment]:
         """Write the new domain's moments of block `index`; returns them as a later step will read them."""
@@ -208,6 +209,19 @@ class StateWriter:
         for part, fisher in (("contribution", new), ("sum", total)):
             if fisher is not None:
                 self._write(part, _FISHER, dict(fisher))
+
+    def written(self, index: int | None) -> dict[str, str]:
+        """The files of block `index`, or of the Fisher information (None), and their SHA-256."""
+        name = _FISHER if index is None else _shard_name(index)
+        return {
+            file: digest for part in self._digests.values() for file, digest in part.items() if Path(file).name == name
+        }
+
+    def adopt(self, written: Mapping[str, str]) -> None:
+        """Take files that are there for ones that this writer wrote; one that is read again is hashed first."""
+        self._adopted |= written.keys()
+        for file, digest in written.items():
+            self._digests[file.partition("/")[0]][file] = digest
 
     def read_contribution(self, index: int) -> dict[str, Moment]:
         """What `contribution` has written of block `index`."""
@@ -231,7 +245,11 @@ class StateWriter:
         return manifest
 
     def _read(self, part: str, index: int) -> dict[str, Tensor]:
-        tensors = safetensors.torch.load_file(self._folder / part / _shard_name(index))
+        file = f"{part}/{_shard_name(index)}"
+        path = self._folder / file
+        if file in self._adopted and sha256_file(path) != self._digests[part][file]:
+            raise StateError(f"{path}, which a killed step left, is damaged: the step begins anew when it is run again")
+        tensors = safetensors.torch.load_file(path)
         return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def _write(self, part: str, name: str, tensors: dict[str, Tensor]) -> None:

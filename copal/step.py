@@ -8,31 +8,36 @@ weights each time: a weight that an earlier step pruned comes back when a new do
 Where several processes run the step together (`copal.processes`), each runs its share of the windows and solves its
 share of the linears; the main one writes.
 
+A step that is given a folder for it lays aside what it has finished block by block; where it was killed, the next run
+of the same step goes on from there (`copal.resume`), to the same bits.
+
 Taking a domain out is the same walk without windows: what is left is the sum of the other domains' contributions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from copal.base import Base
 from copal.checkpoint import Checkpoint, CheckpointWriter
-from copal.config import CalibrationConfig, Pattern, PruneConfig
-from copal.errors import ModelError, ResourceError, StateError
-from copal.files import atomic_folder
+from copal.config import CalibrationConfig, Pattern, PruneConfig, fingerprint
+from copal.errors import ModelError, StateError
+from copal.out_of_memory import memory_for
 from copal.packing import block_bytes
 from copal.parent import Parent, ParentState
-from copal.processes import from_main, is_main, share_of_windows
+from copal.processes import from_main, is_main, processes, share_of_windows
 from copal.progress import Clock, Progress, silent
 from copal.report import LayerReport, StepReport, read_report, write_report
+from copal.resume import unfinished
 from copal.solve import PruneGroup, prune_group
 from copal.state import DomainEntry, Manifest, StateWriter
 from copal.streaming import Stream, StreamedModel, place
@@ -50,6 +55,8 @@ __all__ = [
     "read_report",
 ]
 
+# Of the windows fewer at a time may do (`copal.streaming`), beside them nothing does.
+_ONE_BLOCK = "the statistics and the solve of one block, however small model.batch is", "take a device with more"
 _PROBE = 8  # made-up tokens that show which linears read the same input, where there are no windows
 
 
@@ -92,6 +99,7 @@ def prune_step(
     dtype: torch.dtype | None = None,
     batch: int = 8,
     method: PruneGroup | None = None,
+    resume: Path | None = None,
     progress: Progress = silent,
 ) -> StepReport:
     """Prune the base for what `parent` knows and `domain`: writes `out`/model, `out`/state and the report.
@@ -104,6 +112,9 @@ def prune_step(
         device: None: this process's own GPU, or the CPU.
         dtype: of the forward pass and of products that bear rounding; sums are float32. None: the fastest here.
         batch: windows that run through a block at a time; halved where memory runs out. Results differ by rounding.
+        resume: a folder on the disk of `out` for what is finished block by block. Where the same step was killed, or
+            ended by an error of the machine, the next call with that folder goes on from its last whole block, to the
+            same bits. It goes when the step is finished. None: nothing is kept.
         method: how a group of linears is pruned: `copal.solve.prune_group`, or one of `copal.baselines`.
 
     Raises:
@@ -115,9 +126,11 @@ def prune_step(
     """
     known = _known(base, parent, domain, calibration, prune)
     model = _load(base, prune, device, dtype)
-    with atomic_folder(out) if is_main() else nullcontext(out) as folder, _memory_for_a_block():
-        clock, layers = Clock(), list[LayerReport]()
-        checkpoint, state = _writers(model, folder, calibration)
+    settings = (calibration.fingerprint(), prune.fingerprint(), batch, repr(method))  # a function's place in memory
+    same = _fingerprint(base, parent, known, domain, model, settings) if resume else ""
+    with unfinished(out, resume, same) as work, memory_for(*_ONE_BLOCK):
+        clock, layers = Clock(work.seconds), list[LayerReport]()
+        checkpoint, state = _writers(model, work.version, calibration)
         stream = _start(model, domain, batch, clock)
         walk = Walk(
             base=model,
@@ -129,10 +142,11 @@ def prune_step(
             method=method or partial(prune_group, products=model.dtype),
             checkpoint=checkpoint,
             state=state,
-            scratch=out.parent,
+            work=work,
             clock=clock,
             progress=progress,
         )
+        walk.write_outside()
         taken = survey(walk) if prune.criterion == "loss" else None
         for index in range(len(model)):
             layers += prune_block(walk, index, taken[index] if taken else None)
@@ -141,7 +155,7 @@ def prune_step(
         manifest = _manifest(state, base, domain, known, calibration, prune)
         report = StepReport(layers=tuple(layers), manifest=manifest, seconds=clock.seconds)
         if is_main():
-            write_report(folder, report)
+            write_report(work.version, report)
     return from_main(report)
 
 
@@ -185,9 +199,8 @@ def _check_groups(model: StreamedModel, pattern: Pattern) -> None:
 def _writers(
     model: StreamedModel, folder: Path, calibration: CalibrationConfig
 ) -> tuple[CheckpointWriter, StateWriter]:
-    """The new model, with what lies outside the blocks in it already, and the new state."""
+    """The new model and the new state."""
     checkpoint = CheckpointWriter(model.checkpoint, folder / "model", shards=len(model) + 1, writes=is_main())
-    checkpoint.write(model.stored_outside(), {})
     compact = block_bytes(model.model.num_parameters(), len(model)) if calibration.storage == "compact" else None
     return checkpoint, StateWriter(folder / "state", compact, device=model.device, writes=is_main())
 
@@ -200,18 +213,30 @@ def _start(model: StreamedModel, domain: Domain, batch: int, clock: Clock) -> St
         return model.start(share_of_windows(domain.windows), batch)
 
 
-@contextmanager
-def _memory_for_a_block() -> Iterator[None]:
-    """Say it plainly where memory runs out beside the windows, of which fewer at a time may do (`copal.streaming`)."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        raise ResourceError(
-            "memory is not enough for the statistics and the solve of one block, however small model.batch is: "
-            "take a device with more"
-        ) from error
+def _fingerprint(
+    base: Base,
+    parent: Parent | None,
+    known: ParentState | None,
+    domain: Domain,
+    model: StreamedModel,
+    settings: Sequence[str | int],
+) -> str:
+    """Of all that decides the bits of a step: what another step has finished is not gone on from."""
+    new = domain if isinstance(domain, NewDomain) else None
+    windows = hashlib.sha256(new.windows.numpy(force=True).tobytes()).hexdigest() if new else None
+    on_gpu = model.device.type == "cuda"
+    machine = torch.cuda.get_device_name(model.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    return fingerprint(
+        {
+            "base": base.fingerprint,
+            "parent": [parent.version, str(parent.model.resolve())] if parent else None,
+            "state": asdict(known.manifest) if known else None,
+            "domain": [domain.name, [new.md5, new.weight, list(new.windows.shape), windows] if new else None],
+            "settings": [*settings, str(model.dtype), processes(), torch.get_num_threads()],
+            "code": [installed_version("copal"), torch.__version__],
+            "machine": [platform.machine(), machine],
+        }
+    )
 
 
 def _manifest(

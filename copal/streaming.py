@@ -8,9 +8,8 @@ Shapes: N windows, B windows of a batch, L tokens of a window, H hidden size, V 
 
 from __future__ import annotations
 
-import ctypes
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from copal.architecture import Architecture, as_rows, hidden_states, load_skeleton, names_in_model, shape_of, tie
 from copal.checkpoint import Checkpoint
 from copal.embeddings import RowsThere
-from copal.errors import ModelError, NumericsError, ResourceError, SmallerBatchWarning
+from copal.errors import ModelError, NumericsError, SmallerBatchWarning
 from copal.labels import loss_gradient
+from copal.out_of_memory import memory_error, memory_for, trim_heap
 from copal.processes import device as own_device
 
 __all__ = ["Stream", "StreamedModel", "compute_dtype", "place"]
@@ -115,7 +115,7 @@ class StreamedModel:
 
         `source`: another checkpoint of the same model, or its tensors by the checkpoint's names.
         """
-        _trim_heap()
+        trim_heap()
         stored = {linear: self._stored_weight(index, linear) for linear in self.architecture.linears[index]}
         source = source if source is not None else self.checkpoint
         tensors = source.read(list(stored.values())) if isinstance(source, Checkpoint) else source
@@ -142,14 +142,14 @@ class StreamedModel:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         block, prefix = self._blocks[index], self.architecture.blocks[index]
         names = {name: self.stored_name(f"{prefix}.{name}") for name, _ in block.named_parameters()}
-        _trim_heap()
+        trim_heap()
         self._load(block, names)
         try:
             yield block
         finally:
             for name in names:
                 set_module_tensor_to_device(block, name, "meta")
-            _trim_heap()
+            trim_heap()
 
     def start(self, windows: Tensor, batch: int) -> Stream:
         """Embed `windows` (N, L) and stop before the first block."""
@@ -228,7 +228,7 @@ class Stream:
         self._hidden: list[Tensor] = []
         self._calls: dict[int, list[_Call]] = {}  # they depend on the size of a batch only
         self._next = 0
-        with torch.no_grad(), _memory_for(f"the embeddings of {batch} windows at a time"):
+        with torch.no_grad(), memory_for(f"the embeddings of {batch} windows at a time"):
             for tokens in self._tokens:
                 hidden, calls = model._record(tokens)
                 if not hidden.isfinite().all():
@@ -246,6 +246,28 @@ class Stream:
             self._halve(self._next)
         self._hidden = hidden
         self._next += 1
+
+    def go_on(self, index: int, hidden: Tensor, sizes: Sequence[int]) -> None:
+        """Be before block `index` of the model (or after the last), with `hidden` (N, L, H) in batches of `sizes`."""
+        self.resize(sizes)
+        self._hidden = [part.to(self._model.device, copy=True) for part in torch.split(hidden, list(sizes))]
+        self._next = index
+
+    def resize(self, sizes: Sequence[int]) -> None:
+        """Run so many windows at a time, batch by batch: rounding depends on it."""
+        if list(sizes) != self.sizes:
+            self._tokens = list(torch.split(torch.cat(self._tokens), list(sizes)))
+            self._hidden = list(torch.split(torch.cat(self._hidden), list(sizes)))
+
+    @property
+    def next(self) -> int:
+        """Index of the block that it is before; the number of blocks after the last one."""
+        return self._next
+
+    @property
+    def sizes(self) -> list[int]:
+        """Windows of each batch."""
+        return [len(tokens) for tokens in self._tokens]
 
     @property
     def hidden(self) -> Tensor:
@@ -285,7 +307,7 @@ class Stream:
     def _windows_logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(tokens (1, L), hidden states (1, L, H) that they are of, logits (1, L, V)) of each window."""
         assert self._next == len(self._model)
-        with _memory_for("the logits of one window"):
+        with memory_for("the logits of one window"):
             for tokens, states in zip(self._tokens, self._hidden, strict=True):
                 for row in range(len(tokens)):
                     window, hidden = tokens[row : row + 1], states[row : row + 1].detach()
@@ -312,7 +334,7 @@ class Stream:
 
     def _run_back(self, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor | None:
         """What `backward` gives; None where memory ran out."""
-        sizes, before = [len(tokens) for tokens in self._tokens], list[Tensor]()
+        sizes, before = self.sizes, list[Tensor]()
         # A GPU's fused kernels add up the gradient of attention in any order: a replay would have other bits.
         attention = sdpa_kernel(SDPBackend.MATH) if self._model.device.type == "cuda" else nullcontext()
         try:
@@ -339,7 +361,7 @@ class Stream:
     def _halve(self, index: int) -> None:
         where, before = self._model.architecture.blocks[index], max(map(len, self._tokens))
         if before == 1:
-            raise _memory_error(f"{where} with one window at a time")
+            raise memory_error(f"{where} with one window at a time")
         half = before // 2
         warnings.warn(
             f"memory ran out in {where} with {before} windows at a time, {half} are tried: "
@@ -373,28 +395,3 @@ class Stream:
             f"{self._model.folder}: NaN or infinity comes out of {found[0]}: "
             f"check the weights of {prefix}, or set model.dtype to float32"
         )
-
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system: glibc keeps what is smaller than 32 MB, and it piles up block by block."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim is not None:
-        trim(0)
-
-
-@contextmanager
-def _memory_for(where: str) -> Iterator[None]:
-    """Say it plainly if memory runs out inside the `with`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        raise _memory_error(where) from error
-
-
-def _memory_error(where: str) -> ResourceError:
-    return ResourceError(
-        f"memory is not enough for {where}: lower model.batch or model.processes, take a larger device, "
-        "or start a new lineage with a smaller calibration.window_length"
-    )

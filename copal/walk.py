@@ -5,19 +5,21 @@
     write        store the pruned block in the layout and dtype of the base
     compare      the linears before and after, for the report
 
-When `prune_block` returns, nothing of the block is left in memory: a model may be larger than that.
+When `prune_block` returns, nothing of the block is left in memory: a model may be larger than that. What it and the
+windows have come to is laid aside, so that a step that was killed goes on from there (`copal.resume`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from copal.allocation import RowZeros
-from copal.checkpoint import Checkpoint, CheckpointWriter
+from copal.checkpoint import Checkpoint, CheckpointWriter, Shard
 from copal.config import PruneConfig
 from copal.errors import ModelError, StateError
 from copal.masks import follows
@@ -26,12 +28,13 @@ from copal.processes import gather, is_main, share, sum_by_name, tensors_from_ma
 from copal.progress import Clock, Progress
 from copal.recorder import MomentRecorder
 from copal.report import LayerReport, compare
+from copal.resume import Part, Unfinished
 from copal.sensitivity import Moment
 from copal.solve import Pruned, PruneGroup
 from copal.state import StateWriter, as_moments, merge_blocks
 from copal.streaming import Stream, StreamedModel
 
-__all__ = ["BlockStatistics", "Walk", "prune_block", "take_statistics"]
+__all__ = ["BlockStatistics", "Walk", "hidden_before", "prune_block", "take_statistics"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +50,7 @@ class Walk:
         parent: the parent's weights, likewise.
         prune, method: settings, and how a group of linears is pruned with them.
         checkpoint, state: what is written.
-        scratch: where files may lie for a while.
+        work: what is finished of it.
         clock: of the parts `statistics` and `solve`.
         progress: told how far it is.
     """
@@ -61,9 +64,60 @@ class Walk:
     method: PruneGroup
     checkpoint: CheckpointWriter
     state: StateWriter
-    scratch: Path
+    work: Unfinished
     clock: Clock
     progress: Progress
+
+    def write_outside(self) -> None:
+        """Write what lies outside the blocks into the new model."""
+        if not self.find("outside"):
+            self.finish("outside", shard=self.checkpoint.write(self.base.stored_outside(), {}))
+
+    def bring(self, index: int) -> None:
+        """Bring the windows before block `index`, where an earlier run has left them there."""
+        if self.stream.next != index:
+            part = self.work.read(hidden_before(index))
+            self.stream.go_on(index, part.tensors["hidden"], part.told["sizes"])
+
+    def lay_hidden_aside(self) -> None:
+        """Lay aside what the next block reads."""
+        self.work.write(
+            hidden_before(self.stream.next), {"hidden": self.stream.hidden.cpu()}, {"sizes": self.stream.sizes}
+        )
+
+    def find(self, name: str) -> Part | None:
+        """What an earlier run has said in `finish` of `name`, if it came so far."""
+        found = self.work.find(name)
+        if found:
+            self.state.adopt(found.told["state"])
+            if found.told["shard"]:
+                self.checkpoint.adopt(Shard(**found.told["shard"]))
+        return found
+
+    def finish(
+        self,
+        name: str,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        told: Mapping[str, Any] | None = None,
+        state: Mapping[str, str] | None = None,
+        shard: Shard | None = None,
+    ) -> None:
+        """Say that `name` is finished, with what came of it.
+
+        Args:
+            tensors, told: see `copal.resume.Part`.
+            state: files that were written for it (`StateWriter.written`).
+            shard: likewise.
+        """
+        state = state or {}
+        self.work.finish(
+            name,
+            tensors=tensors,
+            told={**(told or {}), "state": state, "shard": asdict(shard) if shard else None},
+            files=[*(f"state/{file}" for file in state), *([f"model/{shard.file}"] if shard else [])],
+            seconds=self.clock.seconds,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +144,35 @@ class BlockStatistics:
     total: Mapping[str, Moment]
     zeros: RowZeros | None = None
 
+    @classmethod
+    def from_part(cls, part: Part, device: torch.device) -> Self:
+        """Without moments."""
+        return cls(
+            groups=part.told["groups"],
+            tokens=part.told["tokens"],
+            writers=part.told["writers"],
+            squares={group: squares.to(device) for group, squares in part.tensors.items()},
+            new=None,
+            before=None,
+            total={},
+        )
+
+    def told(self) -> dict[str, Any]:
+        """What `from_part` wants to be told; its tensors are `squares`."""
+        return {"groups": self.groups, "tokens": self.tokens, "writers": sorted(self.writers)}
+
     def without_moments(self) -> BlockStatistics:
         """What takes no memory to speak of."""
         return replace(self, new=None, before=None, total={})
 
 
+def hidden_before(index: int) -> str:
+    """Name of the part that holds what block `index` reads."""
+    return f"hidden-{index:05d}"
+
+
 def prune_block(walk: Walk, index: int, taken: BlockStatistics | None = None) -> list[LayerReport]:
-    """Prune block `index` and write it and its statistics.
+    """Prune block `index` and write it and its statistics, unless an earlier run has.
 
     Args:
         taken: its statistics, where they were taken and written before (`copal.survey`), without their moments.
@@ -104,6 +180,23 @@ def prune_block(walk: Walk, index: int, taken: BlockStatistics | None = None) ->
     Returns:
         A report of each linear; nothing in a process that does not write (see `copal.processes`).
     """
+    name = f"prune-{index:05d}"
+    if found := walk.find(name):
+        return [LayerReport(**layer) for layer in found.told["layers"]]
+    shard, layers = _prune(walk, index, taken)
+    if taken is None and walk.work.lasts:
+        walk.lay_hidden_aside()
+    walk.finish(
+        name,
+        told={"layers": [asdict(layer) for layer in layers]},
+        state=walk.state.written(index) if taken is None else {},
+        shard=shard,
+    )
+    walk.work.drop(hidden_before(index))
+    return layers
+
+
+def _prune(walk: Walk, index: int, taken: BlockStatistics | None) -> tuple[Shard | None, list[LayerReport]]:
     with walk.clock.measure("statistics"):
         statistics = _read_statistics(walk, index, taken) if taken else take_statistics(walk, index)
     dense = walk.base.weights(index)
@@ -114,13 +207,14 @@ def prune_block(walk: Walk, index: int, taken: BlockStatistics | None = None) ->
         name = f"{walk.base.architecture.blocks[index]}.{idle[0]}"
         raise ModelError(f"{name} reads no input on this domain: copal cannot tell what it needs")
     if not is_main():
-        return []
-    now = _write(walk, index, pruned)
-    return _compare(walk, index, dense, now, damping, statistics)
+        return None, []
+    shard, now = _write(walk, index, pruned)
+    return shard, _compare(walk, index, dense, now, damping, statistics)
 
 
 def take_statistics(walk: Walk, index: int) -> BlockStatistics:
     """Run the windows through block `index`, and write its new contribution and its new sum."""
+    walk.bring(index)
     name, gradient = walk.base.architecture.blocks[index], walk.prune.criterion == "gradient"
     with (
         walk.base.block(index) as block,
@@ -173,14 +267,14 @@ def _solve(
     return pruned, {group: damping for one in dampings for group, damping in one.items()}
 
 
-def _write(walk: Walk, index: int, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Write the pruned block. Returns its weights as rounded to the dtype in which they are stored."""
+def _write(walk: Walk, index: int, pruned: Mapping[str, Tensor]) -> tuple[Shard | None, dict[str, Tensor]]:
+    """Write the pruned block. Returns also its weights as rounded to the dtype in which they are stored."""
     stored = walk.base.stored_weights(index, pruned)
-    walk.checkpoint.write(walk.base.stored_block(index), stored)
+    shard = walk.checkpoint.write(walk.base.stored_block(index), stored)
     now = walk.base.weights(index, stored)
     if walk.prune.pattern:
         assert all(follows(weight, walk.prune.pattern) for weight in now.values())
-    return now
+    return shard, now
 
 
 def _compare(

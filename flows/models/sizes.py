@@ -86,6 +86,7 @@ def step_settings(
         batch=batch,
         processes=processes,
         dtype=getattr(torch, dtype),
+        resumes=True,
     )
 
 

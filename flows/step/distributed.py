@@ -56,6 +56,7 @@ def prune_in_processes(
     parent: Parent | None,
     domain: NewDomain | WithdrawnDomain,
     out: Path,
+    resume: Path,
     progress: Progress,
 ) -> StepReport:
     """`copal.step.prune_step` in `model.processes` processes; `folder` is for what they are told and answer."""
@@ -66,6 +67,7 @@ def prune_in_processes(
         "parent": asdict(parent) if parent else None,
         "domain": {"name": domain.name} | ({"md5": arrives.md5, "weight": arrives.weight} if arrives else {}),
         "out": out,
+        "resume": resume,
         "calibration": asdict(settings.calibration),
         "prune": asdict(settings.prune),
     }
@@ -201,6 +203,7 @@ def _prune(request: dict[str, Any], windows: Mapping[str, Tensor], progress: Pro
         device=device(),
         dtype=compute_dtype(request["dtype"], device()),
         batch=request["batch"],
+        resume=Path(request["resume"]),
         progress=progress,
     )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flows.registry.versions import ModelVersion
 
 __all__ = [
+    "UNFINISHED",
     "NoBaseError",
     "Step",
     "WithdrawError",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 
+UNFINISHED = "unfinished"
 _LONGEST_WHY = 1000  # characters
 
 
@@ -83,6 +85,11 @@ class Step:
     def out(self) -> Path:
         """Where the new version is staged."""
         return self.run / "version"
+
+    @property
+    def unfinished(self) -> Path:
+        """What pruning goes on from where it was killed, block by block (`copal.resume`)."""
+        return self.run / UNFINISHED
 
 
 def find_step(project: Project, domain: str, rev: str | None) -> tuple[ModelVersion, DatasetVersion, str] | None:

@@ -71,8 +71,11 @@ class Demand:
     advice: str
 
 
-def check_resources(project: Project, domains: int) -> None:
+def check_resources(project: Project, domains: int, begun: int = 0) -> None:
     """Refuse a step to a version with so many domains where it would not fit; nothing is fetched but config.json.
+
+    Args:
+        begun: bytes on the disk that a killed run of the step has left, and that this one goes on from or removes.
 
     Raises:
         ResourceError: says what is needed and what is free.
@@ -81,7 +84,7 @@ def check_resources(project: Project, domains: int) -> None:
     if not project.settings.run.check_resources:
         return
     with config_of_base(project.registry) as folder:
-        lacking = shortages(demands(project, folder, domains)) if folder else ()
+        lacking = shortages(demands(project, folder, domains, begun=begun)) if folder else ()
     if lacking:
         raise ResourceError(
             f"{'; '.join(lacking)}. Nothing was begun; run.check_resources: false in params.yaml begins it all the same"
@@ -115,7 +118,7 @@ def domains_after(registry: Registry, head: ModelVersion, domain: str, *, withdr
 
 
 def demands(
-    project: Project, folder: Path, domains: int, found: Estimate | None = None, kept: int = 0
+    project: Project, folder: Path, domains: int, found: Estimate | None = None, kept: int = 0, begun: int = 0
 ) -> tuple[Demand, ...]:
     """What a step to a version with so many domains needs, against what is free.
 
@@ -123,6 +126,7 @@ def demands(
         folder: with the base's config.json.
         found: what was computed for it, if it was.
         kept: bytes that stay on the disk of steps before it, which are not there yet.
+        begun: bytes of the step that are there already.
     """
     from copal.estimate import estimate_step
 
@@ -135,7 +139,7 @@ def demands(
             kind="disk",
             what=f"disk in {work.private}",
             margin="a twentieth",
-            needed=least.disk + kept,
+            needed=max(0, least.disk + kept - begun),
             free=free_disk(work.private),
             advice="free some (`copal gc --dry-run` says what can go), or move the workspace to a larger disk",
         ),
@@ -183,6 +187,7 @@ def settings_of_step(settings: Settings, domains: int) -> StepSettings:
         batch=settings.model.batch,
         processes=settings.model.processes,
         on_gpu=device.type != "cpu",
+        resumes=True,
     )
 
 

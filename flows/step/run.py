@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from copal.errors import CopalError
+from copal.files import freed_bytes
 from copal.progress import Progress, silent
+from flows.data.dataset import UnusableDataError
 from flows.gates.run import run_gates
+from flows.ledger.errors import ClaimLostError
 from flows.project import Project, complete_log, hold_lineage, refusing
 from flows.registry.errors import HeadMovedError
 from flows.step.events import lineage_events
 from flows.step.finish import finish, sweep
 from flows.step.purge import Purged, purge_domain
 from flows.step.register import register_step
-from flows.step.resolve import Step, find_step, find_withdrawal, run_folder, step_on
+from flows.step.resolve import UNFINISHED, Step, find_step, find_withdrawal, run_folder, step_on
 from flows.step.resources import check_resources, domains_after
 from flows.step.staging import Evaluation, discard, prepare, staged_evaluation, staged_report
 from flows.step.work import evaluate_step, fetch_data, prune_domain
@@ -89,7 +93,8 @@ def run_step(
     """Adapt the head of the lineage to a dataset version, alone on the lineage; None where the head knows it already.
 
     What an earlier run of the same step has finished is not done again. Whatever stops this one, a version that is
-    pruned stays staged for the next run, and what is half done goes.
+    pruned stays staged for the next run, and of one that is not the blocks that are; unless it is the data or the
+    model that cannot be used.
 
     What is left to do for the head (its gates, say) is done first, even where there is no step to take.
 
@@ -105,9 +110,10 @@ def run_step(
     with hold_lineage(project, f"adapt to {domain}", tell) as claim:
         finish(project, claim, tasks.gates)
         found = find_step(project, domain, rev)
-        sweep(project)
         if found is None:
+            sweep(project)
             return None
+        sweep(project, run_folder(project, found[2]))
         with refusing(project, domain, found[1].md5):
             return _take(project, _fitting(project, found), claim, tasks)
 
@@ -134,7 +140,7 @@ def run_withdrawal(
     with alone, hold_lineage(project, f"withdraw {domain}", tell) as claim:
         finish(project, claim, tasks.gates)
         found = find_withdrawal(project, domain, why)
-        sweep(project)
+        sweep(project, run_folder(project, found[2]) if found else None)
         made = _take(project, _fitting(project, found, why.strip()), claim, tasks) if found else None
         claim.check()
         purged = purge_domain(project, domain, why.strip()) if purge else None
@@ -150,7 +156,9 @@ def _fitting(project: Project, found: tuple[ModelVersion, DatasetVersion, str], 
     head, version, key = found
     run, withdraws = run_folder(project, key), why is not None
     if not (run / "version").is_dir():  # else what takes most is done
-        check_resources(project, domains_after(project.registry, head, version.domain, withdraws=withdraws))
+        begun = freed_bytes(run / UNFINISHED)
+        domains = domains_after(project.registry, head, version.domain, withdraws=withdraws)
+        check_resources(project, domains, begun)
     return step_on(project.registry, head, version, key, run, withdraws=withdraws, why=why)
 
 
@@ -161,13 +169,26 @@ def _take(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:
             made = _make(project, step, claim, tasks)
             completed(made.version)
     except BaseException as error:
-        if not step.out.is_dir() or isinstance(error, HeadMovedError):
-            discard(step)
+        with suppress(ClaimLostError):  # of whoever took over nothing is thrown away
+            claim.check()
+            if not _goes_on(step, error):
+                discard(step)
         raise
     claim.unseal()
     discard(step)
     complete_log(project)
     return replace(made, gates=tasks.gates(project, made.version, claim))
+
+
+def _goes_on(step: Step, error: BaseException) -> bool:
+    """Whether the next run of the step may go on from what this one has finished, when this `error` ended it.
+
+    After a bug a version that is whole stays, and of blocks none: they may be what it came from.
+    """
+    if isinstance(error, (HeadMovedError, UnusableDataError)):
+        return False
+    bug = isinstance(error, Exception) and not isinstance(error, (CopalError, OSError, MemoryError, RuntimeError))
+    return step.out.is_dir() or (not bug and step.unfinished.is_dir() and any(step.unfinished.iterdir()))
 
 
 def _make(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:

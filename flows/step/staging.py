@@ -1,10 +1,11 @@
 """The run folder of a step: what one run of the step has finished stays there for the next run.
 
     runs/<model>-<key>/step.json  what the folder is for, and the code and the dtype that work on it
+                       unfinished/        until pruning is whole: the blocks that are (`copal.resume`)
                        version/   model/, state/ and the report, once pruning is whole
                        evaluation.json    once evaluation is
 
-Each of them appears whole, by a rename. Nobody sees anything of it before the version is in the registry.
+Each of the last two appears whole, by a rename. Nobody sees anything of it before the version is in the registry.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Evaluation:
 
 
 def prepare(project: Project, step: Step) -> None:
-    """Make the step's run folder ready: what an earlier run finished stays, what it left half done goes.
+    """Make the step's run folder ready: what an earlier run finished stays, and what it left half done goes.
 
     What another version of copal made goes too, and what was made in another dtype, as `auto` is on another machine: it
     might not be what this run would make, and what the record will say of it.
@@ -72,8 +73,9 @@ def prepare(project: Project, step: Step) -> None:
         discard(step)
         step.run.mkdir(parents=True)
         write_atomic(step.run / STEP_FILE, json.dumps(meant))
+    stays = [STEP_FILE, EVALUATION_FILE, step.out.name if step.out.is_dir() else step.unfinished.name]
     for path in step.run.iterdir():
-        if path.name not in (STEP_FILE, EVALUATION_FILE, step.out.name):
+        if path.name not in stays:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -57,7 +57,7 @@ def fetch_data(project: Project, step: Step) -> dict[str, str]:
 
 def prune_domain(settings: Settings, step: Step, data: Mapping[str, str], progress: Progress = silent) -> StepReport:
     """Prune the base for every domain so far and the step's own, or without the one that it takes out; stages model/
-    and state/.
+    and state/, and until then each whole block.
 
     Args:
         data: domain -> folder, as `fetch_data` gives it; the step's own is enough where `step.left_out` is known.
@@ -84,7 +84,9 @@ def prune_domain(settings: Settings, step: Step, data: Mapping[str, str], progre
     if settings.model.processes > 1:
         from flows.step.distributed import prune_in_processes
 
-        return prune_in_processes(step.run / "prune", settings, base, parent, domain, step.out, progress)
+        return prune_in_processes(
+            step.run / "prune", settings, base, parent, domain, step.out, step.unfinished, progress
+        )
     device, dtype = device_and_dtype(settings)
     return prune_step(
         base,
@@ -96,6 +98,7 @@ def prune_domain(settings: Settings, step: Step, data: Mapping[str, str], progre
         device=device,
         dtype=dtype,
         batch=settings.model.batch,
+        resume=step.unfinished,
         progress=progress,
     )
 

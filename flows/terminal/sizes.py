@@ -64,6 +64,7 @@ def _disk(disk: Mapping[str, int]) -> Table:
         "running sum, of the newest version only": disk["total"],
         "all of the version": disk["version"],
         "hidden states, until the way back": disk["hidden"],
+        "hidden states, to go on from after a kill": disk["newest"],
     }
     for name, size in rows.items():
         if size:

@@ -128,12 +128,12 @@ class Taken:
 def taken(request, tmp_path_factory) -> Taken:
     case, folder, kept = SMALL_CASES[request.param], tmp_path_factory.mktemp("case"), []
 
-    def spy(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def spy(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         kept.extend(tensor.nbytes for name, tensor in tensors.items() if name == "hidden")
-        save_shard(path, tensors)
+        save_shard(path, tensors, metadata)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("copal.survey.save_shard", spy)
+        patch.setattr("copal.resume.save_shard", spy)
         for step in steps(case, folder):
             kept.clear()
             with Meter() as meter:

@@ -1,4 +1,6 @@
-"""Statistics, two steps and an evaluation, in however many processes: python in_processes.py BASE WINDOWS OUT [BACKEND]
+"""Statistics, two steps, one that is killed, and an evaluation, in however many processes.
+
+python in_processes.py BASE WINDOWS OUT [BACKEND]
 
 BACKEND: what the processes talk through, in place of accelerate's choice. On a GPU that is NCCL, which takes no two
 processes on one device; gloo does.
@@ -9,20 +11,26 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
+from copal import resume
 from copal.config import CalibrationConfig, PruneConfig
 from copal.errors import SettingsError
 from copal.evaluation import evaluate
 from copal.processes import device, gather, is_main, share_of_windows
 from copal.recorder import MomentRecorder
-from copal.step import Base, NewDomain, Parent, prune_step
+from copal.step import Base, NewDomain, Parent, StepReport, prune_step
 from copal.streaming import StreamedModel
 
 LAUNCH = (
@@ -46,6 +54,54 @@ def statistics(base: Path, windows: torch.Tensor, device: torch.device) -> dict[
     return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
 
+class KilledError(BaseException):
+    """Raised in place of a kill."""
+
+
+def killed_between_blocks(step: Callable[..., StepReport], out: Path) -> int:
+    """A step that dies again and again: the main process has said that a block is finished, and the others have not.
+
+    Returns how often it died before it came to its end.
+    """
+    real_gather, real_finish = resume.gather, resume.Unfinished.finish
+    for attempt in range(100):
+        calls = iter([*[False] * (1 + attempt % 2), True])
+
+        def die(calls: Iterator[bool] = calls) -> None:
+            if next(calls, False):
+                raise KilledError
+
+        def gather_or_die(value: Any, die: Callable[[], None] = die) -> list[Any]:
+            if value is None:
+                die()
+            return real_gather(value)
+
+        def finish_or_die(*args: Any, die: Callable[[], None] = die, **more: Any) -> None:
+            die()
+            real_finish(*args, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if is_main():
+                patch.setattr(resume, "gather", gather_or_die)
+            else:
+                patch.setattr(resume.Unfinished, "finish", finish_or_die)
+            try:
+                step(out, resume=out.parent / "unfinished")
+            except KilledError:
+                continue
+            return attempt
+    raise AssertionError("it never came to its end")
+
+
+def same_files(one: Path, two: Path) -> bool:
+    """Whether two steps have written the same, but for the seconds in their reports."""
+    files = [
+        {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*") if path.name != "report.json"}
+        for out in (one, two)
+    ]
+    return len(files[0]) > 10 and files[0] == files[1]
+
+
 def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.device) -> None:
     """Writes OUT/statistics-of-code.safetensors, OUT/<domain>/ of each step and OUT/found.json."""
     of_code = statistics(base, windows["code"], device)
@@ -53,18 +109,20 @@ def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.d
         save_file(of_code, out / "statistics-of-code.safetensors")
     parent, reports = None, []
     for version, (name, tokens) in enumerate(windows.items(), start=2):
-        report = prune_step(
+        step = partial(
+            prune_step,
             Base(folder=base, fingerprint="base"),
             parent,
             NewDomain(name=name, md5="1", weight=float(version), windows=tokens),
-            out / name,
             calibration=CalibrationConfig(),
             prune=PruneConfig(criterion="loss", iterations=30),
             device=device,
             dtype=torch.float32,
         )
+        report = step(out / name)
         parent = Parent.from_step(out / name, version, parent)
         reports.append(report)
+    died = killed_between_blocks(step, out / "killed")
     scores = evaluate(parent.model, windows, device=device, dtype=torch.float32)
     processes = len(gather(None))
     assert gather((reports, scores)) == [(reports, scores)] * processes
@@ -81,7 +139,9 @@ def run(base: Path, windows: dict[str, torch.Tensor], out: Path, device: torch.d
     if is_main():
         figures = {name: [score.nats, score.tokens] for name, score in scores.items()}
         back = [report.weights_back for report in reports]
-        found = {"processes": processes, "scores": figures, "refused": refused, "back": back}
+        found = {"processes": processes, "scores": figures, "refused": refused, "back": back, "died": died}
+        assert same_files(out / "killed", out / name)
+        shutil.rmtree(out / "killed")
         (out / "found.json").write_text(json.dumps(found))
 
 
@@ -100,7 +160,7 @@ def launch(
 
 
 def same(one: Path, two: Path) -> None:
-    """Whether two processes, in the folder `two`, came to what one came to."""
+    """Whether two processes, in the folder `two`, came to what one came to, killed or not."""
     statistics = [load_file(out / "statistics-of-code.safetensors") for out in (one, two)]
     torch.testing.assert_close(*statistics, rtol=1e-5, atol=1e-5)  # G as correlations: 1 is the most there is
     alone, together = (json.loads((out / "found.json").read_text()) for out in (one, two))
@@ -110,6 +170,7 @@ def same(one: Path, two: Path) -> None:
         assert math.isclose(together["scores"][name][0], nats, rel_tol=1e-5)
     # All but equal scores may change places.
     assert all(abs(more - less) <= 2 for more, less in zip(together["back"], alone["back"], strict=True))
+    assert min(alone["died"], together["died"]) > 3
     assert alone["refused"] == ""
     assert together["refused"].startswith("model.processes is 2, but there are 1 windows")
     files = [{str(path.relative_to(out)) for path in out.rglob("*")} for out in (one, two)]

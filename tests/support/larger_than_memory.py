@@ -51,6 +51,7 @@ def main(folder: Path, size: int) -> None:
             device=CPU,
             dtype=torch.float32,
             method=prune_group if parent else wanda,  # the first version only has to be there
+            resume=folder / "unfinished",
         )
         parent = Parent.from_step(folder / name, version, parent)
     evaluate(parent.model, {"legal": windows}, device=CPU, dtype=torch.float32)

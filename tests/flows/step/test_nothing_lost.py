@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from copal import survey, walk
+from copal.errors import NumericsError
+from flows.data.dataset import UnusableDataError
+from flows.ledger.errors import ClaimLostError
 from flows.registry.errors import RegistryError
 from flows.step import run
 from flows.step.gc import collect
@@ -47,6 +51,46 @@ def test_a_version_that_is_pruned_is_not_pruned_again(bench, monkeypatch, not_ag
     not_again("prune_domain")
     assert step(bench).number == 2
     assert list(bench.workspace.runs.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "disk"), ClaimLostError("claim")])
+def test_a_step_that_something_ends_while_it_prunes_goes_on_from_its_last_whole_block(bench, monkeypatch, error):
+    bench.commit("code", 0)
+    stop_at_block(bench, monkeypatch, error)
+    assert staged(bench) == ["step.json", "unfinished"]
+    began = []
+    monkeypatch.setattr(survey, "take_statistics", lambda *_: pytest.fail("statistics were taken again"))
+    monkeypatch.setattr(walk, "_solve", lambda *args, real=walk._solve: began.append(args) or real(*args))
+    assert step(bench).number == 2
+    assert len(began) == 1, "of two blocks"
+    assert list(bench.workspace.runs.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [NumericsError("nan"), UnusableDataError("text"), KeyError("bug")])
+def test_what_would_end_a_step_again_leaves_nothing_to_go_on_from(bench, monkeypatch, error):
+    bench.commit("code", 0)
+    stop_at_block(bench, monkeypatch, error)
+    assert list(bench.workspace.runs.iterdir()) == []
+    assert step(bench).number == 2
+
+
+def test_the_disk_holds_unfinished_blocks_of_one_step_at_a_time(bench, monkeypatch):
+    bench.commit("code", 0)
+    bench.commit("legal", 1)
+    stop_at_block(bench, monkeypatch, KeyboardInterrupt())
+    stop_at_block(bench, monkeypatch, KeyboardInterrupt(), "legal")
+    assert staged(bench) == ["step.json", "step.json", "unfinished"]
+
+
+def stop_at_block(bench, monkeypatch, error: BaseException, domain: str = "code") -> None:
+    """The first block is pruned, and then something happens."""
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage == "prune":
+            raise error
+
+    with pytest.raises(type(error)):
+        run.run_step(bench.project, domain, None, run.plain_tasks(tell))
 
 
 def test_what_another_copal_staged_is_not_gone_on_with(bench, monkeypatch, not_again):

@@ -76,6 +76,26 @@ def test_what_is_staged_is_not_asked_again_whether_it_fits(bench, monkeypatch):
     assert step(bench).number == 2
 
 
+def test_what_a_killed_step_has_on_the_disk_already_need_not_be_free(bench, monkeypatch):
+    bench.commit("code", 0)
+    asked = []
+    monkeypatch.setattr(run, "check_resources", lambda project, domains, begun: asked.append(begun))
+
+    def ends(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run_step(bench.project, "code", None, plain_tasks(ends))
+    (unfinished,) = bench.workspace.runs.glob("*/unfinished")
+    there = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
+    assert step(bench).number == 2
+    assert asked == [0, there]
+    with config_of_base(bench.registry) as folder:
+        needed = [demands(bench.project, folder, 1, begun=begun)[0].needed for begun in (0, there, 10**12)]
+    assert needed[0] - needed[1] == there > 100_000
+    assert needed[2] == 0
+
+
 def test_a_withdrawal_has_to_fit_too(bench, monkeypatch):
     for seed, domain in enumerate(("code", "legal")):
         bench.commit(domain, seed)
