@@ -85,7 +85,10 @@ def stack(
     mlflow.start()
     with git_server(data, "me", canaries["repository"]) as server:
         stores = {
-            "registry": {"uri": mlflow.uri.replace("http://", f"http://me:{canaries['registry']}@")},
+            "registry": {
+                "uri": mlflow.uri.replace("http://", f"http://me:{canaries['registry']}@"),
+                "artifacts": str(tmp_path / "stored"),
+            },
             "ledger": {"uri": postgresql.uri(postgresql.new_database()).replace("a-secret", canaries["ledger"])},
             "watch": {"repository": server.url, "interval": 5},
         }

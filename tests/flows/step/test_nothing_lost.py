@@ -213,6 +213,7 @@ def test_a_server_that_dies_during_a_registration_loses_nothing_and_nothing_is_c
     bench, mlflow_server, monkeypatch, not_again, call
 ):
     monkeypatch.setenv("COPAL_REGISTRY_URI", mlflow_server.uri)
+    monkeypatch.setenv("COPAL_REGISTRY_ARTIFACTS", str(mlflow_server.folder / "stored"))
     monkeypatch.setenv("COPAL_LEDGER_URI", f"sqlite:///{bench.root}/.copal/ledger.db")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     bench.set("name: tiny", f"name: dies-in-{call}")
