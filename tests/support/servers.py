@@ -97,6 +97,25 @@ class MlflowServer:
         self._process.wait()
 
 
+AUTH = """[mlflow]
+default_permission = NO_PERMISSIONS
+database_uri = sqlite:///{database}
+admin_username = admin
+admin_password = {password}
+auth_cache_ttl_seconds = 60
+"""
+
+
+def with_users(folder: Path, database: Path, password: str, *, serves: bool = False) -> MlflowServer:
+    """An MLflow server that asks everybody who he is; `password` is that of its administrator, `admin`."""
+    (folder / "auth.ini").write_text(AUTH.format(database=folder / "auth.db", password=password))
+    environment = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "for a test",
+    }
+    return MlflowServer(folder, database, serves=serves, options=("--app-name", "basic-auth"), environment=environment)
+
+
 class PostgresServer:
     """A PostgreSQL server of its own; everybody who reaches it is believed to be the role that he names."""
 

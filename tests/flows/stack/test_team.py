@@ -26,13 +26,6 @@ VARIABLES = {
     "PREFECT_API_URL": "http://prefect:4200/api",
     "COPAL_WORKSPACE": "https://git.example/team.git#main",
 }
-AUTH = """[mlflow]
-default_permission = NO_PERMISSIONS
-database_uri = sqlite:///{database}
-admin_username = admin
-admin_password = {password}
-auth_cache_ttl_seconds = 60
-"""
 
 
 # --- MLflow's users
@@ -44,16 +37,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> 
         pytest.skip("MLflow's basic-auth needs Flask-WTF: pip install 'mlflow[auth]'")
     folder = tmp_path_factory.mktemp("basic-auth")
     password = "the-administrator's"
-    (folder / "auth.ini").write_text(AUTH.format(database=folder / "auth.db", password=password))
-    server = servers.MlflowServer(
-        folder,
-        mlflow_template,
-        options=("--app-name", "basic-auth"),
-        environment={
-            "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "for a test",
-        },
-    )
+    server = servers.with_users(folder, mlflow_template, password)
     server.start()
     yield MlflowServer(server.uri, "admin", password)
     server.kill()
