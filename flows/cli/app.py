@@ -81,7 +81,7 @@ def parse(words: Sequence[str]) -> Call:
     bound.apply_defaults()
     # The folder of `copal init` is, or becomes, a workspace.
     folder = bound.arguments.get("workspace", bound.arguments.get("folder"))
-    return Call(run, options, folder if isinstance(folder, Path) else Path())
+    return Call(run, options, Path(folder) if isinstance(folder, (str, Path)) else Path())
 
 
 def make_app() -> App:

@@ -35,7 +35,7 @@ def pool(kind: str = "kubernetes", **defaults: object) -> WorkPool:
 
 @given(model=sizes, contribution=sizes, total=sizes, hidden=sizes, host=sizes, processes=st.integers(1, 64))
 def test_a_pod_holds_all_that_its_step_holds(model, contribution, total, hidden, host, processes) -> None:
-    disk = Disk(model=model, contribution=contribution, total=total, hidden=hidden)
+    disk = Disk(model=model, contribution=contribution, total=total, hidden=hidden, newest=hidden)
     found = Estimate(disk=disk, memory=Memory(host=host, device=0), work={}, files=0)
     size = pod_size(found, processes, on_gpu=True)
     assert size.memory >= host * 1.2 + processes * 2 * GIB - 1
