@@ -70,11 +70,15 @@ def _completed(project: Project, version: ModelVersion, what: str) -> dict[str, 
 def _emit(event: dict[str, Any]) -> None:
     try:
         from openlineage.client import OpenLineageClient
+        from openlineage.client.transport.http import HttpTransport
     except ImportError:
         _log.warning("%s is set, but its client is not installed: pip install 'copal[openlineage]'", _URL)
         return
     try:
-        OpenLineageClient().transport.emit(cast("Any", event))  # the specification's JSON will do as well as a class
+        transport = OpenLineageClient().transport
+        if isinstance(transport, HttpTransport):  # by itself it tries for ten seconds, and a step waits meanwhile
+            transport.config.retry = {**transport.config.retry, "total": 1, "read": 1, "connect": 1}
+        transport.emit(cast("Any", event))  # the specification's JSON will do as well as a class
     except Exception as error:  # noqa: BLE001  whatever a transport raises, the step goes on
         _log.warning(
             "the catalog at %s was not told: %s", without_secrets(os.environ[_URL]), without_secrets(str(error))

@@ -40,7 +40,7 @@ def test_altered_settings_are_read_or_refused(tmp_path, count):
             content = damaged(whole, drawn) if number % 5 == 0 else json.dumps(altered(value, drawn)).encode()
             path.write_bytes(content)
             refused += bool(survives(partial(load_settings, path), SettingsError))
-    assert refused > count // 3  # the rest is still what settings may be
+    assert refused > count // 2
 
 
 def bomb() -> str:
@@ -79,7 +79,7 @@ def test_an_altered_record_is_read_or_refused(tmp_path, count):
             content = damaged(whole, drawn) if number % 2 else json.dumps(altered(value, drawn)).encode()
             path.write_bytes(content)
             refused += bool(survives(partial(read_record, path), LineageError))
-    assert refused > count // 3  # the rest is still what settings may be
+    assert refused > count // 2
 
 
 @FEW_AND_MANY
@@ -90,7 +90,7 @@ def test_an_altered_entry_of_the_log_is_read_or_refused(count):
         for _ in range(count):
             value = altered(drawn.choice(entries), drawn)
             refused += bool(survives(partial(parse_entry, value, "entry 1"), LineageError))
-    assert refused > count // 3  # the rest is still what settings may be
+    assert refused > count // 2
 
 
 @FEW_AND_MANY

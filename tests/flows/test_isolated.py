@@ -101,6 +101,7 @@ def test_pythonpath_stays_and_a_checkout_is_added(monkeypatch, place, before, af
     assert isolated_environment()["PYTHONSAFEPATH"] == "1"
 
 
+@pytest.mark.team
 def test_a_step_runs_in_such_a_repository(collided, copal):
     collided.set("name: tiny", "name: tiny, processes: 2")  # which are started too
     collided.commit("code", 0)

@@ -11,14 +11,13 @@ import torch
 
 from copal.errors import DataError, StateError
 from flows.cli import main
-from flows.data.fetch import fetch
 from flows.lineage.chain import log_problems
 from flows.lineage.entries import PurgeDetails, WithdrawalDetails
 from flows.lineage.files import verify_files
 from flows.lineage.record import Withdrawn
 from flows.pending.plan import plan
 from flows.pending.status import status
-from flows.project import hold_lineage
+from flows.project import data_of, hold_lineage
 from flows.step import run
 from flows.step.finish import finish
 from flows.step.gc import collect
@@ -91,11 +90,11 @@ def never(bench, *domains: str) -> dict[str, torch.Tensor]:
 def test_the_version_is_that_of_a_lineage_that_never_had_the_domain(lineage, monkeypatch):
     fetched: list[str] = []
 
-    def fetch_and_tell(root, version, cache):
+    def data_and_tell(project, version):
         fetched.append(version.domain)
-        return fetch(root, version, cache)
+        return data_of(project, version)
 
-    monkeypatch.setattr("flows.data.fetch.fetch", fetch_and_tell)
+    monkeypatch.setattr("flows.step.work.data_of", data_and_tell)
     before = lineage.registry.record(lineage.registry.head())
     done = withdraw(lineage, "legal")
     assert done.made.number == 5
@@ -125,6 +124,7 @@ def test_the_version_is_that_of_a_lineage_that_never_had_the_domain(lineage, mon
     assert other_masks(found, weights(lineage, 4)) > 0.01
 
 
+@pytest.mark.soak
 def test_it_runs_in_several_processes_too(lineage):
     lineage.set("model: {name: tiny", "model: {processes: 2, name: tiny")
     assert withdraw(lineage, "legal").made.number == 5

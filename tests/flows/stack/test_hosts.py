@@ -146,23 +146,24 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, t
     git(tmp_path, "clone", "--quiet", "--bare", str(made), str(stores.origin))
     one.gone()
 
-    # Two commits a dataset.
+    # Two commits datasets.
     two = host("two", "reader")
     git(two.folder, "clone", "--quiet", str(stores.origin), "team")
     bench = Bench(open_workspace(two.folder / "team"), tiny_base)
     bench.commit("code", 0)
+    bench.commit("legal", 1)
     subprocess.run(isolated_python("dvc", "push", "--quiet"), cwd=bench.root, env=os.environ.copy(), check=True)
     git(bench.root, "push", "--quiet", "origin", "HEAD")
     two.gone()
 
-    # Three looks, and takes the step.
+    # Three looks, and takes a step.
     three = host("three", "worker")
     told = three.copal("doctor")
     assert "a file could be stored in mlflow-artifacts:/" in told
     assert re.search(r"it is MLflow \S+, takes us for worker, answers in \d", told)
     assert re.search(r"ledger +0 log entries of team in postgresql\S+, which we may write", told)
-    assert json.loads(three.copal("status", "--json"))["pending"]
-    three.copal("watch", "--once")
+    assert [data["domain"] for data in json.loads(three.copal("status", "--json"))["pending"]] == ["code", "legal"]
+    three.copal("adapt", "code")
     assert [version["version"] for version in json.loads(three.copal("status", "--json"))["versions"]] == [1, 2]
     assert len(fetched_models(stores.mlflow)) == 1, "of the base alone: what the step published was in its cache"
     three.gone()
@@ -178,7 +179,7 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, t
         four.copal(*command)
     assert list((four.folder / "exported").glob("*.safetensors"))
     refused = (
-        ("adapt", "code", "--rev", "HEAD"), ("promote", "2"), ("rollback",), ("gates", "2", "--again"), ("gc",),
+        ("adapt", "legal"), ("promote", "2"), ("rollback",), ("gates", "2", "--again"), ("gc",),
         ("withdraw", "code", "--why", "to try"),
     )  # fmt: skip
     for command in refused:
