@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from flows.data.git import git
 from flows.isolated import isolated_environment, isolated_python
-from flows.ledger import Ledger
+from flows.ledger import LINEAGE, Ledger
 from flows.stack.mlflow_users import ROLES, ensure_roles, ensure_user
 from flows.stack.mlflow_users import MlflowServer as Administered
 from flows.workspace import open_workspace
@@ -64,7 +64,9 @@ class Stores:
             logged = sorted(found.model_id for found in client.search_logged_models(experiments))
         ledger = Ledger(self.postgresql.uri(self.database), "team")
         files = sorted(str(path) for path in (self.mlflow.folder / "artifacts").rglob("*"))
-        return experiments, models, versions, runs, logged, files, ledger.log(), ledger.holder("lineage")
+        holder = ledger.holder(LINEAGE)
+        assert holder is not None
+        return experiments, models, versions, runs, logged, files, ledger.log(), (holder.token, holder.what)
 
 
 @dataclass(frozen=True)
