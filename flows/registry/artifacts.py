@@ -86,6 +86,9 @@ class Artifacts:
         local = local_path(version.location)
         if local is not None:
             return self._checked(version, local / RECORD_FILE)
+        whole = self._cache.folder / self._name(version) / RECORD_FILE
+        if whole.is_file():
+            return self._checked(version, whole)
         path = self._cache.folder / f"{self._name(version)}.json"
         if not path.is_file():
             with self._fetched(version, RECORD_FILE) as folder:

@@ -202,10 +202,13 @@ def test_what_is_no_folder_and_no_id_is_refused_before_a_hub_is_asked(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
+    here = tmp_path / "empty"
+    here.mkdir()
+    monkeypatch.chdir(here)  # what lies beside a checkout is anybody's
     with pytest.raises(FetchError) as caught:
         fetch_base(source, tmp_path / "base")
     assert f"there is no folder {source!r}" in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [here]
 
 
 @pytest.mark.parametrize("source", ["x" * 5000, "~nobody-has-this-name/x"])

@@ -165,7 +165,11 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, t
     assert re.search(r"it is MLflow \S+, takes us for worker, answers in \d", told)
     assert re.search(r"ledger +0 log entries of team in postgresql\S+, which we may write", told)
     assert [data["domain"] for data in json.loads(three.copal("status", "--json"))["pending"]] == ["code", "legal"]
+    before = len(stores.mlflow.requests())
     three.copal("adapt", "code")
+    asked = stores.mlflow.requests()[before:]
+    files = [line for line in asked if "/mlflow-artifacts/" in line]  # those of the base come, those of the version go
+    assert len(asked) - len(files) <= 80, asked
     assert [version["version"] for version in json.loads(three.copal("status", "--json"))["versions"]] == [1, 2]
     assert len(fetched_models(stores.mlflow)) == 1, "of the base alone: what the step published was in its cache"
     three.gone()
