@@ -47,8 +47,7 @@ def fetch(repo: Path, version: DatasetVersion, cache: Path, *, remote_only: bool
         DatasetError: a file is not what the pointer says, or DVC cannot read the repository at the version's commit.
         DataError: the name of a file is not UTF-8, or has control characters.
     """
-    if not re.fullmatch(r"[0-9a-f]{32}\.dir", version.md5):  # it becomes a path
-        raise DatasetError(f"{version.path}: {version.md5!r} is not the md5 of a folder that DVC tracks")
+    _check_md5(version)
     if (cache / version.md5).is_dir():
         return cache / version.md5
     root = git_root(repo)
@@ -58,6 +57,11 @@ def fetch(repo: Path, version: DatasetVersion, cache: Path, *, remote_only: bool
         )
     except OSError as error:
         raise DatasetError(f"cannot fetch {version.path} into {cache}: {one_line(error)}") from error
+
+
+def _check_md5(version: DatasetVersion) -> None:
+    if not re.fullmatch(r"[0-9a-f]{32}\.dir", version.md5):  # it becomes a path
+        raise DatasetError(f"{version.path}: {version.md5!r} is not the md5 of a folder that DVC tracks")
 
 
 def _fetch(root: Path, version: DatasetVersion, partial: Path, *, remote_only: bool) -> Path:
@@ -144,6 +148,7 @@ def fetch_version(cache: Cache, workspace: Workspace, watch: WatchSettings, vers
     Raises:
         DatasetError: as `fetch` and `data_root`.
     """
+    _check_md5(version)
     make_private(workspace)
     target = cache.hold(version.md5)
     if target.is_dir():  # then no repository is asked, and none has to answer

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.data.dataset import DatasetError
+from flows.data.dataset import DatasetError, DatasetVersion
 from flows.data.git import commit, git
 from flows.data.workspaces import workspace_folder
-from flows.project import open_project
+from flows.project import data_of, open_project
 from flows.workspace import WorkspaceError
 
 PARAMS = "model: {name: %s}\n"
@@ -73,6 +73,15 @@ def test_a_password_in_the_url_is_refused_and_not_shown():
 def test_what_git_would_take_for_a_command_is_refused(url):
     with pytest.raises((DatasetError, WorkspaceError)):
         open_project(url)
+
+
+def test_an_md5_that_is_a_path_leaves_no_mark_beside_the_cache(remote, tmp_path):
+    project = open_project(f"file://{remote}")
+    (project.workspace.private / "runs.dir").mkdir(parents=True)
+    version = DatasetVersion(domain="code", path="data/code", md5="../runs.dir", git_rev="0" * 40, repository="x")
+    with pytest.raises(DatasetError, match="is not the md5 of a folder"):
+        data_of(project, version)
+    assert [path.name for path in project.workspace.private.iterdir()] == ["runs.dir"]
 
 
 def test_a_path_is_the_folder_itself(tmp_path):
