@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-__all__ = ["Login", "cause", "has_secrets", "local_path", "split_login", "without_secrets"]
+__all__ = ["Login", "cause", "has_secrets", "is_server", "local_path", "split_login", "without_secrets"]
 
 Login = tuple[str, str | None]
 """A user, or a token in the place of one, and the password, if any."""
@@ -56,6 +56,11 @@ def local_path(uri: str) -> Path | None:
     if parts.scheme == "file":  # whatever host it names, MLflow reads it here
         return Path(unquote(parts.path))
     return None if parts.scheme else Path(uri)
+
+
+def is_server(uri: str | None) -> bool:
+    """Whether a store is an HTTP server."""
+    return uri is not None and urlsplit(uri).scheme in ("http", "https")
 
 
 def split_login(url: str) -> tuple[str, Login | None]:

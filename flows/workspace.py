@@ -15,7 +15,7 @@ from pathlib import Path
 from copal.errors import CopalError
 from copal.files import locked
 from flows.settings import Settings
-from flows.uris import local_path
+from flows.uris import is_server, local_path
 
 __all__ = [
     "Workspace",
@@ -87,10 +87,10 @@ class Workspace:
 
     def artifact_location(self, settings: Settings) -> str | None:
         """The URI under which the artifacts of a new lineage go; None: where the MLflow server says."""
-        named, server = settings.registry.artifacts, settings.registry.uri or ""
+        named = settings.registry.artifacts
         if named is not None and local_path(named) is None:
             return named
-        if named is None and server.startswith(("http://", "https://")):
+        if named is None and is_server(settings.registry.uri):
             return None
         return self.artifact_root(settings).resolve().as_uri()
 

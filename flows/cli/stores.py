@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flows.cli.checks import Check, line, package
 from flows.settings import Settings
-from flows.uris import without_secrets
+from flows.uris import is_server, without_secrets
 from flows.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def mlflow(workspace: Workspace | None, settings: Settings) -> Check:
 
     uri = workspace.registry_uri(settings)
     said, advice = "", ""
-    if uri.startswith(("http://", "https://")):
+    if is_server(uri):
         report = ask_server(uri)
         said, advice = f"; {_of_server(report)}", "; ".join(_advice(report))
     head = project_of(workspace, settings).registry.head()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -38,17 +39,13 @@ class _Figures:
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         began = time.monotonic()
-        model = ""
-        found: list[GaugeMetricFamily] = []
-        try:
+        model, found = "", list[GaugeMetricFamily]()
+        with suppress(CopalError):  # a store is away: that is a figure too, and an alert
             project = open_project(self._workspace)
             model = project.name
             found = list(_figures(project))
-        except CopalError:  # a store is away: that is a figure too, and an alert
-            found = []
-        ready = bool(found)
         yield from found
-        yield _gauge("up", "Whether the stores answered.", model, float(ready))
+        yield _gauge("up", "Whether the stores answered.", model, float(bool(found)))
         yield _gauge("scrape_seconds", "What it took to ask the stores.", model, time.monotonic() - began)
 
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from copal.files import flush
 from flows.registry.errors import RegistryError
 from flows.registry.sqlite import is_own, locked_advice, open_database, sqlite_file
-from flows.uris import cause, local_path, without_secrets
+from flows.uris import cause, is_server, local_path, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -141,7 +140,7 @@ class Store:
             RegistryError: the server names a folder of its own, and no setting says that it is one of this machine.
         """
         local, uri = local_path(location), self.places.tracking_uri
-        if local is not None and urlsplit(uri).scheme in ("http", "https") and not self.is_inside(local):
+        if local is not None and is_server(uri) and not self.is_inside(local):
             raise RegistryError(
                 f"the MLflow server at {without_secrets(uri)} keeps artifacts in the folder {local}, of which nobody "
                 "says that it is the same one here: start it with --serve-artifacts and --artifacts-destination, or, "
@@ -215,7 +214,7 @@ def _check_server(uri: str) -> None:
     Raises:
         RegistryError: it does not, within 5 seconds.
     """
-    if urlsplit(uri).scheme not in ("http", "https"):
+    if not is_server(uri):
         return
     import requests
 

@@ -12,7 +12,6 @@ from flows.workspace import Workspace
 
 __all__ = [
     "deployment_names",
-    "is_server",
     "prefect_file",
     "render_prefect_file",
     "render_team_file",
@@ -88,7 +87,3 @@ def deployment_names(text: str) -> list[str]:
     import yaml
 
     return [deployment["name"] for deployment in yaml.safe_load(text)["deployments"]]
-
-
-def is_server(uri: str | None) -> bool:
-    return uri is not None and uri.startswith(("http://", "https://"))

@@ -23,10 +23,11 @@ from flows.isolated import isolated_environment, isolated_python
 from flows.registry.sqlite import open_database
 from flows.settings import Settings
 from flows.stack.access import forget_access, link_file
-from flows.stack.deployments import deployment_names, is_server, prefect_file, render_prefect_file
+from flows.stack.deployments import deployment_names, prefect_file, render_prefect_file
 from flows.stack.prefect_server import POOLS, UpError, answers, create_pools, has_worker, settle_old_runs
 from flows.stack.state import END_SECONDS, end_known, is_up, read_stack, state_file
 from flows.stack.supervisor import HOST, Starting, StopRequested, stop_on_signals
+from flows.uris import is_server
 from flows.workspace import Workspace, make_private
 
 __all__ = [
