@@ -60,7 +60,7 @@ def local_path(uri: str) -> Path | None:
 
 def is_server(uri: str | None) -> bool:
     """Whether a store is an HTTP server."""
-    return uri is not None and urlsplit(uri).scheme in ("http", "https")
+    return uri is not None and uri.lower().startswith(("http://", "https://"))  # also of what is no URI
 
 
 def split_login(url: str) -> tuple[str, Login | None]:
