@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from flows.cli.context import Folder, Json, open_project
+from flows.cli.context import CommandError, Folder, Json, open_project
 from flows.cli.output import hint, say, show, show_versions
 from flows.terminal.progress import working
 
@@ -76,22 +76,38 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = ".") ->
 
 
 def status(
-    *, every: Annotated[bool, Parameter(name="--all")] = False, as_json: Json = False, workspace: Folder = "."
+    version: Annotated[
+        str | None, Parameter(help="Its domains one by one: a number, or an alias such as latest.")
+    ] = None,
+    /,
+    *,
+    every: Annotated[bool, Parameter(name="--all")] = False,
+    as_json: Json = False,
+    workspace: Folder = ".",
 ) -> int:
     """Show the versions, their figures, and what is pending.
 
     Args:
         every: Instead: every lineage of the registry.
     """
-    from flows.pending.status import lineages
-    from flows.pending.status import status as ask
-    from flows.terminal.status import render_lineages, render_status
+    from flows.terminal.status import render_lineages, render_scores, render_status
 
     project = open_project(workspace)
-    if every:
+    if version is not None and every:
+        raise CommandError("`copal status VERSION` is about one lineage: leave --all out")
+    if version is not None:
+        from flows.lineage.scores import scores
+        from flows.project import read_history
+
+        show(scores(read_history(project), version), as_json, render_scores)
+    elif every:
+        from flows.pending.status import lineages
+
         found = lineages(project)
         show({"lineages": found}, as_json, lambda _: render_lineages(found, project.name))
     else:
+        from flows.pending.status import status as ask
+
         show(ask(project), as_json, render_status)
     return 0
 

@@ -32,12 +32,13 @@ def run_demo(folder: Path) -> None:
     """
     from flows.data.dvc import add_and_commit
     from flows.lineage.entries import CHALLENGER
+    from flows.lineage.scores import scores
     from flows.pending.status import status
-    from flows.project import open_project
+    from flows.project import open_project, read_history
     from flows.start.domains import build_domain
     from flows.start.init import init_with_base
     from flows.terminal.progress import console, progress_bar
-    from flows.terminal.status import render_status
+    from flows.terminal.status import render_scores, render_status
 
     began = time.perf_counter()
     folder = folder.expanduser().resolve()
@@ -65,6 +66,7 @@ def run_demo(folder: Path) -> None:
         promote(str(folder), str(challenger), why="it ends the demo")
         project.registry.refresh()
     out.print(render_status(status(project)))
+    out.print(render_scores(scores(read_history(project), "latest")))
     out.print(f"This took {(time.perf_counter() - began) / 60:.1f} minutes. What to do next:\n")
     here = Path.cwd()
     shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
@@ -73,7 +75,7 @@ def run_demo(folder: Path) -> None:
             "runs, metrics and versions in MLflow's UI",
             f"mlflow ui --backend-store-uri {without_secrets(workspace.registry_uri(project.settings))}",
         ),
-        ("this table again", f"copal status --workspace {shown}"),
+        ("these tables again", f"copal status --workspace {shown}; copal status latest --workspace {shown}"),
         ("which data made which version, as a page", f"copal lineage --html lineage.html --workspace {shown}"),
         ("whether the champion is what was registered", f"copal verify champion --workspace {shown}"),
         ("the newest model as a Hugging Face folder", f"copal export latest pruned-model --workspace {shown}"),
