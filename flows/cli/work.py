@@ -61,11 +61,11 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = ".") ->
     if known and head is not None and head.concluded:  # quick, and starts no server
         _say_known(registry, domain)
         return 0
-    from flows.runs.server import check_server
+    with working("starting Prefect"):
+        from flows.runs.server import server_ready
 
-    check_server()
-    from flows.adapt import adapt as flow
-
+        with server_ready():
+            from flows.adapt import adapt as flow
     number = flow(project.place, domain, rev)
     registry.refresh()
     if number is None:
@@ -140,11 +140,11 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
 
         done = run_withdrawal(project, domain, why, plain_tasks(), purge=purge, tell=say)
     else:
-        from flows.runs.server import check_server
+        with working("starting Prefect"):
+            from flows.runs.server import server_ready
 
-        check_server()
-        from flows.withdraw import withdraw as flow
-
+            with server_ready():
+                from flows.withdraw import withdraw as flow
         done = flow(project.place, domain, why, purge)
     registry.refresh()
     if done.made is not None:

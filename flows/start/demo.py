@@ -37,7 +37,7 @@ def run_demo(folder: Path) -> None:
     from flows.project import open_project, read_history
     from flows.start.domains import build_domain
     from flows.start.init import init_with_base
-    from flows.terminal.progress import console, progress_bar
+    from flows.terminal.progress import console, progress_bar, working
     from flows.terminal.status import render_scores, render_status
 
     began = time.perf_counter()
@@ -52,8 +52,11 @@ def run_demo(folder: Path) -> None:
         documents = build_domain(domain, workspace.data / domain)
         commit = add_and_commit(folder, domain, f"Add {domain}")
         out.print(f"{number}. data/{domain} ({documents} documents) is committed as {commit[:10]}; the watch flow runs")
-        from flows.watch import watch  # brings Prefect and torch, which takes seconds: say what is going on first
+        with working("starting Prefect"):
+            from flows.runs.server import server_ready
 
+            with server_ready():
+                from flows.watch import watch
         watch(str(folder))
     project = open_project(folder)
     challenger = project.registry.alias(CHALLENGER)
