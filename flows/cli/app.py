@@ -23,7 +23,7 @@ _GROUPS: tuple[tuple[str, tuple[Callable[..., int], ...]], ...] = (
     ("Getting started", (start.init, start.add, start.base, start.sizes, start.doctor, start.demo, start.completion)),
     ("Adapting to domains", (work.watch, work.adapt, work.status, work.plan, work.withdraw, work.gc)),
     ("Which version serves", (promotion.gates, promotion.promote, promotion.rollback, promotion.export)),
-    (_AUDITED, (lineage.lineage, lineage.verify, lineage.replay)),
+    (_AUDITED, (lineage.lineage, lineage.plot, lineage.verify, lineage.replay)),
     ("Running it for a team", (team.up, team.down, team.notify, team.metrics, team.hook)),
 )
 _OPTIONS = Group("Options of every command", sort_key=len(_GROUPS))
