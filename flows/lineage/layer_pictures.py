@@ -18,17 +18,17 @@ __all__ = ["layer_pictures"]
 
 _LINES = len(COLOURS)
 _PARTS: tuple[tuple[str, str, str, Callable[[Layer], float | None], bool], ...] = (
-    ("sparsity-by-layer", "Sparsity by block", "share of zeros", lambda layer: layer.sparsity, False),
+    ("sparsity-by-layer", "Sparsity", "share of zeros", lambda layer: layer.sparsity, False),
     (
         "layer-error",
-        "Layer error by block, on the domain of the step",
+        "Layer error on the domain of the step",
         "tr(ΔW G ΔWᵀ) / tr(W G Wᵀ)",
         lambda layer: layer.layer_error_after,
         True,
     ),
     (
         "response-shift",
-        "Response shift by block: how the domain differs from those before it",
+        "Response shift of the domain of the step",
         "tr(W G_new Wᵀ) / tr(W G_old Wᵀ)",
         lambda layer: layer.response_shift,
         True,
@@ -62,12 +62,17 @@ def _by_kind(layers: Sequence[Layer], value: Callable[[Layer], float | None]) ->
 
 
 def _draw(title: str, label: str, lines: Mapping[str, Sequence[float]], log: bool) -> Figure:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure, axes = new_figure(3.8)
     for place, (kind, values) in enumerate(list(lines.items())[:_LINES]):
         marker = MARKERS[place] if len(values) <= 12 else None
         axes.plot(values, color=COLOURS[place], marker=marker, linewidth=1.4, label=cut(kind, 28))
     if log and all(value > 0 for values in lines.values() for value in values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel(label)
