@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from flows.cli.context import CommandError, Folder, Json, open_project
-from flows.cli.output import hint, say, show, show_versions
+from flows.cli.output import hint, print_json, say, show, show_versions
 from flows.terminal.progress import working
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
     return 0
 
 
-def gc(*, dry_run: bool = False, workspace: Folder = ".") -> int:
+def gc(*, dry_run: bool = False, as_json: Json = False, workspace: Folder = ".") -> int:
     """Delete what can be made again: running sums of old versions, and what killed runs left.
 
     Args:
@@ -168,6 +168,9 @@ def gc(*, dry_run: bool = False, workspace: Folder = ".") -> int:
 
     project = open_project(workspace)
     found = collect(project, dry_run=dry_run)
+    if as_json:
+        print_json({"dry_run": dry_run, "freed": [{"what": freed.what, "size": freed.size} for freed in found]})
+        return 0
     for freed in found:
         say(f"{freed.what}: {freed.size / 1e6:.1f} MB")
     total = sum(freed.size for freed in found)
