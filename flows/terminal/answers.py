@@ -118,8 +118,8 @@ def _show_worse(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
     worse = sum(one["change"] > 0 for one in answer["domains"])
     count = len(answer["domains"])
     say(
-        f"{worse} of {count} dataset{'s' * (count != 1)} got worse since the version that adapted to them: perplexity on "
-        "the same windows, a change above 0 is worse"
+        f"{worse} of {count} dataset{'s' * (count != 1)} got worse since the version that adapted to them: "
+        "perplexity on the same windows, a change above 0 is worse"
     )
     show(
         (
