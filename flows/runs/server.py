@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -69,6 +70,9 @@ def server_ready() -> Iterator[bool]:
 def _start() -> None:
     from prefect.client.orchestration import get_client
 
+    # Ctrl-C in a terminal reaches every process of the command: without its server a flow could not say how it ended,
+    # and would try to for minutes. What a thread blocks, a process that it starts blocks too.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with get_client(sync_client=True):  # starts it
             pass
