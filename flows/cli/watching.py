@@ -79,20 +79,20 @@ def check(place: str, tell: Callable[[str], None]) -> None:
 
 def _run(project: Project, newest: int, tell: Callable[[str], None]) -> None:
     from flows.pending.missing_data import waiting
-    from flows.runs.server import check_server
+    from flows.runs.server import with_server
 
-    check_server()
-    from flows.watch import watch
+    with with_server():
+        from flows.watch import watch
 
-    try:
-        watch(project.place)
-    finally:  # one dataset may have been refused and others not
-        project.registry.refresh()
-        made = [version for version in project.registry.versions() if version.number > newest]
-        if made:
-            show_versions(project, made, tell)
-        elif waits := _waits(waiting(project.workspace, project.name)):
-            tell("\n".join(waits))
+        try:
+            watch(project.place)
+        finally:  # one dataset may have been refused and others not
+            project.registry.refresh()
+            made = [version for version in project.registry.versions() if version.number > newest]
+            if made:
+                show_versions(project, made, tell)
+            elif waits := _waits(waiting(project.workspace, project.name)):
+                tell("\n".join(waits))
 
 
 def _pending(found: Plan) -> str:

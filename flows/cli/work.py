@@ -61,12 +61,12 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = ".") ->
     if known and head is not None and head.concluded:  # quick, and starts no server
         _say_known(registry, domain)
         return 0
-    from flows.runs.server import check_server
+    from flows.runs.server import with_server
 
-    check_server()
-    from flows.adapt import adapt as flow
+    with with_server():
+        from flows.adapt import adapt as flow
 
-    number = flow(project.place, domain, rev)
+        number = flow(project.place, domain, rev)
     registry.refresh()
     if number is None:
         _say_known(registry, domain)
@@ -140,12 +140,12 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
 
         done = run_withdrawal(project, domain, why, plain_tasks(), purge=purge, tell=say)
     else:
-        from flows.runs.server import check_server
+        from flows.runs.server import with_server
 
-        check_server()
-        from flows.withdraw import withdraw as flow
+        with with_server():
+            from flows.withdraw import withdraw as flow
 
-        done = flow(project.place, domain, why, purge)
+            done = flow(project.place, domain, why, purge)
     registry.refresh()
     if done.made is not None:
         show_versions(project, [registry.version(done.made.number)], say)

@@ -4,9 +4,12 @@ of trying.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from copal.errors import CopalError
 
-__all__ = ["ServerError", "check_server"]
+__all__ = ["ServerError", "check_server", "with_server"]
 
 _SECONDS = 5.0
 
@@ -44,6 +47,28 @@ def check_server() -> None:
             f"the Prefect server at {url} does not answer ({reason}): start it, or unset PREFECT_API_URL (and "
             "`prefect profile use` another profile) to run without one"
         )
+
+
+@contextmanager
+def with_server() -> Iterator[None]:
+    """Check the server, as `check_server` does; then a flow may run in here.
+
+    Raises:
+        ServerError: also where the server went away under the flow.
+    """
+    import httpx
+    from prefect.settings import PREFECT_API_URL
+
+    check_server()
+    try:
+        yield
+    except httpx.HTTPError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        place = f" at {PREFECT_API_URL.value()}" if PREFECT_API_URL.value() else ""
+        raise ServerError(
+            f"the Prefect server{place} went away while this ran ({reason}): start it and run "
+            "this again, what is finished is kept"
+        ) from error
 
 
 def _stranger(url: str, status: int) -> ServerError:
