@@ -55,6 +55,8 @@ class MlflowServer:
     """A real MLflow server on a database of its own, that can be killed and started again.
 
     Args:
+        database: a file of SQLite, of which it gets a copy; or the URI of one on a server; None is for artifacts
+            alone.
         serves: artifacts go through it, into a folder of its own, and each request is a line of its log.
         options, environment: more of what it is started with.
     """
@@ -62,13 +64,15 @@ class MlflowServer:
     def __init__(
         self,
         folder: Path,
-        database: Path,
+        database: Path | str | None,
         *,
         serves: bool = False,
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        shutil.copyfile(database, folder / "mlflow.db")
+        if isinstance(database, Path):
+            database = f"sqlite:///{shutil.copyfile(database, folder / 'mlflow.db')}"
+        self._database = database
         self.folder = folder
         self._options = tuple(options)
         self._environment = dict(environment or {})
@@ -86,12 +90,8 @@ class MlflowServer:
         """Start it and wait until it answers."""
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-            *(
-                "--backend-store-uri",
-                f"sqlite:///{self.folder / 'mlflow.db'}",
-                "--workers",
-                "1",
-            ),
+            *(("--backend-store-uri", self._database) if self._database else ()),
+            *("--workers", "1"),
             *self._artifacts,
             *self._options,
         ]
@@ -170,8 +170,9 @@ class PostgresServer:
     def start(self) -> None:
         """Start it and wait until it answers."""
         data = str(self.folder / "data")
-        initdb = [str(self._binaries / "initdb"), "-D", data, "-A", "trust", "-U", "copal", "--no-sync"]
-        subprocess.run(initdb, check=True, capture_output=True, user=self._user, cwd=self.folder)
+        if not Path(data).exists():
+            initdb = [str(self._binaries / "initdb"), "-D", data, "-A", "trust", "-U", "copal", "--no-sync"]
+            subprocess.run(initdb, check=True, capture_output=True, user=self._user, cwd=self.folder)
         command = [
             *(str(self._binaries / "postgres"), "-D", data, "-p", str(self.port), "-k", str(self.folder)),
             *("-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"),
@@ -189,6 +190,12 @@ class PostgresServer:
     def stop(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGINT)  # sessions are ended
+        self._process.wait()
+
+    def kill(self) -> None:
+        """End it at once, in what it is doing, as a crash would; it recovers when it starts again."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGQUIT)
         self._process.wait()
 
     def uri(self, database: str, role: str = "copal") -> str:
