@@ -28,6 +28,7 @@ def fetched_models(server: MlflowServer) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # thirty commands, each a process
 def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, tiny_base):
     def host(name: str, role: str) -> Host:
         (tmp_path / name).mkdir()
@@ -120,7 +121,10 @@ def test_of_three_hosts_that_begin_a_step_at_once_one_takes_it(tmp_path, stores,
     for host in hosts:
         host.folder.mkdir()
     processes = [host.start("flows.cli", "adapt", "code") for host in hosts]
-    said = [(*process.communicate(), process.returncode) for process in processes]
-    print(said)
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    last = sorted(out.splitlines()[0 if "adapted" in out else -1] for out, _ in said)
+    known = "nothing to do: version 2 of raced knows code at this data version"
+    assert last == [known, known, "version 2 of raced: adapted to code"]
     assert [version.tags.get("copal.domain") for version in bench.registry.versions()] == [None, "code"]
     assert [entry.kind for entry in bench.log] == ["gates"]
