@@ -62,11 +62,12 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = ".") ->
         _say_known(registry, domain)
         return 0
     with working("starting Prefect"):
-        from flows.runs.server import server_ready
+        from flows.runs.server import server_ready, with_server
 
         with server_ready():
             from flows.adapt import adapt as flow
-    number = flow(project.place, domain, rev)
+    with with_server():
+        number = flow(project.place, domain, rev)
     registry.refresh()
     if number is None:
         _say_known(registry, domain)
@@ -141,11 +142,12 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
         done = run_withdrawal(project, domain, why, plain_tasks(), purge=purge, tell=say)
     else:
         with working("starting Prefect"):
-            from flows.runs.server import server_ready
+            from flows.runs.server import server_ready, with_server
 
             with server_ready():
                 from flows.withdraw import withdraw as flow
-        done = flow(project.place, domain, why, purge)
+        with with_server():
+            done = flow(project.place, domain, why, purge)
     registry.refresh()
     if done.made is not None:
         show_versions(project, [registry.version(done.made.number)], say)
