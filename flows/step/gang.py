@@ -33,7 +33,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # it is documented there
 
 from copal.errors import CopalError
 from flows.machine import code_version
