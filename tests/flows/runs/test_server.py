@@ -10,6 +10,7 @@ import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.cli import main
+from flows.runs import artifacts
 from flows.runs.artifacts import show_gates
 from flows.runs.server import ServerError, check_server, with_server
 
@@ -63,7 +64,8 @@ def test_a_server_that_goes_away_under_a_flow_is_said_in_one_line():
         raise httpx.ConnectError("refused\nby whom")
 
 
-def test_a_table_that_cannot_be_shown_fails_no_step(caplog):
+def test_a_table_that_cannot_be_shown_fails_no_step(caplog, monkeypatch):
+    monkeypatch.setattr(artifacts._log, "handlers", [caplog.handler])  # Prefect's loggers keep what they hear
     away = {PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api", PREFECT_CLIENT_MAX_RETRIES: 0}
     with temporary_settings(away):
         show_gates("tiny", 2, [])
