@@ -15,9 +15,10 @@ from pathlib import Path
 
 from copal.errors import DataError
 
-__all__ = ["ENDINGS", "DomainFile", "check_name", "domain_files"]
+__all__ = ["ENDINGS", "TASKS", "DomainFile", "check_name", "domain_files"]
 
 ENDINGS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
+TASKS = "tasks"  # the folder of a domain with questions for a model and their answers: no text to prune or measure with
 
 _MOST_FILES = 1_000_000
 # Control characters, halves of surrogate pairs (what is not UTF-8), and marks that turn the direction of writing.
@@ -56,7 +57,8 @@ class DomainFile:
 
 
 def domain_files(folder: Path) -> list[DomainFile]:
-    """The files under `folder` that hold text, in the order of their names. Other and hidden files are passed over.
+    """The files under `folder` that hold text, in the order of their names. Other and hidden files are passed over, and
+    so is the folder `tasks` in it.
 
     A link to a file in the folder is a file of its own; a link to a folder in there is passed over.
 
@@ -103,6 +105,8 @@ def _walk(folder: Path, root: str) -> Iterator[DomainFile]:
                 name = inside + entry.name
                 check_name(name, str(folder))
                 if entry.is_dir(follow_symlinks=False):
+                    if name == TASKS:
+                        continue
                     waiting.append(f"{name}/")
                     continue
                 if entry.is_symlink():

@@ -25,6 +25,7 @@ __all__ = [
     "free_disk",
     "free_memory",
     "hardware",
+    "harness_version",
     "has_gpu",
     "memory_used",
     "surroundings",
@@ -152,6 +153,14 @@ def code_version() -> dict[str, Any]:
         return {"version": released, "git_commit": None, "dirty": None}
     changed = ask("status", "--porcelain", "--untracked-files=no", "--", "..")
     return {"version": released, "git_commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
+
+
+def harness_version() -> str | None:
+    """Of lm-evaluation-harness, which asks the tasks of domains; None where it is not installed."""
+    try:
+        return installed_version("lm-eval")
+    except PackageNotFoundError:
+        return None
 
 
 def find_process(pid: int, started: float) -> psutil.Process | None:

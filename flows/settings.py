@@ -26,6 +26,7 @@ from copal.errors import DataError, SettingsError
 __all__ = [
     "CacheSettings",
     "DomainSettings",
+    "EvaluateSettings",
     "GateSettings",
     "LedgerSettings",
     "ModelSettings",
@@ -131,6 +132,16 @@ class DomainSettings(_Section):
     weight: Annotated[_Number, _must_be("a finite number above 0")] = 1.0
 
 
+class EvaluateSettings(_Section):
+    """How a version is measured beyond perplexity.
+
+    Attributes:
+        task_limit: questions of a task that are asked, the first so many; None is all.
+    """
+
+    task_limit: Annotated[_Whole | None, _must_be("a whole number of at least 1 or null")] = 200
+
+
 class GateSettings(_Section):
     """What a version must hold before it may serve; a gate that is null or false is off.
 
@@ -139,6 +150,7 @@ class GateSettings(_Section):
         champion: the same against the champion.
         dense: perplexity at most this many times that of the dense base.
         improvement: the new domain must be better than in the parent, where that is a pruned version.
+        tasks: how much worse than the dense base a version may do a task of a domain, as a share of that figure.
         generation: greedy text after a prompt of each domain must be finite and not one token over and over.
         promote: `manual`: what passes waits for `copal promote`; `auto`: it becomes the champion.
     """
@@ -147,6 +159,7 @@ class GateSettings(_Section):
     champion: _Limit = 0.12
     dense: _Limit = 2.0
     improvement: _Switch = True
+    tasks: _Limit = None
     generation: _Switch = True
     promote: Annotated[Literal["manual", "auto"], _must_be("one of manual, auto")] = "manual"
 
@@ -262,6 +275,7 @@ class Settings(_Section):
         Mapping[Annotated[str, BeforeValidator(_domain_name)], DomainSettings], BeforeValidator(lambda it: it or {})
     ] = Field(default_factory=dict)
     gates: GateSettings = GateSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     watch: WatchSettings = WatchSettings()
     run: RunSettings = RunSettings()
     registry: RegistrySettings = RegistrySettings()

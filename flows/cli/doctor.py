@@ -13,7 +13,7 @@ from flows.cli import stores
 from flows.cli.checks import Check, line, package
 from flows.data.git import run_git
 from flows.lineage.figures import gigabytes
-from flows.machine import free_disk, free_memory
+from flows.machine import free_disk, free_memory, harness_version
 from flows.params import load_settings
 from flows.settings import Settings
 from flows.workspace import Workspace, WorkspaceError, open_workspace
@@ -38,6 +38,7 @@ def doctor(path: Path) -> list[Check]:
         ("git", lambda: _git(path)),
         ("dvc", lambda: _dvc(workspace, settings)),
         ("domains", lambda: _domains(workspace, settings)),
+        ("tasks", lambda: _tasks(workspace)),
         ("mlflow", lambda: stores.mlflow(workspace, settings)),
         ("artifacts", lambda: stores.artifacts(workspace, settings)),
         ("ledger", lambda: stores.ledger(workspace, settings)),
@@ -174,6 +175,24 @@ def _domains(workspace: Workspace | None, settings: Settings) -> Check:
         found=f"refused: {'; '.join(lines)}",
         advice="mend the data and commit its new version, or change the setting; `copal adapt DOMAIN` tries at once",
     )
+
+
+def _tasks(workspace: Workspace | None) -> Check:
+    """Whether what asks the tasks of domains is there, where domains have some."""
+    from flows.data.task_files import read_tasks
+
+    folders = sorted(workspace.data.iterdir()) if workspace and workspace.data.is_dir() else []
+    tasks = [task for folder in folders if folder.is_dir() for task in read_tasks(folder.name, folder)]
+    harness = harness_version()
+    if tasks and harness is None:
+        return Check(
+            name="tasks",
+            ok=False,
+            found=f"{len(tasks)} in data/, and lm-evaluation-harness is not installed: no step would prune",
+            advice="pip install 'copal[tasks]'",
+        )
+    found = f"{len(tasks)} in data/, asked by lm-evaluation-harness {harness}" if tasks else "none in data/"
+    return Check(name="tasks", ok=True, found=found)
 
 
 def _room(name: str, path: Path, workspace: Workspace | None, settings: Settings) -> Check:

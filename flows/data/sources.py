@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from copal.domain_files import ENDINGS, domain_files
+from copal.domain_files import ENDINGS, TASKS, domain_files
 from copal.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ _SAVED = ("dataset_dict.json", "state.json")  # what `Dataset.save_to_disk` writ
 def gather(paths: Sequence[Path], folder: Path) -> None:
     """Copy what is to be a domain into the new folder `folder`.
 
-    Of one folder what is in it; of several paths each under its own name. `.csv`, `.tsv`, `.json` and `.arrow` files,
-    and folders that `datasets` saved, become Parquet with the same columns. Files of other kinds are passed over in a
-    folder, and refused by name.
+    Of one folder what is in it, `tasks` too; of several paths each under its own name. `.csv`, `.tsv`, `.json` and
+    `.arrow` files, and folders that `datasets` saved, become Parquet with the same columns. Files of other kinds are
+    passed over in a folder, and refused by name.
 
     Raises:
         DataError: a path is not there, is no text that copal reads, two have one name, or there is nothing to read.
@@ -34,6 +34,8 @@ def gather(paths: Sequence[Path], folder: Path) -> None:
     for path in paths:
         whole = len(paths) == 1 and path.is_dir()
         _take(path, folder if whole else _free(folder / path.name, path))
+        if whole and (path / TASKS).is_dir():
+            shutil.copytree(path / TASKS, folder / TASKS, symlinks=True)
     if not any(folder.rglob("*")):
         names = ", ".join(map(str, paths))
         raise DataError(f"{names} holds nothing to read: {', '.join((*ENDINGS, *_TABLES))} files, or a saved dataset")

@@ -52,6 +52,7 @@ def judge(
         _improvement(record, others, settings),
         _sparsity(record, rounding),
         _dense(record, settings.dense),
+        *([_tasks(record, settings.tasks)] if record.tasks else []),
         _finite(record),
         _generation(generation, settings.generation),
         _lineage(problems),
@@ -185,6 +186,23 @@ def _dense(record: Record, limit: float | None) -> GateResult:
         value=times[worst],
         limit=limit,
         detail=f"{worst}: {four_digits(record.perplexity[worst])}, {four_digits(dense[worst])} in the dense base",
+    )
+
+
+def _tasks(record: Record, limit: float | None) -> GateResult:
+    """No task of a domain is done worse than by the dense base by more than `limit`, as a share of its figure."""
+    if limit is None:
+        return _off("tasks")
+    asked = {(domain, name): task for domain, tasks in record.tasks.items() for name, task in tasks.items()}
+    worst = max(sorted(asked), key=lambda task: asked[task].shortfall)
+    task, (domain, name) = asked[worst], worst
+    return _result(
+        name="tasks",
+        passed=task.shortfall <= limit,
+        value=task.shortfall,
+        limit=limit,
+        detail=f"{name} of {domain}: {task.metric} {four_digits(task.figures[task.metric])}, "
+        f"{four_digits(task.dense[task.metric])} in the dense base, {task.documents} questions",
     )
 
 

@@ -37,6 +37,7 @@ from flows.lineage.fields import (
     parse,
     shown,
 )
+from flows.lineage.tasks import TasksOfDomains
 
 if TYPE_CHECKING:
     import copal.leakage
@@ -217,6 +218,7 @@ class Record(Frozen):
         perplexity, dense_perplexity: of this version and of the dense base, by domain.
         matrix: of every pruned version up to this one, oldest first.
         perplexity_before: of the new domain on the parent, before the step.
+        tasks: domain -> task -> its figures; only of domains that have tasks.
         created: UTC time in ISO 8601.
         files: SHA-256 by path relative to the version's folder, see `flows.lineage.files.version_files`.
     """
@@ -247,6 +249,8 @@ class Record(Frozen):
     hardware: JsonObject
     seeds: JsonObject
     created: UtcTime
+    # Left out where there are none: such a version has the record that it always had.
+    tasks: TasksOfDomains = Field(default_factory=dict, exclude_if=lambda tasks: not tasks)
     files: Annotated[
         Mapping[str, Sha256],
         Must("a JSON object of SHA-256 by path"),
@@ -281,6 +285,8 @@ class Record(Frozen):
             return f"step must be one of the domains, and {self.step.name!r} is not"
         if set(self.perplexity) != set(self.dense_perplexity):
             return "perplexity and dense_perplexity must name the same domains"
+        if strange := sorted(set(self.tasks) - set(names)):
+            return f"tasks must be of its domains, and {shown(strange[0])} is not one"
         if self.parent is None:
             rooted = self.key is None and self.step is None
             return None if rooted else "key and step must be null where parent is (the root of a lineage)"

@@ -7,6 +7,7 @@ from typing import Any
 from flows.lineage.figures import geometric_mean
 from flows.lineage.history import History, find_version, gates_of, since_newest, step_texts
 from flows.lineage.record import Record
+from flows.lineage.tasks import task_rows
 
 __all__ = ["scores", "standing"]
 
@@ -34,11 +35,12 @@ def scores(history: History, wanted: str) -> dict[str, Any]:
     """One version, domain by domain, as plain JSON values.
 
     Returns:
-        {model, version, parent, step, created, sparsity, weights_back, seconds, aliases, gates, failed, domains} and
-        what `standing` gives. `step`: what made it, in a few words. `gates`: passed or failed, None where they never
-        ran; `failed`: {gate: why}. `domains`, the one furthest from the dense base first, each with domain, dvc_md5,
-        came_in (the version that its data made), perplexity, dense_perplexity, times_dense, when_newest (perplexity in
-        `came_in`, None where that was measured on other tokens, or is gone) and change (since then, a share).
+        {model, version, parent, step, created, sparsity, weights_back, seconds, aliases, gates, failed, domains, tasks}
+        and what `standing` gives. `step`: what made it, in a few words. `gates`: passed or failed, None where they
+        never ran; `failed`: {gate: why}. `domains`, the one furthest from the dense base first, each with domain,
+        dvc_md5, came_in (the version that its data made), perplexity, dense_perplexity, times_dense, when_newest
+        (perplexity in `came_in`, None where that was measured on other tokens, or is gone) and change (since then, a
+        share). `tasks`: see `flows.lineage.tasks.task_rows`.
 
     Raises:
         HistoryError: there is no such version.
@@ -81,4 +83,5 @@ def scores(history: History, wanted: str) -> dict[str, Any]:
         "failed": {} if gates is None else {gate.name: gate.detail for gate in gates.failed},
         **standing(record),
         "domains": sorted(domains, key=lambda one: -one["times_dense"]),
+        "tasks": task_rows(record.tasks),
     }

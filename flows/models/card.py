@@ -8,6 +8,7 @@ from pathlib import Path
 from flows.lineage.entries import GatesDetails
 from flows.lineage.figures import four_digits, markdown_cell, markdown_table
 from flows.lineage.record import Record, flatten
+from flows.lineage.tasks import task_rows
 
 __all__ = ["CARD_FILE", "gates_verdict", "license_of", "model_card"]
 
@@ -34,6 +35,8 @@ def model_card(version: int, record: Record, license_name: str | None, gates: Ga
     )
     title = f"# {markdown_cell(record.model)}, version {version}"
     parts = [title, *_warning(record, gates), _what(record), "## Use", _use(), "## Domains", _domains(record)]
+    if record.tasks:
+        parts += ["## Tasks", _tasks(record)]
     if record.parent is not None:
         parts += ["## Gates", _gates(gates)]
     parts += ["## Sparsity", _sparsity(record)]
@@ -150,6 +153,26 @@ def _domains(record: Record) -> str:
         f"{markdown_table(heads, rows)}\n\n"
         "Perplexity is exp(nats / predicted tokens) on windows of the domain's documents that no calibration saw; "
         "*dense* is the base model on the same windows."
+    )
+
+
+def _tasks(record: Record) -> str:
+    rows = [
+        (
+            markdown_cell(row["domain"]),
+            markdown_cell(row["task"]),
+            markdown_cell(row["metric"]),
+            f"{row['documents']:,}",
+            four_digits(row["figure"]),
+            four_digits(row["dense"]),
+        )
+        for row in task_rows(record.tasks)
+    ]
+    table = markdown_table(("domain", "task", "metric", "questions", "this version", "dense"), rows)
+    harness = ", ".join(sorted({task.harness for tasks in record.tasks.values() for task in tasks.values()}))
+    return (
+        f"{table}\n\nAsked by lm-evaluation-harness {harness}, of this version and of the dense base alike. The "
+        "questions are the domain's own, and the first so many of each task."
     )
 
 

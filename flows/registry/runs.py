@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows.lineage.description import run_title
 from flows.lineage.entries import GateResult
 from flows.lineage.record import Domain, Record, flatten
+from flows.lineage.tasks import task_rows
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -104,6 +105,9 @@ def _figures(run_id: str, model_id: str, record: Record) -> list[Metric]:
         "seconds": record.seconds.total,
         **{f"seconds.{name}": value for name, value in record.seconds.as_json().items()},
     }
+    for row in task_rows(record.tasks):
+        name = f"task.{row['domain']}.{row['task']}.{row['metric']}"
+        flat |= {name: row["figure"], f"dense_{name}": row["dense"]}
     logged += [
         Metric(name, value, now, 0, model_id=model_id, run_id=run_id)
         for name, value in flat.items()

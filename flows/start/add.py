@@ -17,6 +17,7 @@ from flows.data.dvc import add_and_commit
 from flows.data.git import git
 from flows.data.recorded import dataset_of
 from flows.data.sources import gather
+from flows.data.task_files import read_tasks
 from flows.project import Project, data_of
 from flows.settings import check_domain_name
 from flows.workspace import make_private
@@ -89,6 +90,7 @@ def add_domain(project: Project, domain: str, paths: Sequence[Path], *, replace:
         if not here:
             gather([path.expanduser() for path in paths], folder)
         windows, unchecked = _looked_at(project, domain, folder)
+        read_tasks(domain, folder)
         files = domain_files(folder)
         with _in_place(folder, target, Path(scratch)):
             commit = add_and_commit(workspace.root, domain, f"{'Replace' if tracked and not here else 'Add'} {domain}")

@@ -7,14 +7,14 @@ been checked like the rest of the record, and there is no second place to be alt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from copal.errors import CopalError
 from flows.lineage.record import Record
 from flows.registry.registry import Registry
 from flows.registry.versions import ModelVersion
 
-__all__ = ["known_figures"]
+__all__ = ["known_figures", "known_task_figures"]
 
 
 def known_figures(registry: Registry, head: ModelVersion, dtype: str) -> dict[str, float]:
@@ -35,6 +35,19 @@ def known_figures(registry: Registry, head: ModelVersion, dtype: str) -> dict[st
                 # The first record that has a figure measured it: copal once handed on those of another dtype too.
                 dtypes.setdefault(figure, record.hardware.get("dtype"))
     return {digest: perplexity for (digest, perplexity), measured_in in dtypes.items() if measured_in == dtype}
+
+
+def known_task_figures(registry: Registry, head: ModelVersion, dtype: str) -> dict[str, Mapping[str, float]]:
+    """Digest of a task -> figures of the dense base by metric, from a forward pass in `dtype`; see `known_figures`.
+
+    Raises:
+        LineageError, RegistryError: the record of `head` is damaged or cannot be read.
+    """
+    known: dict[str, Mapping[str, float]] = {}
+    for record in reversed(list(_ancestry(registry, head))):
+        if record.hardware.get("dtype") == dtype:
+            known |= {task.digest: task.dense for tasks in record.tasks.values() for task in tasks.values()}
+    return known
 
 
 def _ancestry(registry: Registry, head: ModelVersion) -> Iterator[Record]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from copal.printable import printable_lines
 from copal.progress import Progress
 from flows.isolated import isolated_environment, isolated_python
 
-__all__ = ["Fault", "Place", "check_devices", "leave", "raise_fault", "run_processes", "tell"]
+__all__ = ["Fault", "Place", "check_devices", "leave", "raise_fault", "run_alone", "run_processes", "tell"]
 
 # In place of the user's own configuration, which may be for another machine or purpose. MULTI_GPU means several
 # processes, on a CPU as well.
@@ -112,12 +112,26 @@ def run_processes(
         *(("--rdzv_backend", "static") if place.nodes > 1 else ()),
         *("--num_cpu_threads_per_process", str(threads), "-m", _TASK, str(folder)),
     ]
+    return _run(folder, command, isolated_environment(), progress, over)
+
+
+def run_alone(module: str, folder: Path, progress: Progress, environment: Mapping[str, str]) -> Fault | None:
+    """Run `python -m module folder` until it ends, with these variables in its environment; see `run_processes`."""
+    command = isolated_python(module, str(folder))
+    return _run(folder, command, isolated_environment() | dict(environment), progress, None)
+
+
+def _run(
+    folder: Path,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    progress: Progress,
+    over: Callable[[], bool] | None,
+) -> Fault | None:
     log = folder / "log"
     with (
         log.open("w") as stderr,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=isolated_environment()
-        ) as launcher,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment) as launcher,
     ):
         try:
             assert launcher.stdout is not None

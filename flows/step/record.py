@@ -50,6 +50,7 @@ def record_of_step(project: Project, step: Step, report: StepReport, evaluation:
         backward_transfer=backward_transfer(when_newest, now),
         seconds=Seconds(**report.seconds, evaluate=evaluation.seconds),
         layers=_layers(step, report),
+        tasks=evaluation.tasks,
         **_surroundings(settings),
         files=version_files(step.out),
     )

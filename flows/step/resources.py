@@ -24,6 +24,7 @@ __all__ = [
     "Demand",
     "Needs",
     "check_resources",
+    "check_whole_model",
     "config_of_base",
     "demands",
     "domains_after",
@@ -88,6 +89,28 @@ def check_resources(project: Project, domains: int, begun: int = 0) -> None:
     if lacking:
         raise ResourceError(
             f"{'; '.join(lacking)}. Nothing was begun; run.check_resources: false in params.yaml begins it all the same"
+        )
+
+
+def check_whole_model(settings: Settings, folder: Path) -> None:
+    """Refuse what loads the model in `folder` whole, where memory (with a GPU: its memory) is not enough.
+
+    Raises:
+        ResourceError: says what is needed and what is free.
+    """
+    from copal.shapes import model_shape
+
+    if not settings.run.check_resources:
+        return
+    parameters = model_shape(folder, settings_of_step(settings, 1)).parameters
+    needed = int(_MEMORY * parameters * device_and_dtype(settings)[1].itemsize)
+    on_gpu = free_device_memory(1)
+    free = free_memory() if on_gpu is None else on_gpu
+    if needed > free:
+        raise ResourceError(
+            f"the tasks of domains need the whole model in memory, about {gigabytes(needed)}, and {gigabytes(free)} "
+            "are free: take a machine with more, or take the folder tasks out of the domains. Nothing was begun; "
+            "run.check_resources: false in params.yaml begins it all the same"
         )
 
 

@@ -22,6 +22,7 @@ from copal.errors import CopalError, StateError
 from copal.files import write_atomic
 from flows.lineage.fields import LineageError, parse
 from flows.lineage.record import Domain
+from flows.lineage.tasks import TaskFigures
 from flows.machine import code_version, forward_dtype
 from flows.project import Project
 from flows.step.resolve import Step
@@ -46,12 +47,14 @@ STEP_FILE, EVALUATION_FILE = "step.json", "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Perplexities by domain after the step and of the dense base; of the new domain, if any, before the step."""
+    """Perplexities by domain after the step and of the dense base; of the new domain, if any, before the step; and what
+    came of the tasks of domains that have some."""
 
     perplexity: Mapping[str, float]
     dense: Mapping[str, float]
     before: float | None
     domains: tuple[Domain, ...]
+    tasks: Mapping[str, Mapping[str, TaskFigures]]
     seconds: float
 
 
@@ -97,14 +100,22 @@ def staged_evaluation(step: Step) -> Evaluation | None:
     try:
         values = read_json(path, LineageError)
         domains = tuple(parse(Domain, domain, str(path)) for domain in values["domains"])
-        return Evaluation(**values | {"domains": domains})
-    except (LineageError, KeyError, TypeError):
+        tasks = {
+            domain: {name: parse(TaskFigures, task, str(path)) for name, task in named.items()}
+            for domain, named in values["tasks"].items()
+        }
+        return Evaluation(**values | {"domains": domains, "tasks": tasks})
+    except (LineageError, AttributeError, KeyError, TypeError):
         return None
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
     """What `staged_evaluation` reads."""
-    return json.dumps(asdict(evaluation) | {"domains": [domain.as_json() for domain in evaluation.domains]})
+    tasks = {
+        domain: {name: task.as_json() for name, task in named.items()} for domain, named in evaluation.tasks.items()
+    }
+    domains = [domain.as_json() for domain in evaluation.domains]
+    return json.dumps(asdict(evaluation) | {"domains": domains, "tasks": tasks})
 
 
 def run_folders(project: Project) -> dict[Path, int | None]:

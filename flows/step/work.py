@@ -21,6 +21,7 @@ from flows.settings import Settings
 from flows.step.dense import known_figures
 from flows.step.resolve import Step
 from flows.step.staging import EVALUATION_FILE, Evaluation, evaluation_text
+from flows.step.tasks import ask_tasks, check_tasks
 from flows.step.windows import cut_windows, of_domain
 
 if TYPE_CHECKING:
@@ -43,12 +44,14 @@ def fetch_data(project: Project, step: Step) -> dict[str, str]:
         MissingDataError: a pointer's data is nowhere.
         DatasetError: what was fetched is not what the pointer says.
         DataError: a file has a name that is none; `UnusableDataError` where it is of the domain that the step adds.
+        CopalError: see `flows.step.tasks.check_tasks`.
     """
     wanted = [*([] if step.withdraws else [step.version]), *map(dataset_of, step.earlier)]
     folders = {}
     for version in wanted:
         with of_domain(version.domain, step.new):
             folders[version.domain] = str(data_of(project, version))
+    check_tasks(project, step, folders)
     return folders
 
 
@@ -108,7 +111,8 @@ def evaluate_step(
     progress: Progress = silent,
 ) -> Evaluation:
     """Evaluate the staged version on every domain, the parent on the new domain, if any, and the dense base where the
-    lineage does not know its figure (`flows.step.dense`): as a rule on the new domain alone.
+    lineage does not know its figure (`flows.step.dense`): as a rule on the new domain alone. Then the tasks of domains
+    that have some are asked (`flows.step.tasks`).
     """
     from flows.step.distributed import evaluate_in_processes, evaluate_jobs
 
@@ -142,6 +146,7 @@ def evaluate_step(
         dense=dict(sorted(dense.items())),
         before=before,
         domains=_evaluated(step, report, windows),
+        tasks=ask_tasks(project, step, data, progress),
         seconds=time.perf_counter() - began,
     )
     write_atomic(step.run / EVALUATION_FILE, evaluation_text(evaluation))

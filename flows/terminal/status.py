@@ -101,7 +101,7 @@ def render_scores(found: Mapping[str, Any]) -> RenderableType:
         table.add_section()
         mean, dense, ratio = (found[name] for name in ("geometric_mean", "dense_geometric_mean", "times_dense"))
         table.add_row("geometric mean", "", figure(mean), figure(dense), figure(ratio), "", "")
-    return Group(Text(told), table, *map(Text, lines))
+    return Group(Text(told), table, *_tasks(found["tasks"]), *map(Text, lines))
 
 
 def waits(entry: Mapping[str, Any]) -> str:
@@ -118,6 +118,21 @@ def _refused(entry: Mapping[str, Any]) -> str:
         f"refused: {entry['domain']} at {short(entry['dvc_md5'])} since {entry['since']}: {entry['reason']}; mend the "
         f"data and commit it again, or try once more as it is: `copal adapt {entry['domain']}`"
     )
+
+
+def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What the tasks of domains gave, a row for each metric; nothing where there are none."""
+    if not rows:
+        return []
+    table = _plain_table(None)
+    for heading in ("domain", "task", "metric"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("questions", "this version", "dense"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        named = (row["domain"], row["task"], row["metric"], str(row["documents"]))
+        table.add_row(*named, figure(row["figure"]), figure(row["dense"]))
+    return [table]
 
 
 def _versions(model: str, versions: Sequence[Mapping[str, Any]]) -> Table:

@@ -352,6 +352,17 @@ def test_a_link_within_the_folder_is_a_file_and_one_to_nothing_is_named(tmp_path
     assert "d.txt is a link to nothing" in refusal(tmp_path)
 
 
+def test_the_tasks_of_a_domain_are_none_of_its_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "deep" / "tasks").mkdir(parents=True)
+    (tmp_path / "deep" / "tasks" / "b.txt").write_text("b")
+    before = list(read_documents(tmp_path))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "questions.jsonl").write_text('{"question": "no text"}')
+    assert list(read_documents(tmp_path)) == before
+    assert [document.identity for document in before] == ["path:a.txt", "path:deep/tasks/b.txt"]
+
+
 def test_a_domain_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").symlink_to("/etc")
     assert refusal(tmp_path / "x").startswith(f"domain folder {tmp_path}/x is a link")

@@ -14,6 +14,7 @@ from copal.errors import DataError, SettingsError
 from flows.params import VARIABLES, load_settings, recorded_settings
 from flows.settings import (
     DomainSettings,
+    EvaluateSettings,
     GateSettings,
     LedgerSettings,
     ModelSettings,
@@ -73,7 +74,9 @@ def test_every_setting_is_read(params: Path) -> None:
                       storage: compact, text_field: body, id_field: key}
         prune: {sparsity: 0.25, criterion: gradient, rounds: [0.5, 1.0], iterations: 2, damping: 0.1}
         domains: {legal: {weight: 2}, code: {weight: 0.5}, medical: null}
-        gates: {forgetting: 0.5, champion: null, dense: 3, improvement: false, generation: false, promote: auto}
+        gates: {forgetting: 0.5, champion: null, dense: 3, tasks: 0.1, improvement: false, generation: false,
+                promote: auto}
+        evaluate: {task_limit: 50}
         watch: {repository: ../data, branch: release/1, interval: 5, cron: "*/15 7-19,22 * jan,Mar-12 mon-fri/2"}
         run: {lease: 30, time_limit: 3600, check_resources: false}
         registry: {uri: "http://localhost:5000"}
@@ -99,7 +102,10 @@ def test_every_setting_is_read(params: Path) -> None:
             "code": DomainSettings(weight=0.5),
             "medical": DomainSettings(weight=1.0),
         },
-        gates=GateSettings(forgetting=0.5, champion=None, dense=3, improvement=False, generation=False, promote="auto"),
+        gates=GateSettings(
+            forgetting=0.5, champion=None, dense=3, tasks=0.1, improvement=False, generation=False, promote="auto"
+        ),
+        evaluate=EvaluateSettings(task_limit=50),
         watch=WatchSettings(
             repository="../data", branch="release/1", interval=5, cron="*/15 7-19,22 * jan,Mar-12 mon-fri/2"
         ),
@@ -162,6 +168,8 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
             for cron in ("5", "daily", "'* * * *'", "'60 * * * *'", "'* * * 13 *'", "'*/0 * * * *'", "'* * * * * *'")
         ),
         ("gates: {forgetting: 0}", "gates.forgetting"),
+        ("gates: {tasks: true}", "gates.tasks must be a finite number above 0 or null, not True"),
+        ("evaluate: {task_limit: 0}", "evaluate.task_limit must be a whole number of at least 1 or null, not 0"),
         ("gates: {champion: -0.1}", "gates.champion"),
         ("gates: {dense: .nan}", "gates.dense"),
         ("gates: {dense: true}", "gates.dense"),

@@ -14,10 +14,11 @@ from flows.cli import checks, stores
 from flows.cli import doctor as module
 from flows.cli.checks import Check
 from flows.cli.doctor import doctor, render
+from support.tasks import write_task
 
 NAMES = [
-    "python", "torch", "transformers", "git", "dvc", "domains", "mlflow", "artifacts", "ledger", "prefect", "fastapi",
-    "disk", "memory", "workspace",
+    "python", "torch", "transformers", "git", "dvc", "domains", "tasks", "mlflow", "artifacts", "ledger", "prefect",
+    "fastapi", "disk", "memory", "workspace",
 ]  # fmt: skip
 
 
@@ -87,6 +88,17 @@ def test_one_broken_thing_does_not_hide_the_others(bench, monkeypatch):
         advice="install copal again, in a new venv",
     )
     assert found["workspace"].ok
+
+
+def test_tasks_of_domains_need_what_asks_them(bench, monkeypatch):
+    assert look(bench.root)["tasks"].found == "none in data/"
+    write_task(bench.root / "data" / "code")
+    assert look(bench.root)["tasks"].found.startswith("1 in data/, asked by lm-evaluation-harness")
+    monkeypatch.setattr(module, "harness_version", lambda: None)
+    check = look(bench.root)["tasks"]
+    assert (check.ok, check.advice) == (False, "pip install 'copal[tasks]'")
+    write_task(bench.root / "data" / "code", "task: [")
+    assert look(bench.root)["tasks"].found.startswith("data/code/tasks/dialect.yaml is not YAML")
 
 
 def test_bad_settings(bench):

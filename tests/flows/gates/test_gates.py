@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from flows.gates.judge import GateResult, failed, judge
 from flows.lineage.record import Domain, Parent, Record, Seconds, Sparsity
+from flows.lineage.tasks import TaskFigures
 from flows.settings import GateSettings
 from flows.step import run
 from flows.step.run import plain_tasks, run_step
@@ -199,6 +200,35 @@ def test_text_and_files_have_gates():
     assert bad["generation"].detail == "legal: nothing but spaces"
     assert failing(judged(made, settings=GateSettings(generation=False), generation={"legal": "bad"})) == []
     assert failing(judged(made, problems=["changed: model/model.safetensors"])) == ["lineage"]
+
+
+def asked(figure: float, dense: float, metric: str = "acc", higher_is_better: bool = True) -> TaskFigures:
+    return TaskFigures(
+        digest="a" * 64,
+        harness="0.4.13",
+        documents=200,
+        metric=metric,
+        higher_is_better=higher_is_better,
+        figures={metric: figure},
+        dense={metric: dense},
+    )
+
+
+def test_the_tasks_of_domains_are_held_against_the_dense_base():
+    tasks = {"code": {"choice": asked(0.5, 0.6)}, "legal": {"clauses": asked(3.0, 2.9, "perplexity", False)}}
+    made = altered(record(4, DEMO[4]), tasks=tasks)
+    assert failing(judged(made, settings=GateSettings(tasks=0.17))) == []
+    result = judged(made, settings=GateSettings(tasks=0.16))["tasks"]
+    assert (result.passed, result.value, result.limit) == (False, pytest.approx(1 / 6), 0.16)
+    assert result.detail == "choice of code: acc 0.5, 0.6 in the dense base, 200 questions"
+    fewer = altered(made, tasks={"legal": tasks["legal"]})
+    assert judged(fewer, settings=GateSettings(tasks=0.03))["tasks"].passed is False  # less is better there
+    better = altered(made, tasks={"legal": {"clauses": asked(0.7, 0.6)}})
+    assert judged(better, settings=GateSettings(tasks=0.01))["tasks"].passed
+    nothing = altered(made, tasks={"legal": {"clauses": asked(0.0, 0.0)}})
+    assert judged(nothing, settings=GateSettings(tasks=0.01))["tasks"].passed
+    assert judged(made)["tasks"].detail == "turned off"
+    assert "tasks" not in judged(record(4, DEMO[4]), settings=GateSettings(tasks=0.1))
 
 
 def test_what_is_off_passes_and_what_cannot_be_turned_off_stays():

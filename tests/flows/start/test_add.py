@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from copal.errors import DataError
 from flows.cli.doctor import doctor
 from flows.data.git import git
 from flows.pending.plan import plan
 from flows.start.add import AddError, add_domain
 from support.benches import Bench, text
+from support.tasks import write_task
 
 DOCUMENTS = 24
 
@@ -94,13 +96,25 @@ def test_a_folder_and_several_paths(bench, tmp_path):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     lines(tmp_path / "in" / "deep" / "one.jsonl")
     (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG")
+    write_task(tmp_path / "in")
     add_domain(bench.project, "code", [tmp_path / "in"])
-    assert [path.name for path in (bench.workspace.data / "code").rglob("*.*")] == ["one.jsonl"]
+    names = sorted(path.name for path in (bench.workspace.data / "code").rglob("*.*"))
+    assert names == ["dialect.yaml", "one.jsonl", "questions.jsonl"]
     add_domain(bench.project, "law", [tmp_path / "in", lines(tmp_path / "two.jsonl", 1)])
     names = sorted(
         path.relative_to(bench.workspace.data).as_posix() for path in (bench.workspace.data / "law").rglob("*.*")
     )
     assert names == ["law/in/deep/one.jsonl", "law/two.jsonl"]
+
+
+def test_a_task_that_no_step_would_ask_is_refused(bench, tmp_path):
+    (tmp_path / "in").mkdir()
+    lines(tmp_path / "in" / "one.jsonl")
+    write_task(tmp_path / "in", "task: !function utils.task\n")
+    before = state(bench)
+    with pytest.raises(DataError, match=r"data/code/tasks/dialect\.yaml, line 1: '!function'"):
+        add_domain(bench.project, "code", [tmp_path / "in"])
+    assert state(bench) == before
 
 
 def test_data_that_lies_there_already_is_added_where_it_is(bench):
