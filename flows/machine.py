@@ -26,6 +26,7 @@ __all__ = [
     "free_memory",
     "hardware",
     "has_gpu",
+    "memory_used",
     "surroundings",
 ]
 
@@ -82,6 +83,20 @@ def free_disk(place: Path) -> int:
     """Bytes that a file in the folder `place`, which need not be there yet, may take."""
     there = next(folder for folder in (place.resolve(), *place.resolve().parents) if folder.is_dir())
     return shutil.disk_usage(there).free
+
+
+def memory_used() -> int:
+    """Bytes of memory that this process and those that it started take (resident set size)."""
+    import psutil
+
+    this = psutil.Process()
+    used = int(this.memory_info().rss)
+    for child in this.children(recursive=True):
+        try:
+            used += child.memory_info().rss
+        except psutil.Error:  # it has ended meanwhile
+            continue
+    return used
 
 
 def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -20,10 +20,10 @@ __all__ = ["Call", "Options", "make_app", "parse"]
 _HELP = "One pruned language model for a growing list of domains, and which data made which version of it."
 _AUDITED = "What made a version"
 _GROUPS: tuple[tuple[str, tuple[Callable[..., int], ...]], ...] = (
-    ("Getting started", (start.init, start.base, start.sizes, start.doctor, start.demo, start.completion)),
+    ("Getting started", (start.init, start.add, start.base, start.sizes, start.doctor, start.demo, start.completion)),
     ("Adapting to domains", (work.watch, work.adapt, work.status, work.plan, work.withdraw, work.gc)),
     ("Which version serves", (promotion.gates, promotion.promote, promotion.rollback, promotion.export)),
-    (_AUDITED, (lineage.lineage, lineage.verify, lineage.replay)),
+    (_AUDITED, (lineage.lineage, lineage.plot, lineage.verify, lineage.replay)),
     ("Running it for a team", (team.up, team.down, team.notify, team.metrics, team.hook)),
 )
 _OPTIONS = Group("Options of every command", sort_key=len(_GROUPS))

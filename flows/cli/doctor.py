@@ -153,11 +153,19 @@ def _domains(workspace: Workspace | None, settings: Settings) -> Check:
     """Whether there is data that no step can use."""
     if workspace is None:
         return Check(name="domains", ok=True, found="none here: they are folders of a workspace, under data/")
+    from flows.data.versions import untracked
     from flows.pending.plan import plan
     from flows.project import project_of
 
     found = plan(project_of(workspace, settings))
     lines = [*found.problems, *(f"{version.path}: {refusal.reason}" for version, refusal in found.refused)]
+    if not lines and (strays := untracked(workspace.root)):
+        return Check(
+            name="domains",
+            ok=None,
+            found=f"none is refused; {', '.join(f'data/{name}' for name in strays)}: no domain, DVC does not track it",
+            advice=f"copal add DOMAIN data/{strays[0]}, or move it away",
+        )
     if not lines:
         return Check(name="domains", ok=True, found="none is refused")
     return Check(

@@ -1,4 +1,4 @@
-"""What made a version, and is it so: `copal lineage`, `audit QUESTION`, `verify` and `replay`."""
+"""What made a version, and is it so: `copal lineage`, `plot`, `audit QUESTION`, `verify` and `replay`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flows.terminal.progress import progress_bar, working
 if TYPE_CHECKING:
     from flows.lineage.history import History
 
-__all__ = ["data", "diff", "lineage", "replay", "used", "verify", "whose", "worse"]
+__all__ = ["data", "diff", "lineage", "plot", "replay", "used", "verify", "whose", "worse"]
 
 _FORM = Group("Form", help="One of these, in place of a table.", validator=mutually_exclusive)
 
@@ -58,6 +58,30 @@ def lineage(
         say(f"{openlineage}: {len(found)} events")
     else:
         show(history, as_json, render_history)
+    return 0
+
+
+def plot(
+    version: Annotated[str, Parameter(help="The newest one to show: a number or an alias.")] = "latest",
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="The folder for the pictures; made where it is missing.")] = Path("pictures"),
+    workspace: Folder = ".",
+) -> int:
+    """Draw perplexity by version and domain, forgetting, and what the step did to each layer: PNG and SVG files."""
+    from flows.lineage.history import up_to
+    from flows.lineage.pictures import draw_pictures
+
+    if out.exists() and not out.is_dir():
+        raise CommandError(f"{out} is a file; name a folder for the pictures")
+    history = up_to(_history(workspace), version)
+    with working("drawing"):
+        out.mkdir(parents=True, exist_ok=True)
+        files = draw_pictures(history, out)
+    if not files:
+        raise CommandError(f"version {version} of {history.model} is the dense base: there is nothing to draw yet")
+    for file in files:
+        say(str(file))
     return 0
 
 

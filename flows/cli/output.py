@@ -60,9 +60,10 @@ def show(found: _T, as_json: bool, render: Callable[[_T], RenderableType]) -> No
 
 
 def show_versions(project: Project, versions: Sequence[ModelVersion], tell: Callable[[str], None]) -> None:
-    """Say what made each of the new versions, and show the table of all versions."""
-    from flows.pending.status import status
-    from flows.terminal.status import render_status
+    """Say what made each of the new versions, and show the domains of the last."""
+    from flows.lineage.scores import scores
+    from flows.project import read_history
+    from flows.terminal.status import render_scores
 
     for version in versions:
         did = f"withdrew {version.withdrawn}" if version.withdrawn else f"adapted to {version.tags['copal.domain']}"
@@ -73,4 +74,4 @@ def show_versions(project: Project, versions: Sequence[ModelVersion], tell: Call
                 f"{len(left)} of its documents were left out, since other domains have their text on the "
                 f"other side: {len(left.calibration)} for calibration, {len(left.evaluation)} for evaluation"
             )
-    console().print(render_status(status(project)))
+    console().print(render_scores(scores(read_history(project), str(versions[-1].number))))

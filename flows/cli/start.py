@@ -1,4 +1,4 @@
-"""Getting started: `copal init`, `base`, `sizes`, `doctor`, `demo` and `completion`."""
+"""Getting started: `copal init`, `add`, `base`, `sizes`, `doctor`, `demo` and `completion`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from flows.cli.context import Folder, Json
-from flows.cli.output import hint, say, show
+from flows.cli.context import Folder, Json, open_project
+from flows.cli.output import hint, print_json, say, show
 from flows.terminal.progress import progress_bar, working
 
-__all__ = ["base", "completion", "demo", "doctor", "init", "sizes"]
+__all__ = ["add", "base", "completion", "demo", "doctor", "init", "sizes"]
 
 _Whole = Annotated[int, Parameter(validator=Number(gte=1))]
 
@@ -37,7 +37,7 @@ def init(folder: Path, /, *, base: str | None = None) -> int:
         workspace, root = init_with_base(folder, base, progress)
     settings = load_settings(workspace.params)
     say(f"workspace {workspace.root}, model {settings.model.name}, base {root.tags['copal.base_fingerprint'][:16]}")
-    hint(f"next: a domain; {workspace.data / 'README.md'} says how")
+    hint(f"next: a domain, copal add DOMAIN PATH... --workspace {folder}")
     return 0
 
 
@@ -53,6 +53,37 @@ def base(source: str, folder: Path, /) -> int:
     with progress_bar() as progress:
         found = fetch_base(source, folder.expanduser().resolve(), progress)
     say(f"{found.folder}: {found.source}, fingerprint {found.fingerprint}")
+    return 0
+
+
+def add(
+    domain: str,
+    /,
+    *paths: Annotated[Path, Parameter(required=True)],
+    replace: bool = False,
+    as_json: Json = False,
+    workspace: Folder = ".",
+) -> int:
+    """Make files a domain: check them, put them under data/, track them with DVC, commit the pointer.
+
+    Args:
+        domain: Its name: small letters, digits, _ and -.
+        paths: Text (.txt, .jsonl, .parquet, compressed too), tables (.csv, .tsv, .json, .arrow), or folders of these.
+        replace: In place of the data that the domain has.
+    """
+    from flows.pending.forecast import forecast
+    from flows.start.add import add_domain
+    from flows.terminal.forecast import added_lines
+
+    project = open_project(workspace)
+    with working("reading the files, and holding them against the other domains"):
+        found = add_domain(project, domain, paths, replace=replace)
+    if as_json:
+        print_json(found.as_json())
+        return 0
+    for line in added_lines(found.as_json(), forecast(project)):
+        say(line)
+    hint(f"next: copal watch --once{'' if workspace == '.' else f' --workspace {workspace}'}")
     return 0
 
 

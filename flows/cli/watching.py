@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from copal.errors import CopalError
 from flows.cli.context import CommandError, open_project
 from flows.cli.output import refuse, say, show_versions
-from flows.terminal.progress import is_quiet
+from flows.terminal.progress import is_quiet, working
 
 if TYPE_CHECKING:
     from flows.pending.missing_data import Waiting
@@ -79,10 +80,15 @@ def check(place: str, tell: Callable[[str], None]) -> None:
 
 def _run(project: Project, newest: int, tell: Callable[[str], None]) -> None:
     from flows.pending.missing_data import waiting
-    from flows.runs.server import check_server
 
-    check_server()
-    from flows.watch import watch
+    with working("starting Prefect"):
+        from flows.runs.server import server_ready
+
+        with server_ready() as here:
+            from flows.watch import watch
+
+            if here:  # else a worker takes the steps, and this process does without torch
+                importlib.import_module("flows.adapt")
 
     try:
         watch(project.place)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from flows.cli.context import Folder, Json, open_project
+from flows.cli.context import CommandError, Folder, Json, open_project
 from flows.cli.output import hint, say, show, show_versions
 from flows.terminal.progress import working
 
@@ -61,11 +61,11 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = ".") ->
     if known and head is not None and head.concluded:  # quick, and starts no server
         _say_known(registry, domain)
         return 0
-    from flows.runs.server import check_server
+    with working("starting Prefect"):
+        from flows.runs.server import server_ready
 
-    check_server()
-    from flows.adapt import adapt as flow
-
+        with server_ready():
+            from flows.adapt import adapt as flow
     number = flow(project.place, domain, rev)
     registry.refresh()
     if number is None:
@@ -76,22 +76,38 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = ".") ->
 
 
 def status(
-    *, every: Annotated[bool, Parameter(name="--all")] = False, as_json: Json = False, workspace: Folder = "."
+    version: Annotated[
+        str | None, Parameter(help="Its domains one by one: a number, or an alias such as latest.")
+    ] = None,
+    /,
+    *,
+    every: Annotated[bool, Parameter(name="--all")] = False,
+    as_json: Json = False,
+    workspace: Folder = ".",
 ) -> int:
     """Show the versions, their figures, and what is pending.
 
     Args:
         every: Instead: every lineage of the registry.
     """
-    from flows.pending.status import lineages
-    from flows.pending.status import status as ask
-    from flows.terminal.status import render_lineages, render_status
+    from flows.terminal.status import render_lineages, render_scores, render_status
 
     project = open_project(workspace)
-    if every:
+    if version is not None and every:
+        raise CommandError("`copal status VERSION` is about one lineage: leave --all out")
+    if version is not None:
+        from flows.lineage.scores import scores
+        from flows.project import read_history
+
+        show(scores(read_history(project), version), as_json, render_scores)
+    elif every:
+        from flows.pending.status import lineages
+
         found = lineages(project)
         show({"lineages": found}, as_json, lambda _: render_lineages(found, project.name))
     else:
+        from flows.pending.status import status as ask
+
         show(ask(project), as_json, render_status)
     return 0
 
@@ -124,11 +140,11 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
 
         done = run_withdrawal(project, domain, why, plain_tasks(), purge=purge, tell=say)
     else:
-        from flows.runs.server import check_server
+        with working("starting Prefect"):
+            from flows.runs.server import server_ready
 
-        check_server()
-        from flows.withdraw import withdraw as flow
-
+            with server_ready():
+                from flows.withdraw import withdraw as flow
         done = flow(project.place, domain, why, purge)
     registry.refresh()
     if done.made is not None:

@@ -27,6 +27,13 @@ __all__ = [
     "open_pointers",
 ]
 
+_SET_UP = (
+    ".gitignore",
+    ".dvcignore",
+    ".dvc/config",
+    ".dvc/.gitignore",
+)  # of a repository with DVC
+
 
 def init_repository(root: Path) -> None:
     """Make `root` a git + DVC repository that ignores `.copal/`. What is there already stays; commits nothing, stages
@@ -52,11 +59,12 @@ def init_repository(root: Path) -> None:
     lines = ignored.read_text(encoding="utf-8").splitlines() if ignored.exists() else []
     if ".copal/" not in lines:
         write_atomic(ignored, "\n".join([*lines, ".copal/", ""]))
-    _stage(root, ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore")
+    _stage(root, *_SET_UP)
 
 
 def add_and_commit(root: Path, domain: str, message: str) -> str:
-    """`dvc add data/<domain>` and commit its pointer with whatever else is staged; the SHA of HEAD afterwards.
+    """`dvc add data/<domain>` and commit its pointer; the SHA of HEAD afterwards. What else is staged stays staged, but
+    for what DVC needs in a repository that has never had a commit of it.
 
     Makes no commit where nothing changed. Where git knows no identity the author is `copal <copal@localhost>`.
 
@@ -70,8 +78,10 @@ def add_and_commit(root: Path, domain: str, message: str) -> str:
 
         with Repo(str(root)) as dvc:
             dvc.add(str(root / "data" / domain))
-    _stage(root, f"data/{domain}.dvc", "data/.gitignore")
-    git_commit(root, message)
+    pointer = [path for path in (f"data/{domain}.dvc", "data/.gitignore") if (root / path).exists()]
+    _stage(root, *pointer)
+    new = git(root, "diff", "--cached", "--name-only", "--diff-filter=A", "--", *_SET_UP).splitlines()
+    git_commit(root, message, [*pointer, *new])
     return resolve_commit(root, "HEAD")
 
 

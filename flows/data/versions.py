@@ -27,6 +27,7 @@ from flows.uris import without_secrets
 __all__ = [
     "dataset_version",
     "dataset_versions",
+    "untracked",
 ]
 
 
@@ -87,6 +88,21 @@ def dataset_version(repo: Path, domain: str, rev: str = "HEAD") -> DatasetVersio
         there = ", ".join(sorted(versions)) or "no domain"
         raise DatasetError(f"DVC does not track data/{domain} at {rev} of {repo}; it tracks {there}")
     return versions[domain]
+
+
+def untracked(root: Path) -> list[str]:
+    """What lies in `data/` of a work tree and is neither tracked by DVC, nor one file that git tracks; sorted names.
+
+    Raises:
+        GitError: git refuses.
+    """
+    kept = set(git(root, "ls-files", "--", "data").split("\n"))
+    ignored = (root / "data" / ".gitignore").read_text().split() if (root / "data" / ".gitignore").is_file() else []
+    return sorted(
+        path.name
+        for path in (root / "data").glob("[!.]*")
+        if f"/{path.name}" not in ignored and path.suffix != ".dvc" and f"data/{path.name}" not in kept
+    )
 
 
 def _pointers(root: Path, commit: str) -> list[_Pointer]:

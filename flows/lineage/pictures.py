@@ -1,7 +1,6 @@
-"""Two pictures of a lineage as PNG and SVG files: the perplexity matrix, and what was forgotten. Pure.
+"""Pictures of a lineage as PNG and SVG files: the perplexity matrix, what was forgotten, and the newest step's layers.
 
-As wide as a phone; colours that the colour-blind can tell apart. The same history and the same matplotlib give the
-same bytes.
+Pure: the same history and the same matplotlib give the same bytes.
 """
 
 from __future__ import annotations
@@ -9,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from copal.printable import printable
+from flows.lineage.drawing import COLOURS, MARKERS, STYLE, cut, new_figure
 from flows.lineage.history import History, Measure, measures, since_newest, step_texts
+from flows.lineage.layer_pictures import layer_pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,25 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_pictures"]
 
-_WIDTH, _DPI = 5.0, 160  # inches; 800 pixels
 _ROWS, _COLUMNS = 30, 24  # of the matrix; what is older, or has more, is on the page of the lineage
 _FIGURES_IN = 9  # columns: of more there is no room for figures in the cells
 _LINES = 8  # of more domains, those that were forgotten most
 _WORST = 3.0  # times dense: where the colours end
-# Okabe and Ito's colours, without yellow, which is hard to see on white
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_STYLE = {
-    "svg.hashsalt": "copal",  # else the names in an SVG file are drawn by lot
-    "text.parse_math": False,  # a dollar sign in the name of a domain is one
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "figure.dpi": _DPI,
-}
 
 
 def draw_pictures(history: History, folder: Path) -> list[Path]:
-    """Write `perplexity-matrix` and `forgetting` as .png and .svg into `folder`; gives the files.
+    """Write `perplexity-matrix`, `forgetting` and what `layer_pictures` has of the newest version as .png and .svg into
+    `folder`; gives the files.
 
     A picture with nothing in it is not drawn: no matrix without a pruned version that knows a domain, and nothing can
     be forgotten before a domain's second version.
@@ -50,12 +40,15 @@ def draw_pictures(history: History, folder: Path) -> list[Path]:
     changes = _changes(history)
     if changes:
         pictures.append(("forgetting", lambda: _forgetting(history, changes)))
+    if history.versions:
+        newest = history.versions[-1]
+        pictures += layer_pictures(newest.record, newest.number).items()
     if not pictures:
         return []
     from matplotlib import style
 
     files = []
-    with style.context(["default", _STYLE]):  # not that of whoever runs the step
+    with style.context(["default", STYLE]):  # not that of whoever runs the step
         for name, draw in pictures:
             figure = draw()
             figure.draw_without_rendering()  # lays out once for both files
@@ -86,7 +79,7 @@ def _matrix(history: History, found: Mapping[str, Sequence[Measure]]) -> Figure:
                 place = rows.index(measure.version)
                 cells[place, column] = measure
                 ratios[place, column] = measure.perplexity / measure.dense
-    figure, axes = _figure(1.9 + 0.3 * len(rows))
+    figure, axes = new_figure(1.9 + 0.3 * len(rows))
     axes.set_facecolor("#eeeeee")
     image = axes.imshow(ratios, cmap="cividis_r", norm=LogNorm(1, _WORST, clip=True), aspect="auto")
     for (place, column), measure in cells.items():
@@ -98,11 +91,11 @@ def _matrix(history: History, found: Mapping[str, Sequence[Measure]]) -> Figure:
             digits=4 if wide else 3 if len(shown) <= _FIGURES_IN else 0,
             dark=ratios[place, column] > 1.6,
         )
-    labels = [_cut(name, 12) for name in shown]
+    labels = [cut(name, 12) for name in shown]
     if wide:
         labels = [f"{label}\ndense {row[-1].dense:.4g}" for label, row in zip(labels, shown.values(), strict=True)]
     axes.set_xticks(range(len(shown)), labels, rotation=0 if wide else 90)
-    axes.set_yticks(range(len(rows)), [f"{number}: {_cut(steps[number], 14)}" for number in rows])
+    axes.set_yticks(range(len(rows)), [f"{number}: {cut(steps[number], 14)}" for number in rows])
     axes.tick_params(length=0)
     left_out = [
         f"the newest {len(rows)} of {len(numbers)} versions" if len(rows) < len(numbers) else "",
@@ -139,7 +132,7 @@ def _changes(history: History) -> list[tuple[str, list[tuple[int, float]]]]:
         if later:
             points = [(one.version, one.perplexity / first.perplexity - 1) for one in (first, *later)]
             again = sum(other == name for other, *_ in spells) > 1
-            changes.append((f"{_cut(name, 12)} of {first.version}" if again else name, points))
+            changes.append((f"{cut(name, 12)} of {first.version}" if again else name, points))
     return sorted(changes, key=lambda change: -change[1][-1][1])
 
 
@@ -148,16 +141,16 @@ def _forgetting(history: History, changes: Sequence[tuple[str, list[tuple[int, f
     from matplotlib.ticker import PercentFormatter
 
     order = [version.number for version in history.versions if version.parent is not None]
-    figure, axes = _figure(3.6)
+    figure, axes = new_figure(3.6)
     axes.axhline(0, color="#555555", linewidth=1)
     for place, (name, points) in enumerate(changes[:_LINES]):
         axes.plot(
             [order.index(version) for version, _ in points],
             [change for _, change in points],
-            color=_COLOURS[place],
-            marker=_MARKERS[place],
+            color=COLOURS[place],
+            marker=MARKERS[place],
             linewidth=1.8,
-            label=f"{_cut(name, 18)} {points[-1][1]:+.1%}",
+            label=f"{cut(name, 18)} {points[-1][1]:+.1%}",
         )
     step = max(1, math.ceil(len(order) / 10))
     axes.set_xticks(range(0, len(order), step), [str(number) for number in order[::step]])
@@ -170,15 +163,3 @@ def _forgetting(history: History, changes: Sequence[tuple[str, list[tuple[int, f
     axes.set_title(f"Perplexity since the version that adapted to it{rest}")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
-
-
-def _figure(height: float) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _cut(text: str, length: int) -> str:
-    text = printable(text)
-    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -112,7 +112,11 @@ def plan(project: Project, now: datetime | None = None) -> Plan:
         f"version {number} was deleted in MLflow; its files are there still, and steps use them"
         for number in sorted(parents - {version.number for version in versions})
     ]
-    notes += [f"data/{domain} is no longer tracked here; the model keeps what it knows of it" for domain in gone]
+    notes += [
+        f"data/{domain} is no longer tracked here; the model keeps what it knows of it; to take that out: "
+        f"`copal withdraw {domain} --why TEXT`"
+        for domain in gone
+    ]
     return Plan(
         head=head,
         pending=tuple(pending),

@@ -26,10 +26,11 @@ def status(project: Project) -> dict[str, Any]:
     `model`: the name of the lineage. `versions`, oldest first, each with version, parent, domain, dvc_md5, git_rev
     (these three None at the root, and where it withdrew a domain), withdrawn (that domain, or None), sparsity (zeros as
     counted, a share), weights_back (None where the parent is dense), perplexity and dense_perplexity ({domain: value}),
-    seconds ({statistics, solve, evaluate}), gates (passed or failed; None where they never ran), failed ({gate: why})
-    and aliases. `pending`, in the order in which the watcher would take them, each with domain, dvc_md5 and git_rev.
-    `waiting` for data that nobody has pushed, the same with tries, since and next_try. `refused` for data that cannot
-    be used with these settings, the same with reason and since. `notes` and `problems`: see `flows.pending.plan.Plan`.
+    what `flows.lineage.scores.standing` makes of them, seconds ({statistics, solve, evaluate}), gates (passed or
+    failed; None where they never ran), failed ({gate: why}) and aliases. `pending`, in the order in which the watcher
+    would take them, each with domain, dvc_md5 and git_rev. `waiting` for data that nobody has pushed, the same with
+    tries, since and next_try. `refused` for data that cannot be used with these settings, the same with reason and
+    since. `notes` and `problems`: see `flows.pending.plan.Plan`.
 
     Raises:
         DatasetError: the repository cannot be read.
@@ -88,6 +89,7 @@ def plain_dataset(version: DatasetVersion) -> dict[str, Any]:
 
 def _version(version: ModelVersion, record: Record, entries: Sequence[Entry]) -> dict[str, Any]:
     from flows.gates.champion import gates_entry
+    from flows.lineage.scores import standing
 
     step = record.step
     entry = gates_entry(version, entries)
@@ -103,6 +105,7 @@ def _version(version: ModelVersion, record: Record, entries: Sequence[Entry]) ->
         "weights_back": record.weights_back,
         "perplexity": dict(record.perplexity),
         "dense_perplexity": dict(record.dense_perplexity),
+        **standing(record),
         "seconds": record.seconds.as_json(),
         "gates": version.gates,
         "failed": {gate.name: gate.detail for gate in failed},

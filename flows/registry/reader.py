@@ -13,6 +13,7 @@ from flows.cache import Cache
 from flows.lineage.record import Record
 from flows.registry.artifacts import Artifacts
 from flows.registry.errors import RegistryError
+from flows.registry.remembered import look_once
 from flows.registry.runs import shown_run
 from flows.registry.store import Places, Store
 from flows.registry.versions import LOG_HEAD, ModelVersion, Snapshot, linked, look, look_at_aliases
@@ -75,9 +76,12 @@ class RegistryReader:
         if not self._store.is_there:
             return Snapshot(there=False, every=(), aliases={}, tags={})
         if self._seen is None:
-            with self._store.client() as client:
-                self._seen = look(self._store, client)
+            self._seen = look_once(self._store.places, self.model_name, self._cache.folder, self._ask)
         return self._seen
+
+    def _ask(self) -> Snapshot:
+        with self._store.client() as client:
+            return look(self._store, client)
 
     def head(self) -> ModelVersion | None:
         """The newest version, which `models:/<name>@latest` loads; None where there is none yet."""

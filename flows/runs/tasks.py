@@ -33,10 +33,11 @@ from flows.step.resolve import Step
 from flows.step.run import Tasks
 from flows.step.staging import Evaluation
 from flows.step.work import evaluate_step, fetch_data, prune_domain
-from flows.terminal.progress import progress_bar
+from flows.terminal.progress import Stages, progress_bar
 
 __all__ = ["step_tasks"]
 
+_STAGES = ("fetch", "statistics", "prune", "evaluate", "register", "gates")
 _PAUSES = [2.0, 10.0]  # seconds before the second and the third try
 
 
@@ -48,34 +49,40 @@ def _may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=_PAUSES, retry_condition_fn=_may_pass)
 def fetch(project: Project, step: Step) -> dict[str, str]:
     """Fetch every domain's data version."""
-    return fetch_data(project, step)
+    with _progress(project, step, "fetch"):
+        return fetch_data(project, step)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def prune(project: Project, step: Step, data: Mapping[str, str], claim: Claim) -> StepReport:
     """One COPAL step; on the GPU where there is one."""
-    with _progress(project) as progress:
+    calibration = project.settings.calibration
+    tokens = {"statistics": calibration.windows * calibration.window_length}
+    with _progress(project, step, "statistics", tokens) as progress:
         return prune_domain(project.settings, step, data, claim.guard(progress))
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def evaluate(project: Project, step: Step, report: StepReport, data: Mapping[str, str], claim: Claim) -> Evaluation:
     """Perplexity on the new domain before the step and on every domain after it."""
-    with _progress(project) as progress:
+    calibration = project.settings.calibration
+    tokens = {"evaluate": len(data) * calibration.evaluation_windows * calibration.window_length}
+    with _progress(project, step, "evaluate", tokens) as progress:
         return evaluate_step(project, step, report, data, claim.guard(progress))
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=_PAUSES, retry_condition_fn=_may_pass)
 def register(project: Project, step: Step, report: StepReport, evaluation: Evaluation, claim: Claim) -> ModelVersion:
     """Register the version: the last thing that happens, it makes it `latest`."""
-    with _progress(project) as progress:
+    with _progress(project, step, "register") as progress:
         return register_step(project, step, report, evaluation, claim.seal, progress)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=_PAUSES, retry_condition_fn=_may_pass)
 def gates(project: Project, version: ModelVersion, claim: Claim) -> tuple[GateResult, ...]:
     """Run the gates of the registered version and move the aliases that they move."""
-    results = run_gates(project, version, claim, tell)
+    with _progress(project, version, "gates"):
+        results = run_gates(project, version, claim, tell)
     show_gates(project.name, version.number, results)
     tell_gates(project.name, version.number, results)
     return results
@@ -94,13 +101,23 @@ def step_tasks() -> Tasks:
 
 
 @contextmanager
-def _progress(project: Project) -> Iterator[Progress]:
-    """A callback that shows progress on the terminal and on the page of the run."""
+def _progress(
+    project: Project, of: Step | ModelVersion, first: str, tokens: Mapping[str, int] | None = None
+) -> Iterator[Progress]:
+    """A callback that shows progress on the terminal and on the page of the run.
+
+    Args:
+        of: the step, or the version that it made.
+        first: the stage that begins now.
+        tokens: see `flows.terminal.progress.Stages`.
+    """
+    about = of.version.domain if isinstance(of, Step) else f"version {of.number}"
     page = progress_artifacts(project.name)
-    with progress_bar() as bar:
+    with progress_bar(Stages(about=about, order=_STAGES, tokens=tokens or {})) as bar:
 
         def report(stage: str, done: int, total: int) -> None:
             bar(stage, done, total)
             page(stage, done, total)
 
+        bar(first, 0, 1)
         yield report

@@ -32,12 +32,13 @@ def run_demo(folder: Path) -> None:
     """
     from flows.data.dvc import add_and_commit
     from flows.lineage.entries import CHALLENGER
+    from flows.lineage.scores import scores
     from flows.pending.status import status
-    from flows.project import open_project
+    from flows.project import open_project, read_history
     from flows.start.domains import build_domain
     from flows.start.init import init_with_base
-    from flows.terminal.progress import console, progress_bar
-    from flows.terminal.status import render_status
+    from flows.terminal.progress import console, progress_bar, working
+    from flows.terminal.status import render_scores, render_status
 
     began = time.perf_counter()
     folder = folder.expanduser().resolve()
@@ -51,8 +52,11 @@ def run_demo(folder: Path) -> None:
         documents = build_domain(domain, workspace.data / domain)
         commit = add_and_commit(folder, domain, f"Add {domain}")
         out.print(f"{number}. data/{domain} ({documents} documents) is committed as {commit[:10]}; the watch flow runs")
-        from flows.watch import watch  # brings Prefect and torch, which takes seconds: say what is going on first
+        with working("starting Prefect"):
+            from flows.runs.server import server_ready
 
+            with server_ready():
+                from flows.watch import watch
         watch(str(folder))
     project = open_project(folder)
     challenger = project.registry.alias(CHALLENGER)
@@ -65,6 +69,7 @@ def run_demo(folder: Path) -> None:
         promote(str(folder), str(challenger), why="it ends the demo")
         project.registry.refresh()
     out.print(render_status(status(project)))
+    out.print(render_scores(scores(read_history(project), "latest")))
     out.print(f"This took {(time.perf_counter() - began) / 60:.1f} minutes. What to do next:\n")
     here = Path.cwd()
     shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
@@ -73,7 +78,7 @@ def run_demo(folder: Path) -> None:
             "runs, metrics and versions in MLflow's UI",
             f"mlflow ui --backend-store-uri {without_secrets(workspace.registry_uri(project.settings))}",
         ),
-        ("this table again", f"copal status --workspace {shown}"),
+        ("these tables again", f"copal status --workspace {shown}; copal status latest --workspace {shown}"),
         ("which data made which version, as a page", f"copal lineage --html lineage.html --workspace {shown}"),
         ("whether the champion is what was registered", f"copal verify champion --workspace {shown}"),
         ("the newest model as a Hugging Face folder", f"copal export latest pruned-model --workspace {shown}"),

@@ -32,7 +32,7 @@ _DATA_README = """\
 A domain is a folder here, `data/<domain>/`, with `.txt` files (a document each), `.jsonl` or `.parquet` files (a
 document a row: its text in the field `text`, optionally an `id`). Its name is of a-z, 0-9, `_` and `-`.
 
-    dvc add data/<domain> && git add data && git commit -m "Add <domain>"
+    copal add <domain> PATH...    # puts files here, tracks them with DVC and commits the pointer
     copal watch --once
 """
 

@@ -6,16 +6,13 @@ They take and give paths, ids and small values, never tensors.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copal.errors import DataError
 from copal.files import write_atomic
 from copal.progress import Progress, silent
-from flows.data.dataset import UnusableDataError
 from flows.data.recorded import dataset_of
 from flows.lineage.record import Domain, LeftOut
 from flows.machine import device_and_dtype, forward_dtype
@@ -24,10 +21,10 @@ from flows.settings import Settings
 from flows.step.dense import known_figures
 from flows.step.resolve import Step
 from flows.step.staging import EVALUATION_FILE, Evaluation, evaluation_text
+from flows.step.windows import cut_windows, of_domain
 
 if TYPE_CHECKING:
     from copal.calibration import DomainWindows
-    from copal.leakage import OtherText
     from copal.step import StepReport
 
 __all__ = [
@@ -50,7 +47,7 @@ def fetch_data(project: Project, step: Step) -> dict[str, str]:
     wanted = [*([] if step.withdraws else [step.version]), *map(dataset_of, step.earlier)]
     folders = {}
     for version in wanted:
-        with _of(step, version.domain):
+        with of_domain(version.domain, step.new):
             folders[version.domain] = str(data_of(project, version))
     return folders
 
@@ -185,40 +182,7 @@ def _evaluated(step: Step, report: StepReport, windows: Mapping[str, DomainWindo
 
 
 def _windows(step: Step, data: Mapping[str, str], settings: Settings) -> dict[str, DomainWindows]:
-    """The windows of the domains in the folders `data`; errors name the user's folder, not the cache's.
-
-    Those of an earlier domain do without the documents that they did without from the beginning, and those of the new
-    one without what would leak from one to another.
-    """
-    from copal.calibration import domain_windows, text_read
-    from copal.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(step.base)
-
-    def cut(name: str, others: OtherText | None, left_out: LeftOut | None) -> DomainWindows:
-        with _of(step, name):
-            try:
-                known = left_out.as_hashes() if left_out else None
-                return domain_windows(Path(data[name]), tokenizer, settings.calibration, others=others, left_out=known)
-            except DataError as error:
-                raise DataError(str(error).replace(data[name], f"data/{name}")) from error
-
-    found = {entry.name: cut(entry.name, None, entry.left_out) for entry in step.earlier if entry.name in data}
-    if step.new is not None:
-        others = text_read(found.values()) if step.left_out is None else None
-        found[step.new] = cut(step.new, others, step.left_out)
-    return dict(sorted(found.items()))
-
-
-@contextmanager
-def _of(step: Step, domain: str) -> Iterator[None]:
-    """What refuses the data of the domain that the step adds will do so again: it gets a type of its own."""
-    try:
-        yield
-    except DataError as error:
-        if domain != step.new:
-            raise
-        raise UnusableDataError(str(error)) from error
+    return cut_windows(step.base, data, step.earlier, step.new, step.left_out, settings.calibration)
 
 
 def _predicted(windows: DomainWindows) -> int:

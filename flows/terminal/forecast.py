@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["render_forecast"]
+__all__ = ["added_lines", "render_forecast"]
 
 _KINDS = {"disk": "disk", "memory": "memory", "gpu": "GPU memory"}
 
@@ -30,6 +30,30 @@ def render_forecast(found: Mapping[str, Any]) -> RenderableType:
     if found["settings"]:
         parts.append(_settings(found))
     return Group(*parts, *map(Text, _lines(found)))
+
+
+def added_lines(added: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[str]:
+    """What was added, as `flows.start.add.Added` tells it, and what the step to it takes."""
+    documents, windows = added["documents"], added["windows"]
+    sides = ", ".join(
+        f"{documents[side]:,} {what} ({windows[side]} windows)"
+        for side, what in (("calibration", "calibrate"), ("evaluation", "evaluate"))
+    )
+    files = "1 file" if added["files"] == 1 else f"{added['files']:,} files"
+    yield (
+        f"data/{added['domain']}: {sum(documents.values()):,} documents in {files}, {gigabytes(added['size'])}; {sides}"
+    )
+    if added["left_out"]:
+        yield f"{added['left_out']:,} are left out: other domains have their text on the other side"
+    if added["unchecked"]:
+        yield f"not held against {', '.join(added['unchecked'])}, whose data is not at hand: `dvc pull` brings it"
+    yield f"committed as {added['commit'][:10]}: data/{added['domain']}.dvc"
+    for step in forecast["steps"]:
+        if step["domain"] == added["domain"]:
+            time, size = sum(step["seconds"].values()), step["disk"]["version"]
+            yield f"version {step['version']} will take about {timespan(time)}, and {gigabytes(size)} stay on disk"
+            if step["refused"]:
+                yield f"it would be refused: {step['refused']}"
 
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:

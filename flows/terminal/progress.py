@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
 from copal.progress import Progress, silent
+from flows.lineage.figures import gigabytes, timespan
 from flows.terminal.lines import fit, write
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["QUIET", "console", "is_quiet", "progress_bar", "working"]
+__all__ = ["QUIET", "Stages", "console", "is_quiet", "progress_bar", "working"]
 
 QUIET = "COPAL_QUIET"  # an environment variable: a flow may run in another thread or process than the command
 _LONG = 2.0  # seconds after which a stage is worth a line in a log
+_EVERY = 30.0  # seconds between two of them
+_BYTES = 100_000  # a stage with more parts counts bytes: a percentage says more
 _PIPE_WIDTH = 160  # columns where there is no terminal to ask: tables are cut nowhere
 
 
@@ -42,66 +47,153 @@ def is_quiet() -> bool:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show on a terminal that work goes on, where nobody knows how long it takes."""
-    if is_quiet() or not sys.stdout.isatty():
+    """Show that work goes on, where nobody knows how long: on a terminal at once, else in a line after two seconds."""
+    if is_quiet():
         yield
-    else:
+    elif sys.stdout.isatty():
         with console().status(what):
+            yield
+    else:
+        with _plain(sys.stderr, Stages()) as report:
+            report(what, 0, 1)
             yield
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stages:
+    """What is known of a work before it begins.
+
+    Attributes:
+        about: what it is done for.
+        order: its stages; one that is not among them has no number.
+        tokens: stage -> how many tokens go through the model in it, where that can be said.
+    """
+
+    about: str = ""
+    order: tuple[str, ...] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict)
+
+    def label(self, stage: str) -> str:
+        """As `code, 2 of 6: statistics`."""
+        number = f"{self.order.index(stage) + 1} of {len(self.order)}" if stage in self.order else ""
+        before = ", ".join(filter(None, (self.about, number)))
+        return f"{before}: {stage}" if before else stage
+
+
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A callback that shows a bar for each stage on standard error; where that is no terminal, a line or two.
+def progress_bar(stages: Stages | None = None) -> Iterator[Progress]:
+    """A callback that shows a bar for each stage on standard error; where that is no terminal, a line when it has taken
+    two seconds, one every half minute, and one at its end.
 
     Shows nothing where the user wants results only.
     """
+    stages = stages or Stages()
     if is_quiet():
         yield silent
-        return
-    if not sys.stderr.isatty():
-        yield _plain(sys.stderr)
-        return
-    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    elif sys.stderr.isatty():
+        with _bars(stages) as report:
+            yield report
+    else:
+        with _plain(sys.stderr, stages) as report:
+            yield report
+
+
+@contextmanager
+def _bars(stages: Stages) -> Iterator[Progress]:
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()
+    described = TextColumn("{task.description}", markup=False)
+    counted = TextColumn("{task.fields[counted]}", markup=False)
     tasks: dict[str, TaskID] = {}
     reached: dict[str, int] = {}
-    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console(stderr=True)) as bars:
+    began: dict[str, float] = {}
+    with Bars(
+        described, BarColumn(16), counted, TimeElapsedColumn(), TimeRemainingColumn(), console=console(stderr=True)
+    ) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
             # A total of 1 says only that something began or ended: the bar swings until then.
             whole = None if total == 1 and done < total else total
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(fit(stage), total=whole)  # bars are drawn past the hook
+            if stage not in tasks:  # bars are drawn past the hook
+                tasks[stage] = bars.add_task(fit(stages.label(stage)), total=whole, counted="")
+                began[stage] = time.monotonic()
             elif done < reached[stage]:  # the same stage again, for instance another model is evaluated
                 bars.reset(tasks[stage], total=whole)
+                began[stage] = time.monotonic()
             reached[stage] = done
-            bars.update(tasks[stage], completed=done, total=whole)
+            counted = _counted(stages, stage, done, total, time.monotonic() - began[stage])
+            bars.update(tasks[stage], completed=done, total=whole, counted=", ".join(counted))
 
         yield report
 
 
-def _plain(stream: TextIO) -> Progress:
-    began: dict[str, float] = {}
-    reached: dict[str, int] = {}
-    told: set[str] = set()
+@contextmanager
+def _plain(stream: TextIO, stages: Stages) -> Iterator[Progress]:
+    lines = _Lines(stream, stages)
+    ended = threading.Event()
 
-    def report(stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage not in began or done < reached[stage]:
-            began[stage] = now
-            told.discard(stage)
-        reached[stage] = done
-        seconds = now - began[stage]
-        if seconds < _LONG:
+    def watch() -> None:
+        while not ended.wait(min(_LONG, _EVERY)):
+            lines.tick()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lines.report
+    finally:
+        ended.set()
+        thread.join()
+
+
+class _Lines:
+    """Lines on the stage that is under way. A thread asks for them: a library may be silent for minutes."""
+
+    def __init__(self, stream: TextIO, stages: Stages) -> None:
+        self._stream, self._stages = stream, stages
+        self._lock = threading.Lock()
+        self._now: tuple[str, int, int] | None = None
+        self._began = self._told = 0.0
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._now is None or stage != self._now[0] or done < self._now[1]:
+                self._began = self._told = now
+            self._now = stage, done, total
+            if done >= total and now - self._began >= _LONG:
+                write(f"{self._stages.label(stage)}: {timespan(now - self._began)}", self._stream)
+            else:
+                self._tell(now)
+            if done >= total:
+                self._now = None
+
+    def tick(self) -> None:
+        with self._lock:
+            self._tell(time.monotonic())
+
+    def _tell(self, now: float) -> None:
+        first = self._told == self._began
+        if self._now is None or now - self._told < (_LONG if first else _EVERY):
             return
-        share = f"{100 * done // max(total, 1)}%"
-        if done >= total:
-            write(f"{stage}: {share}, {seconds:.0f} s", stream)
-        elif stage not in told:
-            told.add(stage)
-            write(f"{stage}: {share}", stream)
+        self._told = now
+        stage, done, total = self._now
+        parts = _counted(self._stages, stage, done, total, now - self._began)
+        if 0 < done < total:
+            parts.append(f"{timespan((now - self._began) * (total - done) / done)} left")
+        said = ", ".join(parts) or timespan(now - self._began)
+        write(f"{self._stages.label(stage)}: {said}", self._stream)
 
-    return report
+
+def _counted(stages: Stages, stage: str, done: int, total: int, seconds: float) -> list[str]:
+    """What can be said of a stage besides its time."""
+    parts = []
+    if total > 1:
+        parts.append(f"{done:,} of {total:,}" if total < _BYTES else f"{100 * done // total}%")
+    if done and seconds > 0 and stage in stages.tokens:
+        parts.append(f"{stages.tokens[stage] * done / total / seconds:,.0f} tokens/s")
+    if stage in stages.order:
+        from flows.machine import memory_used  # brings the settings, which help can do without
+
+        parts.append(f"{gigabytes(memory_used())} of memory")
+    return parts

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from flows.lineage.figures import figure, percent, short, timespan
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 __all__ = [
     "render_lineages",
+    "render_scores",
     "render_status",
     "waits",
 ]
+
+_NEWEST = 20  # versions in the table: what matters today fits on a screen
 
 
 def render_lineages(found: list[dict[str, Any]], own: str) -> RenderableType:
@@ -35,11 +40,9 @@ def render_lineages(found: list[dict[str, Any]], own: str) -> RenderableType:
 
 
 def render_status(found: Mapping[str, Any]) -> RenderableType:
-    """`status` for people: a table with a row a version and a column a domain, and below it what is pending.
+    """`status` for people: the newest versions, a row each, and below them what is to be done.
 
-    The row on top is the dense base, on the data of the newest version that knows a domain. Where an earlier version
-    was measured on other data of that domain, or in another dtype, its figure has an asterisk: it does not compare with
-    those below.
+    `mean`: the geometric mean of a version's perplexities; `x dense`: how many times the dense base's that is.
     """
     from rich.console import Group
     from rich.text import Text
@@ -49,18 +52,56 @@ def render_status(found: Mapping[str, Any]) -> RenderableType:
         for version in found["versions"][-1:]
         for gate, why in version["failed"].items()
     ]
-    below += [f"pending: {entry['domain']} at {entry['dvc_md5'][:10]}" for entry in found["pending"]]
+    older = len(found["versions"]) - _NEWEST
+    if older > 0:
+        below.insert(0, f"{older} older: `copal lineage` shows all of them, `copal status VERSION` the domains of one")
+    pending = found["pending"]
+    below += [f"pending: {entry['domain']} at {short(entry['dvc_md5'])}" for entry in pending]
+    if pending:
+        below.append("next: `copal watch --once` takes what is pending, `copal plan` says how long that takes")
     below += [waits(entry) for entry in found["waiting"]]
-    below += [
-        f"refused: {entry['domain']} at {entry['dvc_md5'][:10]} since {entry['since']}: {entry['reason']}"
-        for entry in found["refused"]
-    ]
+    below += [_refused(entry) for entry in found["refused"]]
     below += [f"note: {note}" for note in found["notes"]]
     below += [f"problem: {problem}" for problem in found["problems"]]
     if not found["versions"]:
         below.insert(0, f"{found['model']} has no versions yet: register a base with `copal init DIR --base SOURCE`")
         return Group(*map(Text, below))
-    return Group(_table(found["model"], found["versions"]), *map(Text, below))
+    return Group(_versions(found["model"], found["versions"]), *map(Text, below))
+
+
+def render_scores(found: Mapping[str, Any]) -> RenderableType:
+    """`flows.lineage.scores.scores` for people: a row for each domain, the one furthest from the dense base first."""
+    from rich.console import Group
+    from rich.text import Text
+
+    told = f"version {found['version']} of {found['model']}: {found['step']}, sparsity {found['sparsity']:.4f}"
+    if found["parent"]:
+        told += f", {timespan(sum(found['seconds'].values()))}"
+    if found["weights_back"] is not None:
+        told += f", {found['weights_back']:,} weights came back"
+    lines = [f"gate {gate} failed: {why}" for gate, why in found["failed"].items()]
+    if not found["domains"]:
+        return Group(*map(Text, (told, *lines)))
+    table = _plain_table(None)
+    table.add_column("domain", overflow="fold")
+    table.add_column("from", justify="right")
+    for heading in ("perplexity", "dense", "x dense", "when newest", "change"):
+        table.add_column(heading, justify="right")
+    for one in found["domains"]:
+        table.add_row(
+            one["domain"],
+            f"v{one['came_in']}",
+            figure(one["perplexity"]),
+            figure(one["dense_perplexity"]),
+            figure(one["times_dense"]),
+            figure(one["when_newest"], nothing=""),
+            "" if one["change"] is None or one["came_in"] == found["version"] else percent(one["change"]),
+        )
+    if len(found["domains"]) > 1:
+        table.add_section()
+        mean, dense, ratio = (found[name] for name in ("geometric_mean", "dense_geometric_mean", "times_dense"))
+        table.add_row("geometric mean", "", figure(mean), figure(dense), figure(ratio), "", "")
+    return Group(Text(told), table, *map(Text, lines))
 
 
 def waits(entry: Mapping[str, Any]) -> str:
@@ -72,60 +113,41 @@ def waits(entry: Mapping[str, Any]) -> str:
     )
 
 
-def _table(model: str, versions: list[Mapping[str, Any]]) -> RenderableType:
-    from rich.table import Table
+def _refused(entry: Mapping[str, Any]) -> str:
+    return (
+        f"refused: {entry['domain']} at {short(entry['dvc_md5'])} since {entry['since']}: {entry['reason']}; mend the "
+        f"data and commit it again, or try once more as it is: `copal adapt {entry['domain']}`"
+    )
 
-    dense: dict[str, float] = {}  # by the newest version that knows a domain; domains in the order they came
-    for version in versions:
-        fresh = sorted(version["dense_perplexity"], key=lambda domain: domain != version["domain"])
-        dense |= {domain: version["dense_perplexity"][domain] for domain in fresh}
-    table = Table(title=f"{model}: perplexity by domain", title_justify="left")
-    table.add_column("version", justify="right")
-    table.add_column("adapted to")
-    for domain in dense:
-        table.add_column(domain, justify="right")
-    for heading in ("sparsity", "came back", "seconds"):
-        table.add_column(heading, justify="right")
-    table.add_column("gates")
-    table.add_column("aliases")
-    compares = True
-    for version in versions:
-        cells, same = _cells(version, dense)
-        compares = compares and same
+
+def _versions(model: str, versions: Sequence[Mapping[str, Any]]) -> Table:
+    table = _plain_table(f"{model}: {len(versions)} version{'s' if len(versions) > 1 else ''}, the newest first")
+    for heading in ("v", "adapted to", "mean", "x dense", "worst domain", "gates", "aliases"):
+        number = heading in ("v", "mean", "x dense")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for version in versions[: -_NEWEST - 1 : -1]:
+        worst = version["worst"]
         table.add_row(
             str(version["version"]),
             _what(version),
-            *cells,
-            f"{version['sparsity']:.4f}",
-            "" if version["weights_back"] is None else f"{version['weights_back']:,}",
-            f"{sum(version['seconds'].values()):.0f}" if version["parent"] else "",
+            figure(version["geometric_mean"], nothing=""),
+            figure(version["times_dense"], nothing=""),
+            f"{worst['times_dense']:.2f} {worst['domain']}" if worst else "",
             version["gates"] or "",
-            ", ".join(version["aliases"]),
-            end_section=version["parent"] is None,
+            "\n".join(alias for alias in version["aliases"] if alias != "latest"),  # that is the first row
         )
-    if not compares:
-        table.caption = "* measured on other data of the domain, or in another dtype"
-        table.caption_justify = "left"
     return table
+
+
+def _plain_table(title: str | None) -> Table:
+    """A table without a frame: thirty domains and eighty columns leave no room for one."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _what(version: Mapping[str, Any]) -> str:
     if version["withdrawn"]:
         return f"withdrew {version['withdrawn']}"
     return str(version["domain"] or "dense base")
-
-
-def _cells(version: Mapping[str, Any], dense: Mapping[str, float]) -> tuple[list[str], bool]:
-    """A version's cell for each domain, and whether all of them compare with the dense row."""
-    if version["parent"] is None:
-        return [f"{value:.2f}" for value in dense.values()], True
-    cells, compares = [], True
-    for domain, value in dense.items():
-        if domain not in version["perplexity"]:
-            cells.append("")
-            continue
-        # The dense model gives the same tokens in the same dtype the same figure.
-        same = math.isclose(version["dense_perplexity"][domain], value, rel_tol=1e-6)
-        compares = compares and same
-        cells.append(f"{version['perplexity'][domain]:.2f}{'' if same else '*'}")
-    return cells, compares

@@ -408,7 +408,10 @@ def test_a_history_that_was_rewritten_makes_a_new_version_and_keeps_the_old(benc
         f"data/code: commit {old[:10]}, of which version 3 was made, is not in the history of main (any more); "
         "the lineage keeps it"
     )
-    gone = "data/legal is no longer tracked here; the model keeps what it knows of it"
+    gone = (
+        "data/legal is no longer tracked here; the model keeps what it knows of it; to take that out: "
+        "`copal withdraw legal --why TEXT`"
+    )
     assert look(bench) == (["code"], [], [note, gone])
     for folder in bench.workspace.cache.glob("*.dir"):
         shutil.rmtree(folder)

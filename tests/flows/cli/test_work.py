@@ -30,7 +30,7 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
     code, out, err = run("watch", "--once", *here)
     assert code == 0, err
     assert "version 2 of tiny: adapted to code\nversion 3 of tiny: adapted to legal\n" in out
-    assert "perplexity by domain" in out
+    assert "version 3 of tiny: legal, sparsity 0.5000" in out
     code, out, err = run("watch", "--once", *here)
     assert (code, err) == (0, "")
     assert out == "nothing new: version 3 of tiny knows code, legal at their newest data versions\n"
@@ -43,7 +43,8 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
     assert set(last) == {
         "withdrawn",
         "version", "parent", "domain", "dvc_md5", "git_rev", "sparsity", "weights_back",
-        "perplexity", "dense_perplexity", "seconds", "gates", "failed", "aliases",
+        "perplexity", "dense_perplexity", "geometric_mean", "dense_geometric_mean", "times_dense", "worst",
+        "seconds", "gates", "failed", "aliases",
     }  # fmt: skip
     assert (first["parent"], first["domain"], first["perplexity"]) == (None, None, {})
     assert (last["version"], last["parent"], last["domain"]) == (3, 2, "legal")

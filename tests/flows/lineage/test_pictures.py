@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 import support.histories
+from flows.lineage.history import up_to
 from flows.lineage.pictures import draw_pictures
-from support.histories import a_history, three_domains
+from support.histories import a_history, a_layer, three_domains
 
 
 def texts(svg: Path) -> list[str]:
@@ -29,9 +30,10 @@ def drawn(history: dict[str, Any], folder: Path) -> dict[str, Path]:
     return {path.name: path for path in draw_pictures(history, folder)}
 
 
-def test_both_pictures_are_drawn_as_png_and_svg_as_wide_as_a_phone(tmp_path: Path) -> None:
-    files = drawn(three_domains(), tmp_path / "one")
-    assert list(files) == ["perplexity-matrix.png", "perplexity-matrix.svg", "forgetting.png", "forgetting.svg"]
+def test_every_picture_is_drawn_as_png_and_svg_as_wide_as_a_phone(tmp_path: Path) -> None:
+    files = drawn(up_to(three_domains(), "5"), tmp_path / "one")
+    names = ("perplexity-matrix", "forgetting", "sparsity-by-layer", "layer-error", "response-shift")
+    assert list(files) == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     for name, path in files.items():
         if name.endswith(".png"):
             with Image.open(path) as image:
@@ -51,6 +53,19 @@ def test_the_matrix_has_the_figure_of_each_version_and_domain(tmp_path: Path) ->
 def test_forgetting_is_told_since_each_domain_was_the_newest(tmp_path: Path) -> None:
     shown = texts(drawn(three_domains(), tmp_path / "one")["forgetting.svg"])
     assert {"legal of 2 +10.0%", "legal of 4 +10.0%", "code +2.5%", "med -1.4%"} <= set(shown)
+
+
+def test_what_a_step_did_is_shown_by_kind_of_linear_experts_as_one(tmp_path: Path) -> None:
+    layers = tuple(
+        a_layer(name=f"model.layers.{block}.{kind}", response_shift=1.0 + block)
+        for block in range(3)
+        for kind in ("self_attn.q_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj")
+    )
+    history = a_history([{"add": "code", "perplexity": {"code": 8.0}, "layers": layers}])
+    files = drawn(history, tmp_path / "one")
+    shown = texts(files["response-shift.svg"])
+    assert {"self_attn.q_proj", "mlp.experts.*.up_proj"} <= set(shown)
+    assert not any("experts.0" in text for text in shown)
 
 
 def test_nothing_is_drawn_where_there_is_nothing_to_see(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
+from flows.lineage.history import HistoryError
+from flows.lineage.scores import scores, standing
 from flows.pending.status import status
 from flows.project import open_project
 from flows.start.init import init_workspace
-from flows.terminal.status import render_status
+from flows.terminal.status import render_scores, render_status
+from support.histories import a_record, three_domains
 
 
 def version(number: int, domain: str | None, perplexity: dict[str, float], dense: dict[str, float], **more) -> dict:
@@ -27,7 +31,7 @@ def version(number: int, domain: str | None, perplexity: dict[str, float], dense
         "failed": {},
         "aliases": [],
     }
-    return made | more
+    return made | standing(a_record(perplexity=perplexity, dense_perplexity=dense)) | more
 
 
 def found(*versions: dict, **more) -> dict:
@@ -42,38 +46,60 @@ def found(*versions: dict, **more) -> dict:
     } | more
 
 
-def shown(what: dict) -> list[str]:
+def drawn(renderable: object, width: int) -> list[str]:
     stream = io.StringIO()
-    Console(file=stream, width=120).print(render_status(what))
+    Console(file=stream, width=width).print(renderable)
     return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
-def cells(what: dict) -> list[list[str]]:
-    rows = (line.replace("┃", "│") for line in shown(what) if line[:1] in "┃│")
-    return [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+def shown(what: dict, width: int = 120) -> list[str]:
+    return drawn(render_status(what), width)
 
 
-def test_a_row_a_version_and_a_column_a_domain():
-    assert cells(
+def many(versions: int, domains: int) -> dict:
+    """A lineage as large as a team's, with names as long as theirs."""
+    names = [f"tickets-2026-{number:02}" for number in range(domains)]
+    made = [version(1, None, {}, {})]
+    for number in range(2, versions + 1):
+        known = names[: number - 1]
+        scores = {name: 10.0 + place for place, name in enumerate(known)}
+        made.append(version(number, names[(number - 2) % domains], scores, dict.fromkeys(known, 10.0), gates="passed"))
+    made[-1]["aliases"] = ["challenger", "champion", "latest"]
+    return found(*made)
+
+
+def test_the_newest_version_stands_first_with_what_matters_of_each():
+    lines = shown(
         found(
             version(1, None, {}, {}),
-            version(2, "legal", {"legal": 20.0}, {"legal": 11.0}),
+            version(2, "legal", {"legal": 20.0}, {"legal": 10.0}),
             version(
                 3,
                 "code",
-                {"legal": 21.5, "code": 8.4},
-                {"legal": 11.0, "code": 6.76},
-                weights_back=12345,
+                {"legal": 21.0, "code": 8.4},
+                {"legal": 10.0, "code": 7.0},
                 gates="passed",
                 aliases=["challenger", "latest"],
             ),
         )
-    ) == [
-        ["version", "adapted to", "legal", "code", "sparsity", "came back", "seconds", "gates", "aliases"],
-        ["1", "dense base", "11.00", "6.76", "0.0000", "", "", "", ""],
-        ["2", "legal", "20.00", "", "0.5000", "", "6", "", ""],
-        ["3", "code", "21.50", "8.40", "0.5000", "12,345", "6", "passed", "challenger, latest"],
+    )
+    assert [line.split() for line in lines if line.strip()[:1].isdigit()] == [
+        ["3", "code", "13.28", "1.59", "2.10", "legal", "passed", "challenger"],
+        ["2", "legal", "20.00", "2.00", "2.00", "legal"],
+        ["1", "dense", "base"],
     ]
+    assert lines[0] == "tiny: 3 versions, the newest first"
+
+
+def test_fifty_versions_and_thirty_domains_fit_into_eighty_columns():
+    lines = shown(many(50, 30), 80)
+    rows = [line.split() for line in lines if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows[:-1]] == [str(number) for number in range(50, 30, -1)]
+    assert "30 older: `copal lineage` shows all of them" in " ".join(lines)
+    assert rows[0] == ["50", "tickets-2026-18", "22.82", "2.28", "3.90", "tickets-2026-29", "passed", "challenger"]
+    assert len(rows) == 21  # one line each
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)  # nothing is cut away
 
 
 def test_what_the_newest_version_failed_stands_below():
@@ -83,17 +109,18 @@ def test_what_the_newest_version_failed_stands_below():
     assert not any("version 2 failed" in line for line in shown(found(one, two)))
 
 
-def test_a_figure_on_other_data_of_the_domain_is_marked():
-    what = found(
-        version(1, None, {}, {}),
-        version(2, "code", {"code": 9.0}, {"code": 7.0}),
-        version(3, "code", {"code": 8.0}, {"code": 6.0}, weights_back=0),
-    )
-    assert [row[2] for row in cells(what)] == ["code", "6.00", "9.00*", "8.00"]
-    assert [row[4] for row in cells(what)] == ["came back", "", "", "0"]
-    assert "* measured on other data" in "\n".join(shown(what))
-    del what["versions"][1]
-    assert "* measured" not in "\n".join(shown(what))
+def test_the_domains_of_a_version_each_in_a_row_the_worst_first():
+    told = scores(three_domains(), "champion")
+    lines = drawn(render_scores(told), 80)
+    assert lines[0] == "version 5 of tiny: med, sparsity 0.4998, 6.0 s, 500 weights came back"
+    assert [line.split() for line in lines if line.split()[:1] in (["legal"], ["med"], ["code"], ["geometric"])] == [
+        ["legal", "v4", "13.00", "6.00", "2.17", "10.00", "+30%"],
+        ["code", "v3", "8.20", "6.00", "1.37", "8.00", "+2.5%"],
+        ["med", "v5", "7.00", "6.00", "1.17", "7.00"],
+        ["geometric", "mean", "9.07", "6.00", "1.51"],
+    ]
+    with pytest.raises(HistoryError, match="no version or alias '9'"):
+        scores(three_domains(), "9")
 
 
 def test_what_is_pending_stands_below():
@@ -124,12 +151,16 @@ def test_what_is_pending_stands_below():
             problems=["data/[Bad]: '[Bad]' cannot name a domain"],
         )
     )
-    assert " ".join(lines[-7:]).split("pending: ")[1].split(" refused: ")[0] == (
-        "code at 0123456789 waiting for data: law at abcdef0123, looked for 2 times since 2026-01-01T00:00:00+00:00, "
+    assert " ".join(lines[-9:]).split("pending: ")[1].split(" refused: ")[0] == (
+        "code at 0123456789 next: `copal watch --once` takes what is pending, `copal plan` says how long that takes "
+        "waiting for data: law at abcdef0123, looked for 2 times since 2026-01-01T00:00:00+00:00, "
         "again at 2026-01-01T00:02:00+00:00; run `dvc push` where the data is"
     )
-    assert lines[-3:] == [
-        "refused: bad at 0011223344 since 2026-01-01T00:00:00+00:00: data/bad/a.jsonl, line 1: no field text",
+    assert " ".join(lines[-4:-2]) == (
+        "refused: bad at 0011223344 since 2026-01-01T00:00:00+00:00: data/bad/a.jsonl, line 1: no field text; mend the "
+        "data and commit it again, or try once more as it is: `copal adapt bad`"
+    )
+    assert lines[-2:] == [
         "note: data/legal is no longer tracked here",
         "problem: data/[Bad]: '[Bad]' cannot name a domain",
     ]

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
 
 import pytest
 
 from flows.terminal import progress as terminal
-from flows.terminal.progress import console, progress_bar
+from flows.terminal.progress import Stages, console, progress_bar
 
 
 class Screen(io.StringIO):
@@ -21,17 +22,42 @@ def clock(monkeypatch):
     return now
 
 
-def test_without_a_terminal_a_long_stage_is_two_lines_and_a_short_one_none(clock, capsys):
+def test_without_a_terminal_a_long_stage_is_a_line_every_half_minute_and_a_short_one_none(clock, capsys):
     with progress_bar() as progress:
-        for block in range(1, 31):
-            progress("prune", block, 30)
+        for block in range(1, 91):
+            progress("prune", block, 90)
             clock[0] += 1
         progress("copy", 0, 10)
         clock[0] += 1
         progress("copy", 10, 10)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "prune: 10%\nprune: 100%, 29 s\n"
+    assert err.splitlines() == [
+        "prune: 3 of 90, 58 s left",
+        "prune: 33 of 90, 55 s left",
+        "prune: 63 of 90, 27 s left",
+        "prune: 89 s",
+    ]
+
+
+def test_a_step_says_what_for_which_of_how_many_how_fast_and_how_large(clock, capsys, monkeypatch):
+    monkeypatch.setattr("flows.machine.memory_used", lambda: 1_300_000_000)
+    stages = Stages(about="code", order=("fetch", "statistics", "prune"), tokens={"statistics": 12000})
+    with progress_bar(stages) as progress:
+        progress("statistics", 0, 1)
+        clock[0] += 10
+        progress("statistics", 1, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "code, 2 of 3: statistics: 1 of 4, 300 tokens/s, 1.3 GB of memory, 30 s left"
+    ]
+
+
+def test_a_stage_in_which_nothing_is_reported_is_not_silent(capsys, monkeypatch):
+    told = threading.Event()
+    monkeypatch.setattr(terminal, "_LONG", 0.01)
+    monkeypatch.setattr(terminal, "write", lambda line, stream: told.set())
+    with terminal.working("starting Prefect"):
+        assert told.wait(timeout=60)
 
 
 def test_a_stage_that_comes_again_counts_anew(clock, capsys):
@@ -40,7 +66,7 @@ def test_a_stage_that_comes_again_counts_anew(clock, capsys):
             progress("evaluate", 0, 1)
             clock[0] += seconds
             progress("evaluate", 1, 1)
-    assert capsys.readouterr().err == "evaluate: 100%, 5 s\nevaluate: 100%, 3 s\n"
+    assert capsys.readouterr().err == "evaluate: 5.0 s\nevaluate: 3.0 s\n"
 
 
 def test_on_a_terminal_a_bar_for_each_stage(monkeypatch):
@@ -54,7 +80,7 @@ def test_on_a_terminal_a_bar_for_each_stage(monkeypatch):
     shown = screen.getvalue()
     assert "download" in shown
     assert "evaluate" in shown
-    assert "100%" in shown
+    assert "2 of 2" in shown
 
 
 def test_what_goes_into_a_pipe_is_plain_and_wide(capsys):
