@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from copal import processes
 from support import in_processes
 
 pytestmark = pytest.mark.slow
@@ -20,6 +23,12 @@ def test_two_processes_give_what_one_gives(make_model, domains, tmp_path, cpu):
     in_processes.run(base, domains, one, cpu)
     in_processes.launch(base, domains, two, environment={"CUDA_VISIBLE_DEVICES": ""})
     in_processes.same(one, two)
+
+
+@pytest.mark.parametrize(("found", "taken"), [("mps", "cpu"), ("xpu:0", "cpu"), ("cpu", "cpu"), ("cuda:1", "cuda:1")])
+def test_a_step_runs_on_cuda_or_on_the_cpu(monkeypatch, found, taken):
+    monkeypatch.setattr(processes, "_state", lambda: SimpleNamespace(device=torch.device(found)))
+    assert processes.device() == torch.device(taken)
 
 
 @pytest.mark.gpu
