@@ -119,6 +119,12 @@ def test_every_table_of_figures_names_the_command_that_gives_them_again(page: st
     assert [problem(words) for line in named for words in commands(line) if problem(words)] == []
 
 
+def test_every_page_is_in_the_index_and_on_the_front_page() -> None:
+    pages = {Path(page).name for page in DOCS if page.startswith("docs/")} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", text("docs/README.md").split("##")[0])) == pages
+    assert set(re.findall(r"\]\(docs/([\w-]+\.md)\)", text("README.md").split("## Where the rest is")[1])) == pages
+
+
 def test_which_cells_are_figures() -> None:
     assert all(
         map(is_figure, ("11.04", "**11.99 (1.225)**", "10,059 (1,027)", "0.05", "30.0 GB", "44 s", "7.6 and 1.4 GB"))
