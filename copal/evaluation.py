@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from copal.errors import NumericsError
-from copal.processes import gather, share_of_windows
+from copal.processes import gather, share_of_domains
 from copal.progress import Progress, silent
 from copal.streaming import StreamedModel, place
 
@@ -55,7 +55,7 @@ def evaluate(
 ) -> dict[str, Score]:
     """Score the checkpoint in `folder` on every domain's windows in one walk over its blocks.
 
-    Where several processes do it together, each scores its share of the windows and all get the whole scores.
+    Where several processes do it together, each scores its share of all domains' windows, and all get the whole scores.
 
     Args:
         folder: a Hugging Face folder with safetensors weights.
@@ -75,7 +75,7 @@ def evaluate(
     """
     device, dtype = place(device, dtype)
     model = StreamedModel(folder, device=device, dtype=dtype)
-    walks = _walks(model, {domain: share_of_windows(tokens) for domain, tokens in windows.items()}, batch, hidden_bytes)
+    walks = _walks(model, share_of_domains(windows), batch, hidden_bytes)
     done, total = 0, len(walks) * len(model) + sum(map(len, walks))  # the head is worth a block
 
     def tell() -> None:

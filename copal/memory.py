@@ -24,7 +24,7 @@ class Memory:
     """Most bytes at one time, beside what Python and its libraries take.
 
     Attributes:
-        host: of all processes together.
+        host: of all processes of a node together.
         device: on each GPU; 0 without one.
     """
 
@@ -51,7 +51,8 @@ def _outside(shape: ModelShape, settings: StepSettings) -> Iterator[int]:
     calibration, itemsize = settings.calibration, settings.dtype.itemsize
     words = calibration.window_length * shape.vocabulary
     window = calibration.window_length * shape.hidden * itemsize
-    scored = settings.domains * -(-calibration.evaluation_windows // settings.processes) * window
+    evaluated = settings.domains * calibration.evaluation_windows
+    scored = -(-evaluated // (settings.processes * settings.nodes)) * window
     states = min(scored, HIDDEN_BYTES)  # and once more those of one domain
     yield states + shape.held_outside + 2 * _FLOAT * words
     again = min(states, calibration.evaluation_windows * window)

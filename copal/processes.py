@@ -1,7 +1,7 @@
 """Several processes that run the same step together, each with its share of the windows.
 
-`accelerate launch` starts them, one on each GPU or several on a CPU. A program that was started in another way is one
-process: its share is everything, and nothing is sent.
+`accelerate launch` starts them, one on each GPU or several on a CPU, on one machine or on several that share no disk. A
+program that was started in another way is one process: its share is everything, and nothing is sent.
 
 Every process calls the same functions in the same order with the same arguments (the device may differ), and what is
 summed here is the same in all of them afterwards. Where one fails, `accelerate launch` ends the others, which would
@@ -11,7 +11,9 @@ wait for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,13 +23,16 @@ from torch import Tensor, distributed
 from copal.errors import SettingsError
 
 __all__ = [
+    "copy_from_main",
     "device",
     "from_main",
     "gather",
+    "is_first_here",
     "is_main",
     "number",
     "processes",
     "share",
+    "share_of_domains",
     "share_of_windows",
     "sum_by_name",
     "tensors_from_main",
@@ -38,6 +43,7 @@ _Items = TypeVar("_Items", Tensor, list[Any])
 
 # How long a process waits for another, which may be flushing a checkpoint to a slow disk.
 _PATIENCE = timedelta(days=1)
+_PIECE = 1 << 26  # bytes of a file that are sent at a time
 
 
 def device() -> torch.device:
@@ -49,6 +55,11 @@ def device() -> torch.device:
 def is_main() -> bool:
     """Whether this process is the one that writes."""
     return bool(_state().is_main_process)
+
+
+def is_first_here() -> bool:
+    """Whether this process looks after what lies on its machine's disk; the main process does on its own."""
+    return bool(_state().is_local_main_process)
 
 
 def number() -> int:
@@ -73,9 +84,37 @@ def share_of_windows(windows: Tensor) -> Tensor:
     Raises:
         SettingsError: there are fewer windows than processes.
     """
-    if len(windows) < processes():
-        raise SettingsError(f"model.processes is {processes()}, but there are {len(windows)} windows: lower it to that")
+    _check_enough(len(windows))
     return share(windows)
+
+
+def share_of_domains(windows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This process's part of all domains' windows together, each (N, L): domains of which it has none are not in it.
+
+    Shares differ by one window at most, whatever the domains have, and a domain's windows stay together as far as that
+    lets them: they run through a block in whole batches.
+
+    Raises:
+        SettingsError: there are fewer windows than processes.
+    """
+    total = sum(map(len, windows.values()))
+    _check_enough(total)
+    first, end = (total * place // processes() for place in (number(), number() + 1))
+    own, before = {}, 0
+    for domain, tokens in windows.items():
+        part = tokens[max(0, first - before) : max(0, end - before)]
+        before += len(tokens)
+        if len(part):
+            own[domain] = part
+    return own
+
+
+def _check_enough(windows: int) -> None:
+    if windows < processes():
+        raise SettingsError(
+            f"{processes()} processes (model.processes on each of model.nodes) cannot share {windows} "
+            f"window{'s' * (windows != 1)}: lower them to that"
+        )
 
 
 def gather(value: _T) -> list[_T]:
@@ -121,6 +160,32 @@ def tensors_from_main(tensors: Mapping[str, Tensor] | None, here: torch.device) 
             found[name] = torch.empty(shape, dtype=dtype, device=here)
         distributed.broadcast(found[name], src=0)
     return found
+
+
+def copy_from_main(folder: Path) -> None:
+    """Give every other machine a copy of the files right in the main process's `folder`; each process says where its
+    machine has, or wants, the folder. What is not flushed may be lost with the machine.
+
+    Raises:
+        OSError: a disk is full, or a file cannot be read.
+    """
+    writes = is_first_here() and not is_main()
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if is_main() else []
+    sizes: dict[str, int] = from_main({path.name: path.stat().st_size for path in files})
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, size in sizes.items():
+        with ExitStack() as opened:
+            source = opened.enter_context((folder / name).open("rb")) if is_main() else None
+            target = opened.enter_context((folder / name).open("wb")) if writes else None
+            for start in range(0, size, _PIECE):
+                data = source.read(min(_PIECE, size - start)) if source else None
+                sent = tensors_from_main(
+                    None if data is None else {"": torch.frombuffer(bytearray(data), dtype=torch.uint8)}, device()
+                )
+                if target:
+                    target.write(sent[""].cpu().numpy().data)
+    gather(None)  # nobody reads before all of it is there
 
 
 def _state() -> PartialState:

@@ -1,7 +1,7 @@
 """What a step has finished block by block, so that one that was killed goes on from its last whole block.
 
-    a folder of whoever works on it, by a name that nobody else knows
-        version/                              model/ and state/ as far as they are written: they become the output
+    a folder of whoever works on it, by a name that nobody else knows; each machine has its own
+        version/                              of the main process: model/ and state/ as far as they are written
         process-0/                            of each process that runs the step (`copal.processes`)
             step                              the fingerprint of the step that all of this belongs to
             statistics-00003.SHA.safetensors  a part: tensors, and JSON in the file's metadata
@@ -35,7 +35,7 @@ from torch import Tensor
 from copal.checkpoint import save_shard
 from copal.errors import DataError, ModelError, NumericsError, SettingsError, StateError
 from copal.files import atomic_folder, flush, move_into_place, sha256_file, write_atomic
-from copal.processes import from_main, gather, is_main, number
+from copal.processes import from_main, gather, is_first_here, is_main, number
 
 __all__ = ["Part", "Unfinished", "unfinished"]
 
@@ -153,12 +153,17 @@ def unfinished(out: Path, folder: Path | None, fingerprint: str) -> Iterator[Unf
         raise
     if is_main():
         move_into_place(work.version, out)
+    from_main("it is there")  # until then any machine may have to go on
+    if is_first_here():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _opened(folder: Path, fingerprint: str) -> Unfinished:
     """What all processes have finished of the step; nothing where any of it is not whole."""
-    ours = Path(from_main(str(_taken_over(folder)) if is_main() else ""))
+    ours = folder / from_main(uuid4().hex)
+    if is_first_here():
+        _take_over(folder, ours)
+    gather("taken over")
     own, version = ours / f"process-{number()}", ours / "version"
     found = _whole(own, version, fingerprint)
     agreed = set.intersection(*gather(set(found)))
@@ -173,17 +178,16 @@ def _opened(folder: Path, fingerprint: str) -> Unfinished:
     return Unfinished(own, version, lasts=True, files=parts)
 
 
-def _taken_over(folder: Path) -> Path:
-    """What lies in `folder`, by a new name."""
+def _take_over(folder: Path, ours: Path) -> None:
+    """Give what lies in `folder` the new name `ours`."""
     folder.mkdir(parents=True, exist_ok=True)
-    ours, there = folder / uuid4().hex, list(folder.iterdir())
+    there = list(folder.iterdir())
     if len(there) == 1 and there[0].is_dir():
         there[0].rename(ours)
     else:
         for path in there:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         ours.mkdir()
-    return ours
 
 
 def _keep(folder: Path, files: Collection[Path]) -> None:

@@ -41,7 +41,7 @@ class StepSettings:
     Attributes:
         domains: of the version that comes out; with more than one the parent is a pruned version.
         dtype: of the forward pass.
-        batch, processes: as in params.yaml.
+        batch, processes, nodes: as in params.yaml: each of the nodes has so many processes.
         on_gpu: whether each process has a GPU.
         resumes: whether it keeps what it goes on from if it is killed (`copal.resume`).
     """
@@ -52,13 +52,14 @@ class StepSettings:
     dtype: torch.dtype
     batch: int = 8
     processes: int = 1
+    nodes: int = 1
     on_gpu: bool = False
     resumes: bool = False
 
     @property
     def windows(self) -> int:
         """N of one process."""
-        return -(-self.calibration.windows // self.processes)
+        return -(-self.calibration.windows // (self.processes * self.nodes))
 
     @property
     def has_parent(self) -> bool:

@@ -29,6 +29,8 @@ VARIABLES = {
     "COPAL_LEDGER_URI": ("ledger", "uri"),
     "COPAL_WATCH_REPOSITORY": ("watch", "repository"),
     "COPAL_CACHE_SIZE": ("cache", "size"),
+    "COPAL_NODES": ("model", "nodes"),
+    "COPAL_NODES_ADDRESS": ("run", "nodes_address"),
     "COPAL_SIGNING_KEY": ("signing", "key"),
     "COPAL_SIGNING_PUBLIC_KEY": ("signing", "public_key"),
 }
@@ -145,9 +147,9 @@ def _with_environment(settings: Settings) -> Settings:
 
 def _of_variable(section: _T, setting: str, variable: str, text: str) -> _T:
     value: object = text
-    if isinstance(getattr(section, setting), float):  # a variable is always text
+    if isinstance(now := getattr(section, setting), (int, float)):  # a variable is always text
         with suppress(ValueError):
-            value = float(text)
+            value = type(now)(text)
     try:
         return type(section).model_validate({**section.model_dump(), setting: value})
     except ValidationError as error:

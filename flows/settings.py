@@ -104,9 +104,10 @@ class ModelSettings(_Section):
     Attributes:
         name: the registered model; one name is one lineage. It also becomes part of folder names.
         dtype: of the forward passes: `auto` (ask the machine), `bfloat16` or `float32`.
-        processes: how many share a step's work on this machine; with GPUs, each process has one.
-        batch: windows that run through a block at a time; a step halves it where memory runs out. Like `processes`, it
-            changes results by rounding only.
+        processes: how many share a step's work on each machine; with GPUs, each process has one.
+        nodes: machines that share it.
+        batch: windows that run through a block at a time; a step halves it where memory runs out. Like `processes` and
+            `nodes`, it changes results by rounding only.
     """
 
     name: Annotated[
@@ -116,6 +117,7 @@ class ModelSettings(_Section):
     ] = "copal"
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], _must_be("one of auto, bfloat16, float32")] = "auto"
     processes: _Whole = 1
+    nodes: _Whole = 1
     batch: _Whole = 8
 
 
@@ -176,11 +178,17 @@ class RunSettings(_Section):
         lease: seconds after which a worker that gives no sign of life may be taken over, at least 1.
         time_limit: seconds after which a step is stopped; None is never.
         check_resources: a step that would not fit into disk or memory is refused before it begins.
+        nodes_address: HOST:PORT where the other nodes find the one that runs the step.
+        nodes_wait: seconds in which all nodes must have come.
     """
 
     lease: Annotated[float, Field(ge=1, allow_inf_nan=False), _must_be("a number of seconds of at least 1")] = 60.0
     time_limit: Annotated[_Number | None, _must_be("a number of seconds above 0 or null")] = None
     check_resources: _Switch = True
+    nodes_address: Annotated[
+        Annotated[str, Field(pattern=r"^[^\s:]+:[0-9]{1,5}$")] | None, _must_be("HOST:PORT or null")
+    ] = None
+    nodes_wait: Annotated[_Number, _must_be("a number of seconds above 0")] = 600.0
 
 
 class RegistrySettings(_Section):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli.app import make_app
 from support.pages import blocks, commands, is_figure, tables
 from support.understood import problem
 
@@ -52,7 +53,7 @@ def test_links_and_paths_that_a_page_names_are_there(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_in_the_text_of_a_page_are_there(page: str) -> None:
     """In backticks; what a command wants may be left out or be a word for it, and options may stand in brackets."""
-    stands_for = {"S": "60", "N": "9464", "SHELL": "bash", "QUESTION": "worse", "COMMAND": "status"}
+    stands_for = {"S": "60", "N": "9464", "SHELL": "bash", "QUESTION": "worse", "COMMAND": "status", "NUMBER": "1"}
     problems = []
     for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text(page)):
         words = [stands_for.get(word, word) for word in re.sub(r"[\[\]]", "", code).split()]
@@ -117,6 +118,11 @@ def test_every_table_of_figures_names_the_command_that_gives_them_again(page: st
     assert [after for after in figures if not re.match(r"\*Again:\* `[^`]+`", after)] == []
     named = [re.match(r"\*Again:\* `([^`]+)`", after)[1] for after in figures]
     assert [problem(words) for line in named for words in commands(line) if problem(words)] == []
+
+
+def test_every_command_has_its_row() -> None:
+    rows = set(re.findall(r"^\| `copal ([a-z]+)[^|]*` \|", text("docs/using.md"), re.MULTILINE))
+    assert rows == {name for name in make_app() if not name.startswith("-")}
 
 
 def test_every_page_is_in_the_index_and_on_the_front_page() -> None:

@@ -24,7 +24,7 @@ _GROUPS: tuple[tuple[str, tuple[Callable[..., int], ...]], ...] = (
     ("Adapting to domains", (work.watch, work.adapt, work.status, work.plan, work.withdraw, work.gc)),
     ("Which version serves", (promotion.gates, promotion.promote, promotion.rollback, promotion.export)),
     (_AUDITED, (lineage.lineage, lineage.plot, lineage.verify, lineage.replay)),
-    ("Running it for a team", (team.up, team.down, team.notify, team.metrics, team.hook)),
+    ("Running it for a team", (team.up, team.down, team.node, team.notify, team.metrics, team.hook)),
 )
 _OPTIONS = Group("Options of every command", sort_key=len(_GROUPS))
 _VERBOSITY = Group("Verbosity", show=False, validator=mutually_exclusive)

@@ -79,12 +79,21 @@ def export(version: Version, folder: Path, /, *, workspace: Folder = ".") -> int
     Args:
         folder: The new folder.
     """
+    from flows.gates.champion import gates_entry
+    from flows.models.card import gates_verdict
     from flows.models.export import export as copy
+    from flows.project import read_log
 
-    registry = open_project(workspace).registry
+    project = open_project(workspace)
+    registry = project.registry
     found = registry.resolve(version)
+    entry = gates_entry(found, read_log(project))
+    gates = None if entry is None else entry.details
+    verdict = gates_verdict(registry.record(found), gates)
+    if verdict is not None:
+        say(f"version {found.number} of {registry.model_name}: {verdict}")
     with progress_bar() as progress:
-        copy(registry, found, folder, progress)
+        copy(registry, found, gates, folder, progress)
     say(f"{folder}: version {found.number} of {registry.model_name}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -122,7 +123,7 @@ def sizes(
     return 0
 
 
-def doctor(*, workspace: Folder = ".") -> int:
+def doctor(*, as_json: Json = False, workspace: Folder = ".") -> int:
     """Check Python, libraries, git, stores and disk, and say how to mend what is wrong."""
     from flows.cli.doctor import doctor as look
     from flows.cli.doctor import render
@@ -130,7 +131,10 @@ def doctor(*, workspace: Folder = ".") -> int:
 
     with working("looking around"):
         checks = look(workspace_folder(workspace))
-    say(render(checks))
+    if as_json:
+        print_json({"checks": [asdict(check) for check in checks]})
+    else:
+        say(render(checks))
     return 2 if any(check.ok is False for check in checks) else 0
 
 

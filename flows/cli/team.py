@@ -1,7 +1,8 @@
-"""Running it for a team: `copal up`, `down`, `notify` and `hook`."""
+"""Running it for a team: `copal up`, `down`, `node`, `notify` and `hook`."""
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -10,7 +11,7 @@ from cyclopts.validators import Number
 from flows.cli.context import CommandError, Folder, open_project
 from flows.cli.output import hint, say
 
-__all__ = ["down", "hook", "metrics", "notify", "up"]
+__all__ = ["down", "hook", "metrics", "node", "notify", "up"]
 
 _Port = Annotated[int, Parameter(validator=Number(gte=1, lte=65535))]
 
@@ -52,6 +53,31 @@ def down(*, workspace: Folder = ".") -> int:
 
     opened = open_workspace(workspace_folder(workspace))  # whatever has become of its settings
     say(f"{'ended what ran' if end(opened) else 'nothing runs'} in {opened.root}")
+    return 0
+
+
+def node(
+    number: Annotated[int, Parameter(validator=Number(gte=1))],
+    /,
+    *,
+    wait: Annotated[float, Parameter(validator=Number(gt=0))] = 600.0,
+    workspace: Folder = ".",
+) -> int:
+    """Take a step together with the machine that runs it (model.nodes), until that is done.
+
+    Args:
+        number: Of this machine: 1 and up, each its own; 0 runs the step.
+        wait: Seconds in which node 0 must be there, at COPAL_NODES_ADDRESS.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch writes a stack for a connection that ends
+    from flows.step.node import serve
+
+    project = open_project(workspace)
+    address = project.settings.run.nodes_address
+    if address is None:
+        raise CommandError("set COPAL_NODES_ADDRESS to HOST:PORT, where node 0 is")
+    serve(project, number, address, wait, hint)
+    hint(f"node {number}: the step is over")
     return 0
 
 

@@ -82,23 +82,23 @@ def _run(project: Project, newest: int, tell: Callable[[str], None]) -> None:
     from flows.pending.missing_data import waiting
 
     with working("starting Prefect"):
-        from flows.runs.server import server_ready
+        from flows.runs.server import server_ready, with_server
 
         with server_ready() as here:
             from flows.watch import watch
 
             if here:  # else a worker takes the steps, and this process does without torch
                 importlib.import_module("flows.adapt")
-
-    try:
-        watch(project.place)
-    finally:  # one dataset may have been refused and others not
-        project.registry.refresh()
-        made = [version for version in project.registry.versions() if version.number > newest]
-        if made:
-            show_versions(project, made, tell)
-        elif waits := _waits(waiting(project.workspace, project.name)):
-            tell("\n".join(waits))
+    with with_server():
+        try:
+            watch(project.place)
+        finally:  # one dataset may have been refused and others not
+            project.registry.refresh()
+            made = [version for version in project.registry.versions() if version.number > newest]
+            if made:
+                show_versions(project, made, tell)
+            elif waits := _waits(waiting(project.workspace, project.name)):
+                tell("\n".join(waits))
 
 
 def _pending(found: Plan) -> str:

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from flows.cli.context import CommandError, Folder, Json, open_project
-from flows.cli.output import hint, say, show, show_versions
+from flows.cli.output import hint, print_json, say, show, show_versions
 from flows.terminal.progress import working
 
 if TYPE_CHECKING:
@@ -62,11 +62,12 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = ".") ->
         _say_known(registry, domain)
         return 0
     with working("starting Prefect"):
-        from flows.runs.server import server_ready
+        from flows.runs.server import server_ready, with_server
 
         with server_ready():
             from flows.adapt import adapt as flow
-    number = flow(project.place, domain, rev)
+    with with_server():
+        number = flow(project.place, domain, rev)
     registry.refresh()
     if number is None:
         _say_known(registry, domain)
@@ -141,11 +142,12 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
         done = run_withdrawal(project, domain, why, plain_tasks(), purge=purge, tell=say)
     else:
         with working("starting Prefect"):
-            from flows.runs.server import server_ready
+            from flows.runs.server import server_ready, with_server
 
             with server_ready():
                 from flows.withdraw import withdraw as flow
-        done = flow(project.place, domain, why, purge)
+        with with_server():
+            done = flow(project.place, domain, why, purge)
     registry.refresh()
     if done.made is not None:
         show_versions(project, [registry.version(done.made.number)], say)
@@ -158,7 +160,7 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
     return 0
 
 
-def gc(*, dry_run: bool = False, workspace: Folder = ".") -> int:
+def gc(*, dry_run: bool = False, as_json: Json = False, workspace: Folder = ".") -> int:
     """Delete what can be made again: running sums of old versions, and what killed runs left.
 
     Args:
@@ -168,6 +170,9 @@ def gc(*, dry_run: bool = False, workspace: Folder = ".") -> int:
 
     project = open_project(workspace)
     found = collect(project, dry_run=dry_run)
+    if as_json:
+        print_json({"dry_run": dry_run, "freed": [{"what": freed.what, "size": freed.size} for freed in found]})
+        return 0
     for freed in found:
         say(f"{freed.what}: {freed.size / 1e6:.1f} MB")
     total = sum(freed.size for freed in found)

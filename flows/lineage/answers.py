@@ -11,7 +11,7 @@ from datetime import UTC, date, datetime, time
 from typing import Any
 
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves
-from flows.lineage.files import CONTRIBUTION_FOLDER, HASHED_FOLDERS, SUM_FOLDER, file_differences
+from flows.lineage.files import CONTRIBUTION_FOLDER, HASHED_FOLDERS, PARTS, SUM_FOLDER, file_differences, part_of
 from flows.lineage.history import (
     History,
     HistoryError,
@@ -109,8 +109,9 @@ def diff(history: History, first: str, second: str) -> dict[str, Any]:
 
     Returns:
         {question, a, b, domains: {added, removed, replaced, reweighted}, changes: {section: [{name, a, b}]},
-        perplexity: [{domain, a, b, change, comparable}], files: {same, changed, added, removed}}. The sections are
-        settings, code, libraries, hardware, seeds, sparsity; `change` is a share, None where it does not compare.
+        perplexity: [{domain, a, b, change, comparable}], files: {same, changed, added, removed}, parts: [{part, files,
+        why}], changed_files}. The sections are settings, code, libraries, hardware, seeds, sparsity; `change` is a
+        share, None where it does not compare. `parts`: how many files of each part changed, and why such files do.
 
     Raises:
         HistoryError: there is no such version.
@@ -131,6 +132,7 @@ def diff(history: History, first: str, second: str) -> dict[str, Any]:
     sections = ("settings", "code", "libraries", "hardware", "seeds", "sparsity")
     files = before.files, after.files
     shared = files[0].keys() & files[1].keys()
+    changed = sorted(name for name in shared if files[0][name] != files[1][name])
     return {
         "question": "diff",
         "a": a.number,
@@ -153,10 +155,16 @@ def diff(history: History, first: str, second: str) -> dict[str, Any]:
         "perplexity": perplexity,
         "files": {
             "same": sum(files[0][name] == files[1][name] for name in shared),
-            "changed": sum(files[0][name] != files[1][name] for name in shared),
+            "changed": len(changed),
             "added": len(files[1].keys() - shared),
             "removed": len(files[0].keys() - shared),
         },
+        "parts": [
+            {"part": part, "files": sum(part_of(name) == part for name in changed), "why": why}
+            for part, why in PARTS.items()
+            if any(part_of(name) == part for name in changed)
+        ],
+        "changed_files": changed,
     }
 
 

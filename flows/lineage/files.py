@@ -11,10 +11,12 @@ from flows.lineage.record import RECORD_FILE, Record
 __all__ = [
     "CONTRIBUTION_FOLDER",
     "HASHED_FOLDERS",
+    "PARTS",
     "SIGNATURE_FILE",
     "SUM_FOLDER",
     "file_differences",
     "file_digests",
+    "part_of",
     "verify_files",
     "version_files",
 ]
@@ -23,6 +25,25 @@ SIGNATURE_FILE = "model.sig"  # see flows.lineage.signing
 SUM_FOLDER = "state/sum"  # the part of a version that can be made again, see copal.state
 CONTRIBUTION_FOLDER = "state/contribution"  # what a version keeps of its own domain; deleted by a purge alone
 HASHED_FOLDERS = ("model", "components", "state")  # where a file that the record does not name could change a model
+
+PARTS = {  # of a version, and why its files differ from those of another
+    "weights": "each step decides masks from the dense weights anew, and solves for the weights that stay",
+    "model's other files": "another base, or another transformers wrote them",
+    "contribution": "statistics of the domain that the version adapted to: each has its own",
+    "running sum": "statistics of all its domains together",
+    "manifest and report": "they list the domains, and what the step did to each linear",
+    "MLflow's files": "another MLflow, or other libraries to load the model with",
+}
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` a file of a version belongs to, by its path."""
+    if name.startswith("model/"):
+        return "weights" if name.endswith(".safetensors") else "model's other files"
+    for folder, part in ((CONTRIBUTION_FOLDER, "contribution"), (SUM_FOLDER, "running sum")):
+        if name.startswith(f"{folder}/"):
+            return part
+    return "manifest and report" if name.startswith(("state/", "report")) else "MLflow's files"
 
 
 def file_digests(folder: Path, relative_to: Path) -> dict[str, str]:

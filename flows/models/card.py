@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flows.lineage.figures import markdown_cell, markdown_table
-from flows.lineage.record import Record
+from flows.lineage.entries import GatesDetails
+from flows.lineage.figures import four_digits, markdown_cell, markdown_table
+from flows.lineage.record import Record, flatten
 
-__all__ = ["CARD_FILE", "license_of", "model_card"]
+__all__ = ["CARD_FILE", "gates_verdict", "license_of", "model_card"]
 
 CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@([0-9a-f]{40})")
 
 
-def model_card(version: int, record: Record, license_name: str | None) -> str:
+def model_card(version: int, record: Record, license_name: str | None, gates: GatesDetails | None = None) -> str:
     """The text of a version's card.
 
     Args:
         license_name: of the base, None where nobody told.
+        gates: their newest results; None where they never ran.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -31,7 +33,12 @@ def model_card(version: int, record: Record, license_name: str | None) -> str:
         tags=["copal", "pruned"] if record.domains else ["copal"],
     )
     title = f"# {markdown_cell(record.model)}, version {version}"
-    parts = [title, _what(record), "## Domains", _domains(record), "## Sparsity", _sparsity(record)]
+    parts = [title, *_warning(record, gates), _what(record), "## Use", _use(), "## Domains", _domains(record)]
+    if record.parent is not None:
+        parts += ["## Gates", _gates(gates)]
+    parts += ["## Sparsity", _sparsity(record)]
+    if record.parent is not None:
+        parts += ["## Settings", _settings(record)]
     parts += ["## Lineage", _lineage(version, record)]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
     return str(card)
@@ -60,6 +67,60 @@ def _what(record: Record) -> str:
         f"A causal language model, pruned without retraining by copal for {names}. The base is {base}: masks are "
         "decided from its dense weights, with the statistics of all domains, and the weights that stay are solved for."
     )
+
+
+def gates_verdict(record: Record, gates: GatesDetails | None) -> str | None:
+    """What somebody should know before a version serves: its gates failed, or never ran; None where all is well."""
+    if record.parent is None or (gates is not None and gates.passed):
+        return None
+    if gates is None:
+        return "its gates never ran: nobody has checked what it forgot"
+    names = ", ".join(gate.name for gate in gates.failed)
+    return f"{len(gates.failed)} of its {len(gates.gates)} gates failed: {names}"
+
+
+def _warning(record: Record, gates: GatesDetails | None) -> list[str]:
+    verdict = gates_verdict(record, gates)
+    return [] if verdict is None else [f"> **Do not serve this version unseen: {markdown_cell(verdict)}.**"]
+
+
+def _use() -> str:
+    return (
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # this one\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        'tokens = tokenizer("Once", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=20)[0]))\n"
+        "```"
+    )
+
+
+def _gates(gates: GatesDetails | None) -> str:
+    if gates is None:
+        return "They never ran."
+    rows = [
+        (
+            markdown_cell(gate.name),
+            "passed" if gate.passed else "**failed**",
+            four_digits(gate.value),
+            four_digits(gate.limit),
+            markdown_cell(gate.detail),
+        )
+        for gate in gates.gates
+    ]
+    return markdown_table(("gate", "", "value", "limit", "what it looked at"), rows)
+
+
+def _settings(record: Record) -> str:
+    """What of the settings has made the weights what they are."""
+    rows = [
+        (f"`{name}`", f"`{markdown_cell(str(value))}`")
+        for section in ("prune", "calibration")
+        for name, value in flatten({section: record.settings.get(section, {})})
+    ]
+    return markdown_table(("setting", "value"), rows)
 
 
 def _source(record: Record) -> str:

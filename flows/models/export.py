@@ -12,6 +12,7 @@ from copal.progress import Progress
 from flows.models.card import CARD_FILE, license_of, model_card
 
 if TYPE_CHECKING:
+    from flows.lineage.entries import GatesDetails
     from flows.registry.registry import Registry
     from flows.registry.versions import ModelVersion
 
@@ -24,10 +25,15 @@ class ExportError(CopalError):
     """A version's model cannot be copied: its place is taken, or its files are not those of its record."""
 
 
-def export(registry: Registry, version: ModelVersion, target: Path, progress: Progress) -> None:
+def export(
+    registry: Registry, version: ModelVersion, gates: GatesDetails | None, target: Path, progress: Progress
+) -> None:
     """Copy a version's model to the new folder `target`: a plain Hugging Face folder with a card, checked file by file.
 
     A README that came with the base model is there as BASE_README.md.
+
+    Args:
+        gates: the newest results of the version's gates, for the card; None where they never ran.
 
     Raises:
         ExportError: `target` is taken, or a file is not the one that the version's record names.
@@ -57,7 +63,7 @@ def export(registry: Registry, version: ModelVersion, target: Path, progress: Pr
                     progress("copy", done, sum(sizes.values()))
             if digest.hexdigest() != digests[name]:
                 raise ExportError(f"{folder / name} is damaged; bring version {version.number} back from a copy")
-        card = model_card(version.number, record, license_of(partial))
+        card = model_card(version.number, record, license_of(partial), gates)
         if (partial / CARD_FILE).exists():
             (partial / CARD_FILE).rename(partial / f"BASE_{CARD_FILE}")
         write_atomic(partial / CARD_FILE, card)

@@ -125,7 +125,7 @@ def _clock(project: Project, record: Record, folder: Path) -> tuple[str, _Clock]
             timed_by = f"the {timespan(took)} that the newest version took on this machine"
 
     def clock(found: Estimate) -> dict[str, float]:
-        parts = seconds(found, machine, settings.model.processes if has_gpu() else 1)
+        parts = seconds(found, machine, settings.model.nodes * (settings.model.processes if has_gpu() else 1))
         return {part: spent * (times if part in _TIMED else 1.0) for part, spent in parts.items()}
 
     return timed_by, clock

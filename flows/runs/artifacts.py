@@ -1,4 +1,4 @@
-"""What the page of a run shows: tables, and how far a long stage has come."""
+"""What the page of a run shows: tables, and how far a long stage has come. No step fails because it is not shown."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def show_perplexity(lineage: str, made: Made) -> None:
         + ("." if before is None else f"; the new domain before the step: perplexity {before:.2f}."),
         *([f"Few tokens of the new domain reach {len(report.short)} linears of experts."] if report.short else []),
     ]
-    create_table_artifact(
-        key=artifact_key(lineage, "perplexity"), table=perplexity_rows(made), description=" ".join(said)
-    )
+    _table(artifact_key(lineage, "perplexity"), perplexity_rows(made), " ".join(said))
 
 
 def gate_rows(results: Sequence[GateResult]) -> list[dict[str, Any]]:
@@ -89,11 +87,14 @@ def show_gates(lineage: str, version: int, results: Sequence[GateResult]) -> Non
     """What the gates said of a version, as a table."""
     bad = len(failed(results))
     verdict = f"{bad} of {len(results)} gates failed" if bad else f"all {len(results)} gates passed"
-    create_table_artifact(
-        key=artifact_key(lineage, "gates"),
-        table=gate_rows(results),
-        description=f"{lineage} version {version}: {verdict}",
-    )
+    _table(artifact_key(lineage, "gates"), gate_rows(results), f"{lineage} version {version}: {verdict}")
+
+
+def _table(key: str, rows: list[dict[str, Any]], description: str) -> None:
+    try:
+        create_table_artifact(key=key, table=rows, description=description)
+    except _LOST as error:
+        _log.warning("the table %s is not shown: %s", key, error)
 
 
 def progress_artifacts(lineage: str, clock: Callable[[], float] = time.monotonic) -> Progress:

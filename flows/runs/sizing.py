@@ -1,4 +1,5 @@
-"""How large a pod a step gets where its pool is one of Kubernetes: memory, scratch disk and GPUs, as job variables.
+"""How large a pod a step gets where its pool is one of Kubernetes: memory, scratch disk and GPUs, as job variables; and
+how many pods.
 
 A pool of processes has machines, and a step looks there whether it fits (`flows.step.resources`). A pod is made for one
 step: too small it is killed, too large it waits for a node that nobody needs.
@@ -31,9 +32,10 @@ _DATA = 10 * _GIB  # of disk: git, the new domain's data and its windows, logs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PodSize:
-    """What a pod for one step must have.
+    """What the pods for one step must have, each of them.
 
     Attributes:
+        nodes: how many.
         memory: bytes, of all its processes.
         disk: bytes of scratch: what the step fetches and what it writes.
         gpus: one for each process, or 0.
@@ -42,10 +44,11 @@ class PodSize:
     memory: int
     disk: int
     gpus: int
+    nodes: int = 1
 
 
-def pod_size(found: Estimate, processes: int, *, on_gpu: bool) -> PodSize:
-    """The pod for a step that takes what `found` says, its estimate for these processes and devices.
+def pod_size(found: Estimate, processes: int, *, on_gpu: bool, nodes: int = 1) -> PodSize:
+    """The pods for a step that takes what `found` says, its estimate for these nodes, processes and devices.
 
     A pod begins with an empty disk: base and parent come down beside what the step itself needs.
     """
@@ -55,12 +58,18 @@ def pod_size(found: Estimate, processes: int, *, on_gpu: bool) -> PodSize:
         memory=own.memory + _PYTHON * processes + _SHARED,
         disk=own.disk + fetched + _DATA,
         gpus=processes if on_gpu else 0,
+        nodes=nodes,
     )
 
 
 def job_variables(size: PodSize) -> dict[str, str | int]:
     """The variables of infra/kubernetes/base/job-template.json; bytes become whole GiB."""
-    return {"memory": _quantity(size.memory), "scratch": _quantity(size.disk), "gpus": size.gpus}
+    return {
+        "memory": _quantity(size.memory),
+        "scratch": _quantity(size.disk),
+        "gpus": size.gpus,
+        "nodes": size.nodes,
+    }
 
 
 def settings_of_pod(settings: Settings, domains: int, *, on_gpu: bool) -> StepSettings:
@@ -80,6 +89,7 @@ def settings_of_pod(settings: Settings, domains: int, *, on_gpu: bool) -> StepSe
         dtype=torch.bfloat16 if half else torch.float32,
         batch=settings.model.batch,
         processes=settings.model.processes,
+        nodes=settings.model.nodes,
         on_gpu=on_gpu,
     )
 
@@ -107,7 +117,7 @@ def pod_variables(
     with config_of_base(project.registry) as folder:
         if folder is None:
             return {}
-        size = pod_size(estimate_step(folder, asked), asked.processes, on_gpu=on_gpu)
+        size = pod_size(estimate_step(folder, asked), asked.processes, on_gpu=on_gpu, nodes=asked.nodes)
     return {name: value for name, value in job_variables(size).items() if name in known and name not in given}
 
 

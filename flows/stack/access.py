@@ -12,7 +12,7 @@ import secrets
 from base64 import b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from copal.files import write_atomic
 from flows.stack.state import is_up
@@ -20,12 +20,14 @@ from flows.workspace import Workspace
 
 __all__ = [
     "LET_IN",
+    "RUNS_PAGE",
     "Access",
     "access_file",
     "access_of",
     "client_environment",
     "forget_access",
     "link_file",
+    "model_page",
     "new_access",
     "read_access",
     "write_access",
@@ -33,6 +35,7 @@ __all__ = [
 
 
 LET_IN = "/copal/in"  # where a server lets a browser in
+RUNS_PAGE = "/runs"  # of Prefect's UI
 
 
 _USER = "copal"
@@ -76,10 +79,16 @@ def link_file(workspace: Workspace) -> Path:
     return workspace.private / "open.html"
 
 
-def write_access(workspace: Workspace, access: Access, api: str, mlflow: str | None) -> None:
+def model_page(model: str) -> str:
+    """The page of a registered model in MLflow's UI."""
+    return f"/#/models/{model}"
+
+
+def write_access(workspace: Workspace, access: Access, model: str, api: str, mlflow: str | None) -> None:
     """Write both files.
 
     Args:
+        model: name of the lineage.
         api: URL of the Prefect API.
         mlflow: URL of the MLflow server; None where the stack has none of its own.
     """
@@ -88,8 +97,9 @@ def write_access(workspace: Workspace, access: Access, api: str, mlflow: str | N
     text = "".join(f"{name}={value}\n" for name, value in lines.items())
     write_atomic(access_file(workspace), text, mode=0o600)
     links = "".join(
-        f'<p><a href="http://{access.host}:{urlsplit(url).port}{LET_IN}#{access.basic}">{name}</a></p>\n'
-        for name, url in (("Prefect", api), ("MLflow", mlflow))
+        f'<p><a href="http://{access.host}:{urlsplit(url).port}{LET_IN}#{access.basic},{quote(page, safe="")}">'
+        f"{name}</a></p>\n"
+        for name, url, page in (("Prefect: the runs", api, RUNS_PAGE), (f"MLflow: {model}", mlflow, model_page(model)))
         if url is not None
     )
     page = f'<!doctype html>\n<meta charset="utf-8">\n<title>copal</title>\n{links}'

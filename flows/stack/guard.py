@@ -42,12 +42,12 @@ _PAGE = """\
 <title>copal</title>
 <p id="said">One moment.</p>
 <script>
-const basic = location.hash.slice(1);
+const [basic, page] = location.hash.slice(1).split(",").map(decodeURIComponent);
 history.replaceState(null, "", location.pathname);
 fetch(location.pathname, {method: "POST", headers: {Authorization: "Basic " + basic}}).then(answer => {
   if (answer.ok) {
     localStorage.setItem("prefect-password", basic);
-    location.replace("/");
+    location.replace(/^\\/(?![\\/\\\\])/.test(page || "") ? page : "/");  // a page of this server, and of no other
   } else {
     document.getElementById("said").textContent = "This link is of a copal up that has ended. Open the new one.";
   }

@@ -68,19 +68,28 @@ class Starting:
     Its contract: after `end` none of them is left, nor the state file, nor the credentials.
 
     Args:
+        model: name of the lineage, to whose page a browser is led.
         artifacts: where those of new lineages go; None where it is for the registry's server to say.
         own_registry: the MLflow server `registry` is one of the children.
     """
 
     def __init__(
-        self, workspace: Workspace, api: str, registry: str, artifacts: str | None, ledger: str, *, own_registry: bool
+        self,
+        workspace: Workspace,
+        model: str,
+        api: str,
+        registry: str,
+        artifacts: str | None,
+        ledger: str,
+        *,
+        own_registry: bool,
     ) -> None:
         self.workspace, self.api, self.registry = workspace, api, registry
         self.logs = make_private(workspace, workspace.private / "logs")
         self.home = make_private(workspace, workspace.private / "prefect")
         self.children: list[Child] = []
         self.access = new_access()
-        write_access(workspace, self.access, api, registry if own_registry else None)
+        write_access(workspace, self.access, model, api, registry if own_registry else None)
         stores = {"COPAL_REGISTRY_URI": registry, "COPAL_REGISTRY_ARTIFACTS": artifacts, "COPAL_LEDGER_URI": ledger}
         self.environment = _environment(self.home, api, stores)
         if own_registry:

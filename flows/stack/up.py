@@ -22,7 +22,7 @@ from copal.files import write_atomic
 from flows.isolated import isolated_environment, isolated_python
 from flows.registry.sqlite import open_database
 from flows.settings import Settings
-from flows.stack.access import forget_access, link_file
+from flows.stack.access import RUNS_PAGE, forget_access, link_file, model_page
 from flows.stack.deployments import deployment_names, prefect_file, render_prefect_file
 from flows.stack.prefect_server import POOLS, UpError, answers, create_pools, has_worker, settle_old_runs
 from flows.stack.state import END_SECONDS, end_known, is_up, read_stack, state_file
@@ -68,7 +68,7 @@ def up(
         registry = f"http://{HOST}:{mlflow_port}" if own_registry else str(settings.registry.uri)
         api, ledger = f"http://{HOST}:{port}/api", workspace.ledger_uri(settings)
         artifacts = workspace.artifact_location(settings)
-        stack = Starting(workspace, api, registry, artifacts, ledger, own_registry=own_registry)
+        stack = Starting(workspace, settings.model.name, api, registry, artifacts, ledger, own_registry=own_registry)
         try:
             stack.save()
             _start_servers(stack, sockets, mlflow_sockets, settings, stop, tell)
@@ -79,8 +79,8 @@ def up(
             text = render_prefect_file(template, workspace, settings, registry=shown, devices=devices)
             _deploy(stack, text, stop, tell)
             _start_workers(stack, stop, tell)
-            tell(f"Prefect: http://{HOST}:{port}")
-            tell(f"MLflow: {registry}")
+            tell(f"Prefect: http://{HOST}:{port}{RUNS_PAGE}")
+            tell(f"MLflow: {registry.rstrip('/')}{model_page(settings.model.name)}")
             tell(f"a browser is let in by the links in {link_file(workspace).as_uri()}")
             tell(f"`copal down` in {workspace.root} ends all of it")
             stack.save(ready=True)  # last: whoever waits for it shows what was told

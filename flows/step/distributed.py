@@ -1,52 +1,41 @@
-"""One task of a step in several processes: `accelerate launch` runs this module in each, and the task waits for them.
+"""One task of a step in several processes, on this machine (`flows.step.launch`) or on others too (`flows.step.gang`).
 
-The processes get what they need as files in a folder of the step: request.json and windows.safetensors. The main
-process tells its progress in lines on standard output, and writes the answer to result.json. A process that cannot go
-on writes error-PID.json; the launcher then ends the others.
+This module runs in each of them, and the task waits for them. Each machine has what they need in a folder of its own:
+request.json, with that machine's own paths. The main process alone has the windows, windows.safetensors, which it sends
+to the others; it writes the answer to result.json.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from copal import errors
 from copal.config import CalibrationConfig, PruneConfig
-from copal.errors import CopalError, ResourceError, SettingsError, SmallerBatchWarning
+from copal.errors import CopalError, SmallerBatchWarning
 from copal.evaluation import Score, evaluate
 from copal.files import write_atomic
-from copal.printable import printable_lines
-from copal.processes import device, is_main
+from copal.processes import copy_from_main, device, is_main, tensors_from_main
 from copal.progress import Progress, silent
 from copal.step import Base, NewDomain, Parent, StepReport, WithdrawnDomain, prune_step, read_report
 from copal.streaming import compute_dtype
-from flows.isolated import isolated_environment, isolated_python
 from flows.settings import Settings
+from flows.step.launch import Fault, Place, check_devices, leave, raise_fault, run_processes, tell
 
-__all__ = ["evaluate_in_processes", "evaluate_jobs", "prune_in_processes"]
+if TYPE_CHECKING:
+    from flows.step.gang import Helpers
 
-# In place of the user's own configuration, which may be for another machine or purpose. MULTI_GPU means several
-# processes, on a CPU as well.
-_ACCELERATE = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "MULTI_GPU",
-    "mixed_precision": "no",
-    "use_cpu": False,
-    "debug": False,
-}
-_KILLED = re.compile(r"exitcode\s*: -9\b")
+__all__ = ["REQUEST_FILE", "evaluate_in_processes", "evaluate_jobs", "prune_in_processes"]
+
+REQUEST_FILE, WINDOWS_FILE = "request.json", "windows.safetensors"
 
 
 def prune_in_processes(
@@ -58,8 +47,13 @@ def prune_in_processes(
     out: Path,
     resume: Path,
     progress: Progress,
+    helpers: Helpers | None = None,
 ) -> StepReport:
-    """`copal.step.prune_step` in `model.processes` processes; `folder` is for what they are told and answer."""
+    """`copal.step.prune_step` in `model.processes` processes; `folder` is for what they are told and answer.
+
+    Args:
+        helpers: other machines, with as many processes each.
+    """
     arrives = domain if isinstance(domain, NewDomain) else None
     request = {
         "task": "prune",
@@ -71,7 +65,8 @@ def prune_in_processes(
         "calibration": asdict(settings.calibration),
         "prune": asdict(settings.prune),
     }
-    _in_processes(folder, settings, request, {arrives.name: arrives.windows} if arrives else {}, progress)
+    windows = {arrives.name: arrives.windows} if arrives else {}
+    _in_processes(folder, settings, request, windows, progress, helpers)
     return read_report(out)
 
 
@@ -81,10 +76,15 @@ def evaluate_in_processes(
     jobs: Sequence[tuple[Path, Sequence[str]]],
     windows: Mapping[str, Tensor],
     progress: Progress,
+    helpers: Helpers | None = None,
 ) -> list[dict[str, Score]]:
-    """`copal.evaluation.evaluate` of each job's checkpoint on each job's domains, in `model.processes` processes."""
+    """`copal.evaluation.evaluate` of each job's checkpoint on each job's domains, in `model.processes` processes.
+
+    Args:
+        helpers: other machines, with as many processes each.
+    """
     request = {"task": "evaluate", "jobs": [[checkpoint, list(domains)] for checkpoint, domains in jobs]}
-    result = _in_processes(folder, settings, request, windows, progress)
+    result = _in_processes(folder, settings, request, windows, progress, helpers)
     return [{domain: Score(*score) for domain, score in scores.items()} for scores in result]
 
 
@@ -112,79 +112,48 @@ def evaluate_jobs(
 
 
 def _in_processes(
-    folder: Path, settings: Settings, request: dict[str, Any], windows: Mapping[str, Tensor], progress: Progress
+    folder: Path,
+    settings: Settings,
+    request: dict[str, Any],
+    windows: Mapping[str, Tensor],
+    progress: Progress,
+    helpers: Helpers | None,
 ) -> Any:
     processes = settings.model.processes
-    if torch.cuda.is_available() and processes > torch.cuda.device_count():
-        raise SettingsError(f"model.processes is {processes}, but this machine has {torch.cuda.device_count()} GPUs")
+    check_devices(processes)
     folder.mkdir(parents=True)
-    save_file({name: tokens.contiguous() for name, tokens in windows.items()}, folder / "windows.safetensors")
+    save_file({name: tokens.contiguous() for name, tokens in windows.items()}, folder / WINDOWS_FILE)
     request |= {"dtype": settings.model.dtype, "batch": settings.model.batch}
-    write_atomic(folder / "request.json", json.dumps(request, default=str))
-    write_atomic(folder / "accelerate.json", json.dumps(_ACCELERATE))
-    threads = max(1, torch.get_num_threads() // processes)
-    command = [
-        *isolated_python("accelerate.commands.launch", "--config_file", str(folder / "accelerate.json")),
-        *("--num_machines", "1", "--num_processes", str(processes), "--main_process_port", "0"),
-        *("--num_cpu_threads_per_process", str(threads), "-m", "flows.step.distributed", str(folder)),
-    ]
-    log = folder / "log"
-    with (
-        log.open("w") as stderr,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=isolated_environment()
-        ) as launcher,
-    ):
-        try:
-            assert launcher.stdout is not None
-            _listen(launcher.stdout, progress)
-        except BaseException:
-            launcher.terminate()  # it ends the processes
-            raise
-    if launcher.returncode != 0:
-        _raise(sorted(folder.glob("error-*.json")), log.read_text())
+    text = json.dumps(request, default=str)
+    write_atomic(folder / REQUEST_FILE, text)
+    if helpers is None:
+        fault = run_processes(folder, Place(processes=processes), progress)
+        if fault is not None:
+            raise_fault(fault)
+    else:
+        told = json.loads(text)
+        if request["task"] == "evaluate":  # what no store has yet, the main process sends
+            write_atomic(folder / REQUEST_FILE, json.dumps(told | {"new": str(helpers.new)}))
+        helpers.run(told, processes, partial(run_processes, folder, progress=progress))
     return json.loads((folder / "result.json").read_text())
-
-
-def _listen(lines: Iterable[str], progress: Progress) -> None:
-    for line in lines:
-        kind, _, value = line.partition(" ")
-        if kind == "progress":
-            progress(*json.loads(value))
-        elif kind == "warning":
-            warnings.warn(json.loads(value), SmallerBatchWarning, stacklevel=2)
-        else:  # a library's
-            print(printable_lines(line), end="", file=sys.stderr)
-
-
-def _raise(files: list[Path], log: str) -> None:
-    if files:
-        told = json.loads(files[0].read_text())
-        if told["kind"] == "OSError":
-            raise OSError(*told["arguments"])
-        raise getattr(errors, told["kind"])(*told["arguments"])
-    if _KILLED.search(log):
-        raise ResourceError(
-            "the system killed a process of the step, most likely for want of memory: lower model.processes"
-        )
-    raise RuntimeError(f"a process of the step failed:\n{log}")
 
 
 # --- in each process
 
 
 def _main(folder: Path) -> int:
-    request = json.loads((folder / "request.json").read_text())
-    windows = load_file(folder / "windows.safetensors")
+    request = json.loads((folder / REQUEST_FILE).read_text())
     warnings.showwarning = _show_warning
     try:
+        own = load_file(folder / WINDOWS_FILE) if is_main() else None
+        windows = {name: tokens.cpu() for name, tokens in tensors_from_main(own, device()).items()}
         task = {"prune": _prune, "evaluate": _evaluate}[request["task"]]
         result = task(request, windows, _tell_progress if is_main() else silent)
     except CopalError as error:
-        _leave(folder, type(error).__name__, str(error))
+        leave(folder, Fault(type(error).__name__, (str(error),)))
         return 2
     except OSError as error:
-        _leave(folder, "OSError", error.errno, error.strerror, error.filename)
+        leave(folder, Fault("OSError", (error.errno, error.strerror, error.filename)))
         return 2
     if is_main():
         write_atomic(folder / "result.json", json.dumps(result))
@@ -214,17 +183,15 @@ def _parent(values: dict[str, Any]) -> Parent:
 
 
 def _evaluate(request: dict[str, Any], windows: Mapping[str, Tensor], progress: Progress) -> list[dict[str, Any]]:
+    if new := request.get("new"):  # which no store has yet
+        copy_from_main(Path(new))
     jobs = [(Path(checkpoint), domains) for checkpoint, domains in request["jobs"]]
     found = evaluate_jobs(jobs, windows, dtype=request["dtype"], batch=request["batch"], progress=progress)
     return [{domain: (score.nats, score.tokens) for domain, score in scores.items()} for scores in found]
 
 
-def _tell(kind: str, value: Any) -> None:
-    print(kind, json.dumps(value), flush=True)
-
-
 def _tell_progress(stage: str, done: int, total: int) -> None:
-    _tell("progress", [stage, done, total])
+    tell("progress", [stage, done, total])
 
 
 def _show_warning(
@@ -236,11 +203,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if issubclass(category, SmallerBatchWarning):
-        _tell("warning", str(message))
-
-
-def _leave(folder: Path, kind: str, *arguments: Any) -> None:
-    write_atomic(folder / f"error-{os.getpid()}.json", json.dumps({"kind": kind, "arguments": arguments}))
+        tell("warning", str(message))
 
 
 if __name__ == "__main__":

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
     from flows.registry.registry import Registry
     from flows.registry.versions import ModelVersion
+    from flows.step.gang import Helpers
 
 __all__ = [
     "UNFINISHED",
+    "Inputs",
     "NoBaseError",
     "Step",
     "WithdrawError",
     "find_step",
     "find_withdrawal",
+    "inputs_of",
     "run_folder",
     "step_on",
 ]
@@ -60,6 +63,7 @@ class Step:
         withdraws: whether `version` is taken out.
         why: the reason of a withdrawal, in the words of whoever asked for it.
         left_out: the documents that the domain's windows do without, where a record says so; None: it is to be found.
+        helpers: the other machines that take it too.
     """
 
     model: str
@@ -75,6 +79,7 @@ class Step:
     withdraws: bool = False
     why: str | None = None
     left_out: LeftOut | None = None
+    helpers: Helpers | None = None
 
     @property
     def new(self) -> str | None:
@@ -90,6 +95,37 @@ class Step:
     def unfinished(self) -> Path:
         """What pruning goes on from where it was killed, block by block (`copal.resume`)."""
         return self.run / UNFINISHED
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a step reads of the registry, on this machine: see `Step`."""
+
+    base: Path
+    base_fingerprint: str
+    parent: Path | None
+    states: Mapping[int, Path]
+
+
+def inputs_of(registry: Registry, parent: ModelVersion) -> Inputs:
+    """What a step from `parent`, a version of the lineage, reads; fetched where it is not here.
+
+    What it computes with is hashed first: weights here, the state's manifest here and its shards when they are read.
+
+    Raises:
+        RegistryError: a file is not what was registered.
+    """
+    root = registry.root()
+    assert root is not None
+    record = registry.record(parent)
+    known = record.domains_at(parent.number)
+    versions = {entry.contribution_version for entry in known if entry.contribution_version is not None}
+    return Inputs(
+        base=registry.checked_folder(root, "model/") / "model",
+        base_fingerprint=record.base.fingerprint,
+        parent=registry.checked_folder(parent, "model/", "state/manifest.json") if known else None,
+        states={number: registry.folder(registry.kept(number)) / "state" for number in sorted(versions)},
+    )
 
 
 def find_step(project: Project, domain: str, rev: str | None) -> tuple[ModelVersion, DatasetVersion, str] | None:
@@ -185,24 +221,14 @@ def step_on(
     withdraws: bool = False,
     why: str | None = None,
 ) -> Step:
-    """The step from `parent`, a version of the lineage; see `Step`.
-
-    What it computes with is hashed first: weights here, the state's manifest here and its shards when they are read.
-
-    Raises:
-        RegistryError: a file is not what was registered.
-    """
-    root = registry.root()
-    assert root is not None
-    record = registry.record(parent)
-    known = record.domains_at(parent.number)
-    versions = {entry.contribution_version for entry in known if entry.contribution_version is not None}
+    """The step from `parent`, a version of the lineage; see `Step` and `inputs_of`."""
+    inputs, known = inputs_of(registry, parent), registry.record(parent).domains_at(parent.number)
     return Step(
         head=parent.number,
-        base=registry.checked_folder(root, "model/") / "model",
-        base_fingerprint=record.base.fingerprint,
-        parent=registry.checked_folder(parent, "model/", "state/manifest.json") if known else None,
-        states={number: registry.folder(registry.kept(number)) / "state" for number in sorted(versions)},
+        base=inputs.base,
+        base_fingerprint=inputs.base_fingerprint,
+        parent=inputs.parent,
+        states=inputs.states,
         model=registry.model_name,
         run=run,
         version=version,

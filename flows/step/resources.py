@@ -39,7 +39,7 @@ _PROCESS = 600 * 10**6  # bytes of Python and its libraries in each of several p
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """Bytes that a step needs, a margin included.
+    """Bytes that a step needs on each machine that takes it, a margin included.
 
     Attributes:
         disk: of its own folder, and of the version where that stays.
@@ -186,6 +186,7 @@ def settings_of_step(settings: Settings, domains: int) -> StepSettings:
         dtype=dtype,
         batch=settings.model.batch,
         processes=settings.model.processes,
+        nodes=settings.model.nodes,
         on_gpu=device.type != "cpu",
         resumes=True,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from flows.gates.judge import GateResult
     from flows.ledger import Claim
     from flows.registry.versions import ModelVersion
+    from flows.settings import Settings
+    from flows.step.gang import Gang
 
 __all__ = ["Made", "Tasks", "Withdrawal", "plain_tasks", "run_step", "run_withdrawal"]
 
@@ -103,11 +105,13 @@ def run_step(
 
     Data that is refused is written down in the ledger: a watcher tries it again only with other settings.
 
+    With `model.nodes` above 1 the others come first: until then nothing is done.
+
     Raises:
         CopalError: see the tasks; nothing was registered, unless it is the gates that could not run: then the next
             run does that.
     """
-    with hold_lineage(project, f"adapt to {domain}", tell) as claim:
+    with _others(project.settings) as gang, hold_lineage(project, f"adapt to {domain}", tell) as claim:
         finish(project, claim, tasks.gates)
         found = find_step(project, domain, rev)
         if found is None:
@@ -115,7 +119,7 @@ def run_step(
             return None
         sweep(project, run_folder(project, found[2]))
         with refusing(project, domain, found[1].md5):
-            return _take(project, _fitting(project, found), claim, tasks)
+            return _take(project, _helped(_fitting(project, found), gang), claim, tasks)
 
 
 def run_withdrawal(
@@ -137,11 +141,13 @@ def run_withdrawal(
         CopalError: see the tasks; nothing was registered.
     """
     alone = exclusive(project.workspace) if purge else nullcontext()  # first, as `copal gc` takes them
-    with alone, hold_lineage(project, f"withdraw {domain}", tell) as claim:
+    with _others(project.settings) as gang, alone, hold_lineage(project, f"withdraw {domain}", tell) as claim:
         finish(project, claim, tasks.gates)
         found = find_withdrawal(project, domain, why)
         sweep(project, run_folder(project, found[2]) if found else None)
-        made = _take(project, _fitting(project, found, why.strip()), claim, tasks) if found else None
+        made = None
+        if found:
+            made = _take(project, _helped(_fitting(project, found, why.strip()), gang), claim, tasks)
         claim.check()
         purged = purge_domain(project, domain, why.strip()) if purge else None
         return Withdrawal(made=made, purged=purged)
@@ -160,6 +166,34 @@ def _fitting(project: Project, found: tuple[ModelVersion, DatasetVersion, str], 
         domains = domains_after(project.registry, head, version.domain, withdraws=withdraws)
         check_resources(project, domains, begun)
     return step_on(project.registry, head, version, key, run, withdraws=withdraws, why=why)
+
+
+def _others(settings: Settings) -> AbstractContextManager[Gang | None]:
+    """The other machines that take a step, once they are there; None where there are none."""
+    if settings.model.nodes == 1:
+        return nullcontext()
+    from flows.step.gang import open_gang  # torch, which what finds nothing to do can do without
+
+    return open_gang(settings)
+
+
+def _helped(step: Step, gang: Gang | None) -> Step:
+    """The step with the other machines that take it, if there are any."""
+    if gang is None:
+        return step
+    from flows.step.gang import Helpers
+
+    helpers = Helpers(
+        gang=gang,
+        model=step.model,
+        key=step.key,
+        head=step.head,
+        base_fingerprint=step.base_fingerprint,
+        base=step.base,
+        parent=step.parent / "model" if step.parent else None,
+        new=step.out / "model",
+    )
+    return replace(step, helpers=helpers)
 
 
 def _take(project: Project, step: Step, claim: Claim, tasks: Tasks) -> Made:

@@ -78,11 +78,11 @@ def prune_domain(settings: Settings, step: Step, data: Mapping[str, str], progre
     if step.parent:
         parent = Parent(version=step.head, model=step.parent / "model", state=step.parent / "state", states=step.states)
     base = Base(folder=step.base, fingerprint=step.base_fingerprint)
-    if settings.model.processes > 1:
+    if settings.model.processes > 1 or step.helpers:
         from flows.step.distributed import prune_in_processes
 
         return prune_in_processes(
-            step.run / "prune", settings, base, parent, domain, step.out, step.unfinished, progress
+            step.run / "prune", settings, base, parent, domain, step.out, step.unfinished, progress, step.helpers
         )
     device, dtype = device_and_dtype(settings)
     return prune_step(
@@ -127,8 +127,8 @@ def evaluate_step(
     if new and step.parent:
         jobs["before"] = (step.parent / "model", [new])
     model, todo = settings.model, list(jobs.values())
-    if model.processes > 1:
-        scores = evaluate_in_processes(step.run / "evaluate", settings, todo, tokens, progress)
+    if model.processes > 1 or step.helpers:
+        scores = evaluate_in_processes(step.run / "evaluate", settings, todo, tokens, progress, step.helpers)
     else:
         scores = evaluate_jobs(todo, tokens, dtype=model.dtype, batch=model.batch, progress=progress)
     found = {

@@ -110,14 +110,27 @@ def _show_diff(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
             for one in answer["perplexity"]
         ],
     )
-    say("files: " + ", ".join(f"{count} {name}" for name, count in answer["files"].items()))
+    say("files of the two versions: " + ", ".join(f"{count} {name}" for name, count in answer["files"].items()))
+    show(("changed", "files", "why"), [(one["part"], one["files"], one["why"]) for one in answer["parts"]])
 
 
 def _show_worse(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
     worse = sum(one["change"] > 0 for one in answer["domains"])
-    say(f"of {len(answer['domains'])}, {worse} got worse since they were the newest")
+    count = len(answer["domains"])
+    say(
+        f"{worse} of {count} dataset{'s' * (count != 1)} got worse since the version that adapted to them: "
+        "perplexity on the same windows, a change above 0 is worse"
+    )
     show(
-        ("domain", "newest in", "then", "latest", "by now", "change", "most by"),
+        (
+            "domain",
+            "adapted to in",
+            "perplexity then",
+            "last compared in",
+            "perplexity",
+            "change",
+            "most by the step of",
+        ),
         [
             (
                 one["domain"],

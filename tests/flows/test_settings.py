@@ -144,6 +144,8 @@ def test_as_dict_is_plain_json_that_loads_as_the_same_settings(params: Path) -> 
         ("model: {dtype: float16}", "model.dtype"),
         ("model: {processes: 0}", "model.processes"),
         ("model: {processes: two}", "model.processes"),
+        ("model: {nodes: 0}", "model.nodes must be a whole number of at least 1, not 0"),
+        ("run: {nodes_address: node0.example}", "run.nodes_address must be HOST:PORT or null"),
         ("model: {batch: 1.5}", "model.batch"),
         ("model: {batch: true}", "model.batch"),
         ("model: {batch: '5'}", "model.batch must be a whole number of at least 1, not '5'"),
@@ -447,6 +449,16 @@ def test_every_variable_is_in_the_table_of_the_docs():
     table = (Path(__file__).parents[2] / "docs" / "team.md").read_text(encoding="utf-8")
     for variable, (section, setting) in VARIABLES.items():
         assert re.search(rf"^\| .*`{variable}`.* \| .*`{section}\.{setting}`", table, re.MULTILINE), variable
+
+
+def test_the_nodes_in_the_environment_go_before_those_of_the_file(params, monkeypatch):
+    monkeypatch.setenv("COPAL_NODES", "3")
+    monkeypatch.setenv("COPAL_NODES_ADDRESS", "node0.example:29400")
+    settings = _load(params, "model: {nodes: 2}")
+    assert (settings.model.nodes, settings.run.nodes_address) == (3, "node0.example:29400")
+    monkeypatch.setenv("COPAL_NODES", "some")
+    with pytest.raises(SettingsError, match=r"COPAL_NODES must be a whole number of at least 1, not 'some'"):
+        _load(params, "")
 
 
 def test_a_size_in_the_environment_is_a_number(params, monkeypatch):

@@ -212,17 +212,20 @@ def test_kubernetes_takes_the_manifests(overlay) -> None:
 # --- the jobs of runs
 
 
+@pytest.mark.parametrize("nodes", [1, 4])
 @pytest.mark.parametrize(("overlay", "pool"), POOLS)
-def test_kubernetes_takes_the_job_of_a_run(overlay, pool) -> None:
-    validate(job(template_of(overlay, pool)) | {"metadata": {"generateName": "adapt-legal-", "namespace": "copal"}})
+def test_kubernetes_takes_the_job_of_a_run(overlay, pool, nodes) -> None:
+    manifest = job(template_of(overlay, pool), nodes=nodes)
+    validate(manifest | {"metadata": {"generateName": "adapt-legal-", "namespace": "copal"}})
 
 
+@pytest.mark.parametrize("nodes", [1, 4])
 @pytest.mark.parametrize(("overlay", "pool"), POOLS)
-def test_prefects_worker_takes_the_job_of_a_run(overlay, pool) -> None:
+def test_prefects_worker_takes_the_job_of_a_run(overlay, pool, nodes) -> None:
     """It refuses a job that lacks something of its own, or says otherwise; what the job says more is fine."""
     from jsonpatch import JsonPatch
 
-    manifest = job(template_of(overlay, pool))
+    manifest = job(template_of(overlay, pool), nodes=nodes)
     manifest["metadata"].setdefault("annotations", {})
     wanted = [change for change in JsonPatch.from_diff(manifest, WORKERS_OWN) if change["op"] in ("add", "replace")]
     assert wanted == []
@@ -238,8 +241,11 @@ def test_prefects_own_worker_makes_a_configuration_of_the_template() -> None:
     from prefect.utilities.asyncutils import run_coro_as_sync
 
     made = run_coro_as_sync(
-        worker.KubernetesWorkerJobConfiguration.from_template_and_values(template_of("gpu", "copal-gpu"), {"gpus": 2})
+        worker.KubernetesWorkerJobConfiguration.from_template_and_values(
+            template_of("gpu", "copal-gpu"), {"gpus": 2, "nodes": 3}
+        )
     )
+    assert made.job_manifest["spec"]["completions"] == 3
     (container,) = made.job_manifest["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
 
@@ -262,6 +268,42 @@ def test_a_run_gets_the_size_of_its_step() -> None:
         "local disk, no bigger than was asked for"
     )
     assert pod["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+
+
+def test_the_pods_of_a_step_on_several_nodes_are_one_gang(tmp_path) -> None:
+    """Index 0 runs the flow and the others a node each; they find the first, may speak, and live and die together."""
+    parts = built("gpu")
+    manifest = job(template_of("gpu", "copal-gpu"), nodes=3)
+    spec, template = manifest["spec"], manifest["spec"]["template"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 3, 3)
+    assert spec["backoffLimit"] == 0, "a pod that fails ends the job"
+    assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    service = named(parts, "Service")[template["spec"]["subdomain"]]["spec"]
+    assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
+    assert service["selector"].items() <= template["metadata"]["labels"].items()
+    among = named(parts, "NetworkPolicy")["nodes"]["spec"]
+    assert "ports" not in among["ingress"][0]
+    assert "ports" not in among["egress"][0]
+    (container,) = template["spec"]["containers"]
+    (tmp_path / "copal").write_text('#!/bin/sh\necho copal "$@" at $COPAL_NODES_ADDRESS\n')
+    (tmp_path / "copal").chmod(0o755)
+    assert container["command"][0] == "with-secrets"
+    ran = []
+    for index in range(2):
+        environment = {
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "HOSTNAME": f"adapt-legal-x7-{index}",
+            "JOB_COMPLETION_INDEX": str(index),
+        }
+        command = [*container["command"][1:], "env"]
+        ran.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    address = "adapt-legal-x7-0.copal-nodes:29400"
+    assert f"COPAL_NODES_ADDRESS={address}\n" in ran[0]
+    assert ran[1] == f"copal node 1 --wait 1800 at {address}\n"
+    maps = {source["configMapRef"]["name"] for source in container["envFrom"]}
+    assert any("COPAL_WORKSPACE" in named(parts, "ConfigMap")[name]["data"] for name in maps), (
+        "a node has no parameters"
+    )
 
 
 def test_secrets_of_a_run_are_references() -> None:

@@ -34,8 +34,8 @@ from copal.step import Base, NewDomain, Parent, StepReport, prune_step
 from copal.streaming import StreamedModel
 
 LAUNCH = (
-    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    "--dynamo_backend no --main_process_port 0"
+    "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no "
+    "--main_process_port 0"
 )
 
 
@@ -150,9 +150,16 @@ def launch(
 ) -> None:
     """`run` in two processes."""
     save_file(windows, out / "windows.safetensors")
-    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    launch_script(
+        Path(__file__), str(base), str(out / "windows.safetensors"), str(out), *backend, environment=environment
+    )
+
+
+def launch_script(script: Path, *arguments: str, processes: int = 2, environment: dict[str, str] | None = None) -> None:
+    """A script of this folder in so many processes."""
+    path = [*map(str, script.parents[1:3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     subprocess.run(
-        [sys.executable, *LAUNCH.split(), __file__, str(base), str(out / "windows.safetensors"), str(out), *backend],
+        [sys.executable, *LAUNCH.split(), "--num_processes", str(processes), str(script), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), **(environment or {})},
         timeout=300,
         check=True,
@@ -172,7 +179,9 @@ def same(one: Path, two: Path) -> None:
     assert all(abs(more - less) <= 2 for more, less in zip(together["back"], alone["back"], strict=True))
     assert min(alone["died"], together["died"]) > 3
     assert alone["refused"] == ""
-    assert together["refused"].startswith("model.processes is 2, but there are 1 windows")
+    assert together["refused"].startswith(
+        "2 processes (model.processes on each of model.nodes) cannot share 1 window: "
+    )
     files = [{str(path.relative_to(out)) for path in out.rglob("*")} for out in (one, two)]
     assert files[1] - files[0] == {"windows.safetensors"}
 

@@ -21,7 +21,7 @@ GROUPS = {
     "Adapting to domains": ["watch", "adapt", "status", "plan", "withdraw", "gc"],
     "Which version serves": ["gates", "promote", "rollback", "export"],
     "What made a version": ["lineage", "verify", "replay", "audit"],
-    "Running it for a team": ["up", "down", "notify", "metrics", "hook"],
+    "Running it for a team": ["up", "down", "node", "notify", "metrics", "hook"],
     "Options of every command": ["--verbose", "--quiet", "--debug", "--help", "--version"],
 }
 

@@ -169,7 +169,7 @@ def test_a_browser_shows_the_elements_and_has_no_complaint(chromium, tmp_path, m
     page.write_text(render_page(history))
     dom = browse(chromium, page, "--dump-dom").stdout
     assert len(re.findall('<circle class="node', dom)) == len(history.versions)
-    assert '<table class="heat" id="heat">' in dom
+    assert '<table class="heat' in dom
     assert "<title>Lineage of" in dom
     assert "<script" not in dom
     assert "<img" not in dom
@@ -181,7 +181,9 @@ def test_a_browser_shows_the_elements_and_has_no_complaint(chromium, tmp_path, m
 def test_a_laptop_and_a_phone_scroll_it_down_only_in_light_and_dark(chromium, tmp_path, make, width, scheme):
     # A window is never narrower than 500 pixels, a frame is. The script is the test's: the page has and allows none.
     measure = """<script>addEventListener('load', () => { document.body.dataset.found =
-        [document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor].join(' ') })</script>"""
+        [document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor,
+        [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length].join(' ') })
+        </script>"""
     policy = re.compile('<meta http-equiv="Content-Security-Policy"[^>]*>')
     (tmp_path / "page.html").write_text(policy.sub(lambda _: measure, render_page(make())))
     frame = tmp_path / "frame.html"
@@ -192,7 +194,8 @@ def test_a_laptop_and_a_phone_scroll_it_down_only_in_light_and_dark(chromium, tm
     preferred = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
     dom = browse(chromium, frame, preferred, "--allow-file-access-from-files", "--dump-dom").stdout
     background = "rgb(15, 20, 25)" if scheme == "dark" else "rgb(255, 255, 255)"
-    assert f"<title>{width} {background}</title>" in dom
+    (found,) = re.findall(f"<title>{width} {re.escape(background)} ([0-9]+)</title>", dom)
+    assert found == "0" or width < 1280 or make is hostile  # on a laptop no table of thirty domains hides columns
 
 
 def test_the_policy_of_the_page_stops_a_script_that_got_in(chromium, tmp_path):

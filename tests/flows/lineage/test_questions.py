@@ -155,8 +155,10 @@ def test_what_changed_between_two_versions():
     assert (legal["change"], legal["comparable"]) == (None, False)  # other data, other tokens
     assert (med["a"], med["b"], med["change"]) == (None, 7.0, None)
     assert answer["files"] == {"same": 1, "changed": 2, "added": 0, "removed": 0}
+    assert len(answer["changed_files"]) == sum(part["files"] for part in answer["parts"]) == 2
     text = shown(answer)
     assert "other tokens" in text
+    assert all(part["part"] in text for part in answer["parts"])
     assert "+2.5%" in text
     assert md5("med") in text
 
@@ -183,7 +185,7 @@ def test_which_domain_got_worse_when_and_by_which_step():
     assert legal["steps"][-1]["step"] == "without code"
     assert answer["domains"][3]["worst"] is None
     assert "version 5 (med), +30.0%" in shown(answer)
-    assert "of 4, 3 got worse" in shown(answer)
+    assert "3 of 4 datasets got worse" in shown(answer)
 
 
 def test_one_domain_alone():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from copal.printable import printable_lines
+from flows.lineage.history import find_version, gates_of
 from flows.lineage.record import Base, Sparsity
-from flows.models.card import license_of, model_card
+from flows.models.card import gates_verdict, license_of, model_card
 from flows.models.export import export
+from flows.project import read_history
 from flows.step.run import plain_tasks, run_step
-from support.histories import a_record
+from support.histories import a_record, three_domains
 
 
 def card(**changes) -> ModelCard:
@@ -23,7 +28,9 @@ def test_an_exported_folder_has_a_card_with_what_made_the_version(bench, tmp_pat
     bench.commit("code", 0)
     assert run_step(bench.project, "code", None, plain_tasks())
     version = bench.registry.version(2)
-    export(bench.registry, version, tmp_path / "out", lambda *_: None)
+    history = read_history(bench.project)
+    gates = gates_of(history, find_version(history, "2"))
+    export(bench.registry, version, gates, tmp_path / "out", lambda *_: None)
     record = bench.registry.record(version)
     (domain,) = record.domains
     read = ModelCard.load(tmp_path / "out" / "README.md")
@@ -35,8 +42,31 @@ def test_an_exported_folder_has_a_card_with_what_made_the_version(bench, tmp_pat
         assert f"`{told}`" in read.text
     assert f"| code | {record.perplexity['code']:.2f} | {record.dense_perplexity['code']:.2f} |" in read.text
     assert "neither smaller on disk nor faster" in read.text
-    export(bench.registry, bench.registry.version(1), tmp_path / "base", lambda *_: None)
+    assert f"| `prune.sparsity` | `{record.settings['prune']['sparsity']}` |" in read.text
+    assert all(f"| {gate.name} | " in read.text for gate in gates.gates)
+    (snippet,) = re.findall(r"```python\n(.*?)```", read.text, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path / "out", text=True, capture_output=True)
+    assert (done.returncode, done.stdout.startswith("Once")) == (0, True), done.stderr
+    export(bench.registry, bench.registry.version(1), None, tmp_path / "base", lambda *_: None)
     assert "The model is dense." in (tmp_path / "base" / "README.md").read_text()
+
+
+def test_a_version_that_failed_its_gates_says_so_before_all_else():
+    history = three_domains()
+    version = find_version(history, "6")
+    failed = gates_of(history, version)
+    assert gates_verdict(version.record, failed) == "1 of its 2 gates failed: forgetting"
+    first, second = model_card(6, version.record, None, failed).split("---\n\n")[1].split("\n\n")[:2]
+    assert first == "# tiny, version 6"
+    assert second == "> **Do not serve this version unseen: 1 of its 2 gates failed: forgetting.**"
+    assert "| forgetting | **failed** | 0.5 | 0.4 | forgetting of version 6 |" in model_card(
+        6, version.record, None, failed
+    )
+    assert "never ran" in str(gates_verdict(version.record, None))
+    passed = find_version(history, "5")
+    assert gates_verdict(passed.record, gates_of(history, passed)) is None
+    assert gates_verdict(find_version(history, "1").record, None) is None  # the dense base has none
+    assert "Do not serve" not in model_card(5, passed.record, None, gates_of(history, passed))
 
 
 def test_the_card_names_the_base_where_a_hub_has_it_and_no_path_of_a_machine():
@@ -81,7 +111,7 @@ def test_the_readme_of_the_base_is_kept_beside_the_card(make_bench, tiny_base, t
     bench.set("name: tiny", "name: other")
     bench.base = base
     bench.register_root()
-    export(bench.registry, bench.registry.version(1), tmp_path / "out", lambda *_: None)
+    export(bench.registry, bench.registry.version(1), None, tmp_path / "out", lambda *_: None)
     assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
     assert "# The base" in (tmp_path / "out" / "BASE_README.md").read_text()
 

@@ -52,6 +52,7 @@ def test_bytes_become_whole_gibibytes() -> None:
         "memory": "12Gi",
         "scratch": "13Gi",
         "gpus": 2,
+        "nodes": 1,
     }
 
 
@@ -80,13 +81,13 @@ def test_a_step_asks_its_pool_for_what_it_needs(bench) -> None:
     project = bench.project
     head, version, _ = find_step(project, "code", None)
     variables = pod_variables(project, head, version.domain, pool(), {})
-    assert set(variables) == {"memory", "scratch", "gpus"}
-    assert variables["gpus"] == 0
+    assert set(variables) == {"memory", "scratch", "gpus", "nodes"}
+    assert (variables["gpus"], variables["nodes"]) == (0, 1)
     assert pod_variables(project, head, "code", pool(gpus=1), {})["gpus"] == 1
     assert pod_variables(project, head, "code", pool(), {"gpus": 1}) == {
         name: value for name, value in variables.items() if name != "gpus"
     }, "what the deployment says itself stays"
-    assert pod_variables(project, head, "code", pool(), {"memory": "96Gi"}).keys() == {"scratch", "gpus"}
+    assert pod_variables(project, head, "code", pool(), {"memory": "96Gi"}).keys() == {"scratch", "gpus", "nodes"}
     assert pod_variables(project, head, "code", pool("process"), {}) == {}
     own = pool()
     bare = own.model_copy(update={"base_job_template": {"variables": {"properties": {"image": {}}}}})
@@ -102,7 +103,7 @@ def test_the_server_takes_the_variables_with_the_run(prefect) -> None:
             assert pool_of(deployment).type == "kubernetes"
             variables = job_variables(PodSize(memory=5 * GIB, disk=GIB, gpus=0))
             run = start_run(client, made, "adapt code", {"domain": "code"}, "s" * 64, variables)
-            assert run.job_variables == {"memory": "5Gi", "scratch": "1Gi", "gpus": 0}
+            assert run.job_variables == {"memory": "5Gi", "scratch": "1Gi", "gpus": 0, "nodes": 1}
             assert pool_of(deployment.model_copy(update={"work_pool_name": None})) is None
         finally:
             client.delete_work_pool("sized")
@@ -126,7 +127,7 @@ def test_the_watcher_sizes_the_step_that_it_starts(prefect, bench, monkeypatch) 
         finally:
             client.delete_work_pool("sized")
     ((*_, variables),) = started
-    assert set(variables) == {"scratch", "gpus"}, "memory is what the deployment says"
+    assert set(variables) == {"scratch", "gpus", "nodes"}, "memory is what the deployment says"
 
 
 def test_more_processes_make_a_larger_pod() -> None:
@@ -137,3 +138,15 @@ def test_more_processes_make_a_larger_pod() -> None:
         )
     assert (small.gpus, large.gpus) == (1, 4)
     assert large.memory > small.memory
+
+
+def test_a_step_on_several_nodes_gets_as_many_pods_which_share_the_windows() -> None:
+    settings = Settings(model=ModelSettings(nodes=4, processes=2))
+    asked = settings_of_pod(settings, 3, on_gpu=True)
+    with config_folder("llama-3-8b") as folder:
+        found, alone = (estimate_step(folder, replace(asked, nodes=nodes)) for nodes in (4, 1))
+    size = pod_size(found, asked.processes, on_gpu=True, nodes=asked.nodes)
+    assert job_variables(size)["nodes"] == 4
+    assert size.gpus == 2, "of each pod"
+    assert asked.windows == 3, "of 24, one process's"
+    assert found.memory.device <= alone.memory.device

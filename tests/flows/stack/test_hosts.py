@@ -2,125 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
-from mlflow import MlflowClient
 
 from flows.data.git import git
-from flows.isolated import isolated_environment, isolated_python
-from flows.ledger import LINEAGE, Ledger
-from flows.stack.mlflow_users import ROLES, ensure_roles, ensure_user
-from flows.stack.mlflow_users import MlflowServer as Administered
+from flows.isolated import isolated_python
 from flows.workspace import open_workspace
 from support.benches import PARAMS, Bench
-from support.ledgers import run_sql
-from support.servers import MlflowServer, PostgresServer, with_users
+from support.servers import MlflowServer
+from support.teams import Host, publish, shared_workspace
 
 pytestmark = pytest.mark.team
-
-PASSWORD = "the password of the {}"
-
-
-@dataclass(frozen=True)
-class Stores:
-    """What the team shares, and how each role is let in."""
-
-    mlflow: MlflowServer
-    postgresql: PostgresServer
-    database: str
-    origin: Path
-    data: Path
-
-    def variables(self, role: str) -> dict[str, str]:
-        return {
-            "COPAL_REGISTRY_URI": self.mlflow.uri,
-            "MLFLOW_TRACKING_USERNAME": role,
-            "MLFLOW_TRACKING_PASSWORD": PASSWORD.format(role),
-            "COPAL_LEDGER_URI": self.postgresql.uri(self.database, f"{role}_{self.database}"),
-            "COPAL_WORKSPACE": f"file://{self.origin}",
-        }
-
-    def snapshot(self) -> object:
-        """Everything that a reader could have changed, as an administrator sees it."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-            patch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD.format("admin"))
-            client = MlflowClient(tracking_uri=self.mlflow.uri, registry_uri=self.mlflow.uri)
-            experiments = [found.experiment_id for found in client.search_experiments()]
-            models = [
-                (found.name, dict(found.aliases), dict(found.tags)) for found in client.search_registered_models()
-            ]
-            versions = [(found.version, dict(found.tags)) for found in client.search_model_versions("name = 'team'")]
-            runs = sorted(found.info.run_id for found in client.search_runs(experiments))
-            logged = sorted(found.model_id for found in client.search_logged_models(experiments))
-        ledger = Ledger(self.postgresql.uri(self.database), "team")
-        files = sorted(str(path) for path in (self.mlflow.folder / "artifacts").rglob("*"))
-        holder = ledger.holder(LINEAGE)
-        assert holder is not None
-        return experiments, models, versions, runs, logged, files, ledger.log(), (holder.token, holder.what)
-
-
-@dataclass(frozen=True)
-class Host:
-    """A machine of the team's, with a folder of its own and nothing else."""
-
-    folder: Path
-    variables: dict[str, str]
-
-    def copal(self, *arguments: str, status: int = 0) -> str:
-        """What `copal ARGUMENTS` prints; where it is refused, its one line."""
-        home = self.folder / "home"
-        home.mkdir(parents=True, exist_ok=True)
-        inherited = isolated_environment()
-        for name in ("XDG_CACHE_HOME", "COPAL_HOME", "PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
-            inherited.pop(name, None)
-        environment = inherited | self.variables | {"HOME": str(home), "PREFECT_HOME": str(home / "prefect")}
-        done = subprocess.run(
-            isolated_python("flows.cli", *arguments),
-            env=environment,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == status, f"{arguments}: {done.stdout}{done.stderr}"
-        return done.stdout if status == 0 else done.stderr
-
-    def gone(self) -> None:
-        shutil.rmtree(self.folder)
-
-
-@pytest.fixture
-def stores(tmp_path: Path, mlflow_template: Path, postgresql: PostgresServer) -> Iterator[Stores]:
-    """An MLflow server with users and artifacts of its own, and a database in which each role has its rights."""
-    if importlib.util.find_spec("flask_wtf") is None:
-        pytest.skip("MLflow's basic-auth needs Flask-WTF: pip install 'mlflow[auth]'")
-    (tmp_path / "mlflow").mkdir()
-    server = with_users(tmp_path / "mlflow", mlflow_template, PASSWORD.format("admin"), serves=True)
-    server.start()
-    try:
-        administered = Administered(server.uri, "admin", PASSWORD.format("admin"))
-        ensure_roles(administered)
-        database = postgresql.new_database()
-        for role in ROLES:
-            ensure_user(administered, role, PASSWORD.format(role), role)
-            run_sql(postgresql.uri("postgres"), f"CREATE ROLE {role}_{database} LOGIN")
-        run_sql(postgresql.uri(database), f"GRANT CREATE ON SCHEMA public TO worker_{database}")
-        worker = f"ALTER DEFAULT PRIVILEGES FOR ROLE worker_{database} IN SCHEMA public GRANT"
-        run_sql(postgresql.uri(database), f"{worker} SELECT ON TABLES TO reader_{database}")
-        run_sql(postgresql.uri(database), f"{worker} SELECT, INSERT, UPDATE ON TABLES TO promoter_{database}")
-        yield Stores(server, postgresql, database, tmp_path / "origin.git", tmp_path / "dvc")
-    finally:
-        server.kill()
 
 
 def fetched_models(server: MlflowServer) -> set[str]:
@@ -130,6 +28,7 @@ def fetched_models(server: MlflowServer) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # thirty commands, each a process
 def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, tiny_base):
     def host(name: str, role: str) -> Host:
         (tmp_path / name).mkdir()
@@ -209,3 +108,23 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, t
     six = host("six", "reader")
     assert "identical" in six.copal("replay", "2")
     assert not [name for name in ("one", "two", "three", "four", "five") if (tmp_path / name).exists()]
+
+
+def test_of_three_hosts_that_begin_a_step_at_once_one_takes_it(tmp_path, stores, template, tiny_base, monkeypatch):
+    own = replace(stores, name="raced")
+    for name, value in own.variables("worker").items():
+        monkeypatch.setenv(name, value)
+    bench = shared_workspace(own, tmp_path / "made", "raced", template, tiny_base)
+    bench.commit("code", 0)
+    publish(bench)
+    hosts = [Host(tmp_path / f"host{number}", own.variables("worker")) for number in range(3)]
+    for host in hosts:
+        host.folder.mkdir()
+    processes = [host.start("flows.cli", "adapt", "code") for host in hosts]
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    last = sorted(out.splitlines()[0 if "adapted" in out else -1] for out, _ in said)
+    known = "nothing to do: version 2 of raced knows code at this data version"
+    assert last == [known, known, "version 2 of raced: adapted to code"]
+    assert [version.tags.get("copal.domain") for version in bench.registry.versions()] == [None, "code"]
+    assert [entry.kind for entry in bench.log] == ["gates"]

@@ -178,8 +178,8 @@ def stack(make_bench, environment, tmp_path_factory) -> Iterator[Running]:
             "up", "--workspace", bench.root, *ports, "--devices", "7", "--detach", env=settings, cwd=bench.root
         )
         assert done.returncode == 0, done.stderr
-        assert f"Prefect: http://127.0.0.1:{port}\n" in done.stdout
-        assert f"MLflow: http://127.0.0.1:{mlflow_port}\n" in done.stdout
+        assert f"Prefect: http://127.0.0.1:{port}/runs\n" in done.stdout
+        assert f"MLflow: http://127.0.0.1:{mlflow_port}/#/models/{bench.registry.model_name}\n" in done.stdout
         assert f"links in {link_file(bench.workspace).as_uri()}\n" in done.stdout
         try:
             yield Running(bench, port, environment, recorder)

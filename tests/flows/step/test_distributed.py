@@ -13,6 +13,7 @@ from copal.progress import silent
 from flows.adapt import adapt
 from flows.settings import ModelSettings, Settings
 from flows.step import distributed as worker
+from flows.step import launch
 
 TWO = Settings(model=ModelSettings(processes=2, dtype="float32"))
 
@@ -52,7 +53,7 @@ def test_progress_and_an_error_of_the_processes_reach_the_caller(tiny_base, make
 
 def test_a_warning_of_the_processes_reaches_the_caller(capsys):
     with pytest.warns(SmallerBatchWarning, match="memory ran out"):
-        worker._listen(['warning "memory ran out"\n', "a library's line\n"], silent)
+        launch._listen(['warning "memory ran out"\n', "a library's line\n"], silent)
     assert capsys.readouterr().err == "a library's line\n"
 
 
@@ -67,15 +68,15 @@ def test_an_error_comes_back_as_what_it_was(tmp_path, kind, arguments, error):
     file = tmp_path / "error-1.json"
     file.write_text(json.dumps({"kind": kind, "arguments": arguments}))
     with pytest.raises(error) as caught:
-        worker._raise([file], "")
+        launch.raise_fault(launch._fault([file], ""))
     assert list(caught.value.args) == arguments[:2]
 
 
 def test_a_process_that_the_system_killed_is_no_bug_and_another_death_is_one():
     with pytest.raises(ResourceError, match=r"model\.processes"):
-        worker._raise([], "rank : 1 (local_rank: 1)\n exitcode  : -9 (pid: 4498)\n")
+        launch.raise_fault(launch._fault([], "rank : 1 (local_rank: 1)\n exitcode  : -9 (pid: 4498)\n"))
     with pytest.raises(RuntimeError, match="ZeroDivisionError") as caught:
-        worker._raise([], "ZeroDivisionError\n exitcode  : 1 (pid: 4498)\n")
+        launch.raise_fault(launch._fault([], "ZeroDivisionError\n exitcode  : 1 (pid: 4498)\n"))
     assert not isinstance(caught.value, CopalError)
 
 

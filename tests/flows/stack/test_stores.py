@@ -1,0 +1,154 @@
+"""Each store is killed in each phase of a step and comes back: the next run makes one version, and nothing is lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
+
+from copal.errors import CopalError
+from flows.adapt import adapt
+from flows.runs import tasks
+from flows.runs.server import with_server
+from flows.step import run
+from flows.workspace import open_workspace
+from support.benches import PARAMS, Bench
+from support.ledgers import expire
+from support.servers import MlflowServer, PostgresServer, PrefectServer
+from support.toys import step
+
+pytestmark = [pytest.mark.team, pytest.mark.slow]
+
+PHASES = {
+    "fetch": "fetch_data",
+    "prune": "prune_domain",
+    "evaluate": "evaluate_step",
+    "register": "register_step",
+    "upload": "log_model_artifacts",
+    "gates": "run_gates",
+}
+ELSEWHERE = {"MLFLOW_ALLOWED_HOST_ADDRESSED_ARTIFACT_SCHEMES": "mlflow-artifacts"}  # artifacts on another server
+STORES = ("postgresql", "mlflow", "artifacts", "prefect")
+# Each store and each phase once or twice; `make soak` takes the others.
+OFTEN = {
+    ("postgresql", "prune"), ("postgresql", "upload"), ("mlflow", "gates"), ("artifacts", "register"),
+    ("mlflow", "fetch"), ("prefect", "evaluate"),
+}  # fmt: skip
+CASES = [
+    pytest.param(store, phase, marks=() if (store, phase) in OFTEN else pytest.mark.soak)
+    for store in STORES
+    for phase in PHASES
+]
+
+
+@dataclass(frozen=True)
+class Servers:
+    """MLflow's metadata, the ledger and Prefect's runs are on PostgreSQL; artifacts on a server of their own."""
+
+    postgresql: PostgresServer
+    mlflow: MlflowServer
+    artifacts: MlflowServer
+    prefect: PrefectServer
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory, postgresql: PostgresServer) -> Iterator[Servers]:
+    folder = tmp_path_factory.mktemp("servers")
+    for name in ("mlflow", "artifacts", "prefect"):
+        (folder / name).mkdir()
+    database = postgresql.uri(postgresql.new_database()).replace("psycopg2", "asyncpg")
+    found = Servers(
+        postgresql,
+        MlflowServer(folder / "mlflow", postgresql.uri(postgresql.new_database()), environment=ELSEWHERE),
+        MlflowServer(folder / "artifacts", None, serves=True, options=("--artifacts-only",)),
+        PrefectServer(folder / "prefect", database, "copal:x"),
+    )
+    try:
+        for server in (found.mlflow, found.artifacts, found.prefect):
+            server.start()
+        yield found
+    finally:
+        for server in (found.prefect, found.artifacts, found.mlflow):
+            server.kill()
+
+
+@pytest.fixture
+def shared(
+    servers: Servers, template: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
+) -> Bench:
+    """A lineage of its own with its base and one dataset, on these stores."""
+    name = f"{request.node.callspec.params['store']}-{request.node.callspec.params['phase']}"
+    for variable, value in {
+        "COPAL_REGISTRY_URI": servers.mlflow.uri,
+        "COPAL_REGISTRY_ARTIFACTS": servers.artifacts.uri.replace("http", "mlflow-artifacts") + f"/{name}",
+        "COPAL_LEDGER_URI": servers.postgresql.uri(servers.postgresql.new_database()),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # else a step waits for minutes, and outlives what is short
+    }.items():
+        monkeypatch.setenv(variable, value)
+    shutil.copytree(template, tmp_path / "workspace")
+    bench = Bench(open_workspace(tmp_path / "workspace"), tiny_base)
+    bench.workspace.params.write_text(PARAMS.replace("tiny", name) + "gates: {dense: null, promote: manual}\n")
+    bench.register_root()
+    bench.commit("code", 0)
+    return bench
+
+
+@pytest.mark.parametrize(("store", "phase"), CASES)
+def test_a_store_that_is_killed_in_a_step_and_comes_back(shared, servers, store, phase, monkeypatch):
+    server = getattr(servers, store)
+    killed: list[str] = []
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not killed:
+                killed.append(phase)
+                server.kill()
+            return real(*args, **kwargs)
+
+        return call
+
+    known = {
+        PREFECT_API_URL: servers.prefect.api,
+        PREFECT_API_AUTH_STRING: servers.prefect.auth,
+        PREFECT_CLIENT_MAX_RETRIES: 0,
+    }
+
+    def take() -> Any:
+        if store != "prefect":
+            return step(shared)
+        with temporary_settings(known), with_server():
+            return adapt(str(shared.root), "code")
+
+    owner = MlflowClient if phase == "upload" else tasks if store == "prefect" else run
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, PHASES[phase], dying(getattr(owner, PHASES[phase])))
+        said = "it went on"
+        try:
+            take()
+        except CopalError as error:
+            said = str(error)
+    assert said.count("\n") == 0
+    assert killed == [phase]
+    server.start()
+    expire(shared.project.ledger.uri)  # where nobody could free the lineage
+    take()
+    assert [version.tags.get("copal.domain") for version in shared.registry.versions()] == [None, "code"]
+    assert [entry.kind for entry in shared.log] == ["gates"], "its chain is whole"
+    assert step(shared) is None
+    assert list(shared.workspace.runs.iterdir()) == []
+    client = MlflowClient(tracking_uri=servers.mlflow.uri, registry_uri=servers.mlflow.uri)
+    everything = client.search_model_versions(f"name = '{shared.registry.model_name}'")
+    assert sorted(int(version.version) for version in everything) == [1, 2]
+    experiment = client.get_experiment_by_name(shared.registry.model_name)
+    assert client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'") == []
