@@ -1,4 +1,4 @@
-"""The README's tables and PNG plots of what matrix.py measured: python tests/bench/report.py
+"""The tables of docs/algorithm.md and PNG plots of what matrix.py measured: python tests/bench/report.py
 
 Reads bench/metrics/ and bench/layers/; writes bench/tables.md and bench/plots/.
 """
@@ -44,7 +44,7 @@ Layers = Mapping[str, list[float]]
 
 
 def tables(out: Path) -> str:
-    """The tables of the README in markdown: geometric means by sparsity, and domains where half is pruned."""
+    """The tables of docs/algorithm.md in markdown: geometric means by sparsity, and domains where half is pruned."""
     read = _read(out / "metrics")
     lines = [f"| | {' | '.join(_percent(key) for key in SPARSITIES)} |", "|---|" + "---|" * len(SPARSITIES)]
     for method, label in LABELS.items():
