@@ -117,7 +117,7 @@ def test_the_table_of_ingredients_has_a_row_for_each_and_a_noise(inputs, monkeyp
     ).splitlines()
     assert len(rows) == len(found)
     assert all(" ± " in row for row in rows)
-    assert rows[0].endswith("(1.000) |")
+    assert rows[0].endswith("(1.000 ± 0.000) |")
 
 
 @pytest.mark.parametrize("name", ingredients.HELD_OUT)
