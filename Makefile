@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick test-stack check bench ingredients gpu soak constraints clean distclean
+.PHONY: help demo test quick test-stack check bench ingredients peers gpu soak constraints clean distclean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,12 @@ bench: $(STAMP) ## what a step costs, as ratios; fails where one is past its lim
 
 ingredients: $(STAMP) ## what each ingredient of a step is worth, on six domains
 	$(BIN)/python tests/bench/ingredients.py
+
+peers: $(STAMP) ## copal beside llm-compressor's SparseGPT and Wanda, which get a virtual environment of their own
+	test -e .bench/peers/.installed || { $(PYTHON) -m venv --clear .bench/peers \
+	  && .bench/peers/bin/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)' \
+	  && .bench/peers/bin/pip install llmcompressor==0.14.0.1 && touch .bench/peers/.installed; }
+	$(BIN)/python tests/bench/peers.py
 
 gpu: ## what needs a GPU, in under ten minutes, into bench/gpu.md (wants torch, transformers, safetensors, accelerate)
 	$(GPU_PYTHON) tests/gpu/run.py

@@ -47,9 +47,9 @@ _PIECE = 1 << 26  # bytes of a file that are sent at a time
 
 
 def device() -> torch.device:
-    """Where this process computes: its own GPU where there is one, else the CPU."""
+    """Where this process computes: its own CUDA GPU where there is one, else the CPU."""
     kind = _state().device
-    return torch.device("cpu") if kind.type == "cpu" else kind
+    return kind if kind.type == "cuda" else torch.device("cpu")  # others have no float64, and do not tell what is free
 
 
 def is_main() -> bool:

@@ -1,23 +1,30 @@
-"""What the pages for people say of the code: links, paths, commands, the tables of files, the diagram of the rooms."""
+"""What the pages for people say of the code: links, paths, commands, tables of figures and of files, the diagram."""
 
 from __future__ import annotations
 
 import ast
 import re
+import runpy
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from flows.cli import main
+from flows.cli.app import make_app
+from support.pages import blocks, commands, is_figure, tables
+from support.understood import problem
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "infra/README.md", "data/README.md")
+DOCS = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
+PAGES = (*DOCS, "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "infra/README.md", "data/README.md")
 ENDINGS = ("py", "md", "yaml", "toml", "html", "json", "env", "txt")
 # What a workspace, a version's folder or another repository has, and this one has not.
 ELSEWHERE = ("lineage.json", "gates.json", "job.json", "dvc.lock", "job_variables.env", ".copal/prefect.yaml")
 ELSEWHERE += (".copal/open.html", "bench/plots/", "bench/tables.md", "bench/gpu.md", "flows/NAME.py", "data/NAME/")
+ELSEWHERE += ("manifest.json", "report.json", "step.json", "evaluation.json", "BASE_README.md")
+ELSEWHERE += ("docs/images/forgetting.png", "docs/images/lineage.png")  # to be drawn
 
 
 def text(page: str) -> str:
@@ -35,7 +42,7 @@ def test_links_and_paths_that_a_page_names_are_there(page: str) -> None:
     files = tracked()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text(page))
     named = re.findall(rf"`([\w./-]+\.(?:{'|'.join(ENDINGS)}))`", text(page))
-    folders = re.findall(r"`((?:flows|copal|tests|infra|data|bench)/(?:[\w.-]+/)*)`", text(page))
+    folders = re.findall(r"`((?:flows|copal|tests|infra|data|bench|docs)/(?:[\w.-]+/)*)`", text(page))
     missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
     missing += [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)]
     missing += [folder for folder in folders if not (ROOT / folder).is_dir()]
@@ -44,16 +51,109 @@ def test_links_and_paths_that_a_page_names_are_there(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_that_a_page_names_are_there(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names = set(re.findall(r"(?:`|^ +|; )copal ((?:audit )?[a-z]+)", text(page), re.MULTILINE))
-    names |= {f"{name} {option}" for name, option in re.findall(r"`copal ([a-z]+)[^`]*?(--[a-z-]+)", text(page))}
-    unknown = []
-    for name in sorted(names):
-        command, _, option = name.partition(" --")
-        code = main([*command.split(), "--help"])
-        if code != 0 or (option and f"--{option}" not in capsys.readouterr().out + " --help"):
-            unknown.append(name)
-    assert unknown == []
+def test_commands_in_the_text_of_a_page_are_there(page: str) -> None:
+    """In backticks; what a command wants may be left out or be a word for it, and options may stand in brackets."""
+    stands_for = {"S": "60", "N": "9464", "SHELL": "bash", "QUESTION": "worse", "COMMAND": "status", "NUMBER": "1"}
+    problems = []
+    for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text(page)):
+        words = [stands_for.get(word, word) for word in re.sub(r"[\[\]]", "", code).split()]
+        if words[0] not in ("copal", "make") or len(words) == 1:
+            continue
+        wrong = problem(words, whole=False)
+        problems += [f"`{code}`: {wrong}"] if wrong else []
+    assert problems == []
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_commands_in_the_blocks_of_a_page_can_be_run(page: str) -> None:
+    found = [words for block in blocks(text(page), "sh") for words in commands(block)]
+    assert [(words, problem(words)) for words in found if problem(words)] == []
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_commands_stand_in_blocks_that_are_marked(page: str) -> None:
+    """So that the test above sees them."""
+    other = re.sub(r"^```sh\n.*?^```$", "", text(page), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^(?: {4,}|\$ )(?:copal|make|dvc|git|pip|prefect|mlflow) .*$", other, re.MULTILINE) == []
+    marks = re.findall(r"^```(.+)$", text(page), re.MULTILINE)
+    assert set(marks) <= {"sh", "python", "text", "mermaid"}
+    assert len(re.findall(r"^```$", text(page), re.MULTILINE)) == len(marks)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("copal stauts", "Unknown command"),
+        ("copal status --jsn", "Unknown option"),
+        ("copal init", "requires an argument"),
+        ("copal metrics --port many", "Invalid value"),
+        ("make dmeo", "no target dmeo"),
+        ("make demo TORCH_INDX=x", "no variable TORCH_INDX"),
+        ("python tests/bench/nonesuch.py", "no file"),
+        ("python -P -m flows.nonesuch", "no module"),
+        ("dvc repor", "does not understand"),
+        ("git comit", "no command comit"),
+        ("mlflow uii", "no command uii"),
+        ("mlflow models serve --bakend x", "no option --bakend"),
+        ("prefect worker strat", "Unknown command"),
+        ("A=1 nonesuch --x && copal status", "nonesuch: a program that no page has named"),
+    ],
+)
+def test_a_command_that_is_wrong_is_noticed(line: str, says: str) -> None:
+    (wrong,) = filter(None, map(problem, commands(f"{line}   # as one writes it\n")))
+    assert says in wrong
+
+
+def test_what_a_block_of_commands_is_read_as() -> None:
+    block = "A=x B=y copal init a#b > out   # why\nexport C=d\ncd a && dvc add \\\n  'my data'; cat < x | wc\n"
+    read = [["copal", "init", "a#b"], ["export", "C=d"], ["cd", "a"], ["dvc", "add", "my data"], ["cat"], ["wc"]]
+    assert commands(block) == read
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_every_table_of_figures_names_the_command_that_gives_them_again(page: str) -> None:
+    """In the paragraph after it, which begins with *Again:*."""
+    found = tables(text(page))
+    figures = [after for cells, after in found if any(map(is_figure, cells))]
+    assert [after for after in figures if not re.match(r"\*Again:\* `[^`]+`", after)] == []
+    named = [re.match(r"\*Again:\* `([^`]+)`", after)[1] for after in figures]
+    assert [problem(words) for line in named for words in commands(line) if problem(words)] == []
+
+
+def test_every_command_has_its_row() -> None:
+    rows = set(re.findall(r"^\| `copal ([a-z]+)[^|]*` \|", text("docs/using.md"), re.MULTILINE))
+    assert rows == {name for name in make_app() if not name.startswith("-")}
+
+
+def test_every_page_is_in_the_index_and_on_the_front_page() -> None:
+    pages = {Path(page).name for page in DOCS if page.startswith("docs/")} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", text("docs/README.md").split("##")[0])) == pages
+    assert set(re.findall(r"\]\(docs/([\w-]+\.md)\)", text("README.md").split("## Where the rest is")[1])) == pages
+
+
+def test_which_cells_are_figures() -> None:
+    assert all(
+        map(is_figure, ("11.04", "**11.99 (1.225)**", "10,059 (1,027)", "0.05", "30.0 GB", "44 s", "7.6 and 1.4 GB"))
+    )
+    assert not any(map(is_figure, ("", "`--port N`", "a domain of 12", "2:4", "SmolLM2-135M", "1")))
+    assert tables("| a |\n|---|\n| 1.5 |\n| 2 |\n\n*Again:* `x`\n") == [(["1.5", "2"], "*Again:* `x`")]
+
+
+def test_the_program_on_the_page_of_the_library_runs(tiny_base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (program,) = blocks(text("docs/library.md"), "python")
+    shutil.copytree(tiny_base, tmp_path / "base")
+    for name, word in {"legal": "whereas the lessee ", "medical": "acute otitis media "}.items():
+        (tmp_path / name).mkdir()
+        for number in range(60):
+            (tmp_path / name / f"{number}.txt").write_text(f"{number} {word}" * 60)
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("program.py")
+    printed = capsys.readouterr().out
+    assert re.findall(r"^version (\d): 50\.\d% zeros, (\d+) weights came back$", printed, re.MULTILINE)[0] == ("2", "0")
+    assert re.findall(r"^(\w+): perplexity \d+\.\d\d, dense \d+\.\d\d$", printed, re.MULTILINE) == ["legal", "medical"]
+    assert "geometric mean " in printed
+    assert printed.endswith("version 4 knows ['medical']\n")
 
 
 @pytest.mark.parametrize("package", ["flows", "copal"])

@@ -2,7 +2,8 @@
 
 Half of the weights are pruned for three domains at once, with one thing changed at a time: on the domains of the demo,
 with which copal's choices were made, and on three that no choice has seen. Perplexities are geometric means over the
-three; the noise is how far calibration windows of other seeds move them (standard deviation).
+three; in brackets how many times the dense base's that is, and how far windows of other seeds move that (standard
+deviation): a seed draws calibration and evaluation windows, so that a figure compares with those of its own seeds.
 """
 
 from __future__ import annotations
@@ -130,8 +131,8 @@ def table(runs: Mapping[str, list[dict[str, float]]]) -> str:
         cells = []
         for found in runs.values():
             values, times = [run[name] for run in found], [run[name] / run["dense"] for run in found]
-            noise = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{noise} ({statistics.mean(times):.3f})")
+            noise = f" ± {statistics.stdev(times):.3f}" if len(times) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f} ({statistics.mean(times):.3f}{noise})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

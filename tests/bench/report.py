@@ -1,12 +1,13 @@
-"""The README's tables and PNG plots of what matrix.py measured: python tests/bench/report.py
+"""The tables of docs/algorithm.md and PNG plots of what matrix.py measured: python tests/bench/report.py
 
-Reads bench/metrics/ and bench/layers/; writes bench/tables.md and bench/plots/.
+Reads bench/metrics/ and bench/layers/; writes bench/tables.md, bench/plots/ and the picture of the front page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from matrix import METHODS, OUT, SPARSITIES
 from copal.files import write_atomic
 from flows.start.domains import DOMAINS
 
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "forgetting.png"  # the front page's
 LABELS = {
     "dense": "dense",
     "magnitude": "magnitude",
@@ -38,13 +40,18 @@ COLOURS = {
     "sparsegpt-all": "#0072b2",
     "copal": "#009e73",
 }
+BY_STEP = {
+    "copal": "copal",
+    "sparsegpt-newest": "SparseGPT, domain by domain",
+    "wanda-newest": "Wanda, domain by domain",
+}
 LINEARS = matplotlib.color_sequences["tab10"]
 
 Layers = Mapping[str, list[float]]
 
 
 def tables(out: Path) -> str:
-    """The tables of the README in markdown: geometric means by sparsity, and domains where half is pruned."""
+    """The tables of docs/algorithm.md in markdown: geometric means by sparsity, and domains where half is pruned."""
     read = _read(out / "metrics")
     lines = [f"| | {' | '.join(_percent(key) for key in SPARSITIES)} |", "|---|" + "---|" * len(SPARSITIES)]
     for method, label in LABELS.items():
@@ -64,6 +71,10 @@ def draw(out: Path) -> list[Path]:
     metrics, layers = _read(out / "metrics"), _read(out / "layers")
     chains = {name.removeprefix("chain-"): found for name, found in metrics.items() if name.startswith("chain-")}
     figures = {
+        "steps": steps(
+            {method: chains[method]["perplexity"] for method in BY_STEP if method in chains},
+            metrics["dense-0"]["perplexity"],
+        ),
         "perplexity-matrix": perplexity_matrix(chains["copal"]["perplexity"], metrics["dense-0"]["perplexity"]),
         "forgetting": forgetting({method: chains[method]["forgetting"] for method in METHODS if method in chains}),
         "layer-error": layer_error({method: layers[f"{method}-50"] for method in METHODS}),
@@ -76,6 +87,35 @@ def draw(out: Path) -> list[Path]:
         # Without the version of matplotlib in it: the same figures give the same file.
         figure.savefig(files[-1], dpi=120, metadata={"Software": None})
     return files
+
+
+def steps(by_method: Mapping[str, Mapping[str, Mapping[str, float]]], dense: Mapping[str, float]) -> Figure:
+    """A panel for each domain: its perplexity after each step, from the one that adapted to it on."""
+    figure, *panels = _figure(11, 3.6, len(DOMAINS))
+    places = {name: place for place, name in enumerate(DOMAINS)}
+    most = max(found[newest][name] for found in by_method.values() for newest in DOMAINS for name in _met(newest))
+    for axes, name in zip(panels, DOMAINS, strict=True):
+        for method, found in by_method.items():
+            met = [newest for newest in DOMAINS if name in _met(newest)]
+            line = [found[newest][name] for newest in met]
+            axes.plot([places[newest] for newest in met], line, marker="o", linewidth=2, color=COLOURS[method],
+                      label=BY_STEP[method])  # fmt: skip
+        axes.axhline(dense[name], color="black", linestyle="--", linewidth=1, label="dense model")
+        axes.set_yscale("log")
+        axes.set_ylim(min(dense.values()) * 0.85, most * 1.2)
+        _plain_log(axes)
+        axes.set_xlim(-0.3, len(DOMAINS) - 0.7)
+        axes.set_xticks(range(len(DOMAINS)), [f"step {place + 1}:\n{newest}" for newest, place in places.items()])
+        axes.set_title(f"perplexity on {name}")
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _met(newest: str) -> tuple[str, ...]:
+    """The domains met when this one was the newest."""
+    return DOMAINS[: DOMAINS.index(newest) + 1]
 
 
 def perplexity_matrix(perplexity: Mapping[str, Mapping[str, float]], dense: Mapping[str, float]) -> Figure:
@@ -195,7 +235,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="where metrics and layers lie (default: %(default)s)")
     out = parser.parse_args().out
     write_atomic(out / "tables.md", tables(out) + "\n")
-    draw(out)
+    files = draw(out)
+    PICTURE.parent.mkdir(exist_ok=True)
+    shutil.copyfile(files[0], PICTURE)
     print(tables(out))
 
 

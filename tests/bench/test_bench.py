@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import cost
 import ingredients
 import matrix
+import peers
 import pytest
 import report
 import torch
@@ -117,7 +119,24 @@ def test_the_table_of_ingredients_has_a_row_for_each_and_a_noise(inputs, monkeyp
     ).splitlines()
     assert len(rows) == len(found)
     assert all(" ± " in row for row in rows)
-    assert rows[0].endswith("(1.000) |")
+    assert rows[0].endswith("(1.000 ± 0.000) |")
+
+
+def test_the_table_of_peers_has_what_each_costs_beside_how_good_it_is():
+    perplexity = dict.fromkeys(DOMAINS, 10.0)
+    other = {"method": "Wanda", "perplexity": dict.fromkeys(DOMAINS, 20.0), "seconds": 61.4, "peak": 1.26e9}
+    _, _, *rows = peers.table([{"method": "dense", "perplexity": perplexity}, other]).splitlines()
+    assert rows[0] == f"| dense |{' 10.00 |' * len(DOMAINS)} 10.00 (1.00) |  |  |"
+    assert rows[1] == f"| Wanda |{' 20.00 |' * len(DOMAINS)} 20.00 (2.00) | 61 | 1.3 GB |"
+
+
+def test_copal_beside_its_peers_takes_a_step_for_each_domain(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "load_inputs", lambda folder: inputs)
+    peers.step_by_step(tmp_path, tmp_path)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["seconds"] > 0
+    assert told["peak"] > 1e8
+    assert all((tmp_path / name / "model").is_dir() for name in DOMAINS)
 
 
 @pytest.mark.parametrize("name", ingredients.HELD_OUT)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ def test_two_processes_give_what_one_gives(make_model, domains, tmp_path, cpu):
     in_processes.run(base, domains, one, cpu)
     in_processes.launch(base, domains, two, environment={"CUDA_VISIBLE_DEVICES": ""})
     in_processes.same(one, two)
+
+
+@pytest.mark.parametrize(("found", "taken"), [("mps", "cpu"), ("xpu:0", "cpu"), ("cpu", "cpu"), ("cuda:1", "cuda:1")])
+def test_a_step_runs_on_cuda_or_on_the_cpu(monkeypatch, found, taken):
+    monkeypatch.setattr(processes, "_state", lambda: SimpleNamespace(device=torch.device(found)))
+    assert processes.device() == torch.device(taken)
 
 
 def test_an_evaluation_of_many_domains_fans_out(make_model, tmp_path):

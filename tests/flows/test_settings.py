@@ -453,8 +453,8 @@ def test_what_is_wrong_with_the_settings_is_said_without_a_password(text: str, t
     assert "canary" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_every_variable_is_in_the_table_of_the_readme():
-    table = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_every_variable_is_in_the_table_of_the_docs():
+    table = (Path(__file__).parents[2] / "docs" / "team.md").read_text(encoding="utf-8")
     for variable, (section, setting) in VARIABLES.items():
         assert re.search(rf"^\| .*`{variable}`.* \| .*`{section}\.{setting}`", table, re.MULTILINE), variable
 

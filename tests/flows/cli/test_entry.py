@@ -17,10 +17,10 @@ import pytest
 from copal.errors import DataError
 
 GROUPS = {
-    "Getting started": ["init", "base", "sizes", "doctor", "demo", "completion"],
+    "Getting started": ["init", "add", "base", "sizes", "doctor", "demo", "completion"],
     "Adapting to domains": ["watch", "adapt", "status", "plan", "withdraw", "gc"],
     "Which version serves": ["gates", "promote", "rollback", "export"],
-    "What made a version": ["lineage", "verify", "replay", "audit"],
+    "What made a version": ["lineage", "plot", "verify", "replay", "audit"],
     "Running it for a team": ["up", "down", "node", "notify", "metrics", "hook"],
     "Options of every command": ["--verbose", "--quiet", "--debug", "--help", "--version"],
 }
@@ -127,7 +127,7 @@ def test_a_completion_script_completes(run):
         ("audit usd", 'unknown command "usd". Did you mean "used"? See `copal audit --help`.'),
         ("status --jsno", "unknown option: --jsno. Did you mean --json? See `copal status --help`."),
         ("status --quite", "unknown option: --quite. Did you mean --quiet? See `copal status --help`."),
-        ("status legal", "unexpected: legal. See `copal status --help`."),
+        ("plan legal", "unexpected: legal. See `copal plan --help`."),
         ("init", 'command "init" parameter FOLDER requires an argument. See `copal init --help`.'),
         ("withdraw legal", 'command "withdraw" parameter --why requires an argument. See `copal withdraw --help`.'),
         ("watch --interval 0", 'invalid value "0.0" for --interval. Must be > 0. See `copal watch --help`.'),

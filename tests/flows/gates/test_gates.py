@@ -19,7 +19,7 @@ from flows.step import run
 from flows.step.run import plain_tasks, run_step
 from support.histories import a_domain, a_layer, a_record, a_root
 
-# The demo's table in README.md: perplexity by version and domain, and of the dense base.
+# Of the demo: perplexity by version and domain, and of the dense base.
 DENSE = {"code": 11.04, "legal": 10.10, "medical": 8.25}
 DEMO = {
     2: {"code": 14.54},
