@@ -49,6 +49,7 @@ _OF_METRIC = {"metric", "aggregation", "higher_is_better", "ignore_case", "ignor
 _FORMATS = ("json", "csv", "parquet", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # becomes part of the names of metrics
 _LARGEST = 64 << 10  # bytes of a task file
+_LARGEST_DATA = 256 << 20  # bytes of its data: the harness reads it whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +110,8 @@ def _task(domain: str, path: Path, where: str) -> TaskFile:
         split: [_inside(path.parent, file, where) for file in ([named] if isinstance(named, str) else named)]
         for split, named in files.items()
     }
+    if sum(file.stat().st_size for each in found.values() for file in each) > _LARGEST_DATA:
+        raise DataError(f"{where}: its data is larger than {_LARGEST_DATA >> 20} MB: put fewer questions there")
     asked = {split: [sha256_file(file) for file in each] for split, each in found.items()}
     absolute = {split: [str(file) for file in each] for split, each in found.items()}
     return TaskFile(

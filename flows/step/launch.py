@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -140,6 +141,8 @@ def _run(
         except BaseException:
             launcher.terminate()  # it ends the processes
             raise
+    if launcher.returncode == -signal.SIGKILL:
+        return Fault(_KILLED_KIND)
     return None if launcher.returncode == 0 else _fault(sorted(folder.glob("error-*.json")), log.read_text())
 
 
