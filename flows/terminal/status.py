@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.lineage.figures import figure, percent, short, timespan
+from flows.lineage.figures import figure, four_digits, percent, short, timespan
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -131,7 +131,7 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
         table.add_column(heading, justify="right")
     for row in rows:
         named = (row["domain"], row["task"], row["metric"], str(row["documents"]))
-        table.add_row(*named, figure(row["figure"]), figure(row["dense"]))
+        table.add_row(*named, four_digits(row["figure"]), four_digits(row["dense"]))
     return [table]
 
 
