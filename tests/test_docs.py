@@ -24,7 +24,6 @@ ENDINGS = ("py", "md", "yaml", "toml", "html", "json", "env", "txt")
 ELSEWHERE = ("lineage.json", "gates.json", "job.json", "dvc.lock", "job_variables.env", ".copal/prefect.yaml")
 ELSEWHERE += (".copal/open.html", "bench/plots/", "bench/tables.md", "bench/gpu.md", "flows/NAME.py", "data/NAME/")
 ELSEWHERE += ("manifest.json", "report.json", "step.json", "evaluation.json", "BASE_README.md")
-ELSEWHERE += ("docs/images/forgetting.png", "docs/images/lineage.png")  # to be drawn
 
 
 def text(page: str) -> str:

@@ -59,8 +59,6 @@ def fetch_base(source: str, target: Path, progress: Progress = silent) -> BaseMo
         FetchError: `target` is taken, or the source cannot be reached or is no source.
         ModelError: what was found is no model that copal can use (`copal.dry_load`).
     """
-    from copal.dry_load import dry_load
-
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FetchError(f"{target} exists and is not an empty folder; name a new one")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +69,8 @@ def fetch_base(source: str, target: Path, progress: Progress = silent) -> BaseMo
             exact = _from_folder(folder, partial, progress)
         else:
             exact = _from_hub(source, partial, progress)
+        from copal.dry_load import dry_load  # brings torch: a source that is none is said before
+
         for path in partial.iterdir():
             path.chmod(0o644)  # safetensors writes 0600
         try:

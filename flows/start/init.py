@@ -70,17 +70,17 @@ def init_with_base(
     Raises:
         CopalError: as `init_workspace`, `fetch_base`, `load_settings` and `register_root`.
     """
-    from flows.lineage.page.page import render_page
-    from flows.project import project_of, read_history
-    from flows.step.register import register_root
+    from flows.models.base import fetch_base
 
     folder = folder.expanduser().resolve()
     with _as_before_on_error(folder), exclusive(Workspace(folder)):
-        from flows.models.base import fetch_base
-
         fetched = Workspace(folder).runs / f"fetched-base-{os.getpid()}"
         try:
             base = fetch_base(source, fetched, progress)
+            from flows.lineage.page.page import render_page  # these bring MLflow and torch
+            from flows.project import project_of, read_history
+            from flows.step.register import register_root
+
             workspace = _lay_out(folder, model_name)
             settings = load_settings(workspace.params)
             _check_window(settings, base)

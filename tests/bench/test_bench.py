@@ -101,7 +101,7 @@ def test_the_report_has_a_row_for_each_method_and_plots(measure, inputs, tmp_pat
         assert {row.count("|") for row in rows} == {columns + 1}
     files = report.draw(out)
     assert {file.name for file in files} == {
-        "perplexity-matrix.png", "forgetting.png", "layer-error.png", "new-domain.png",
+        "steps.png", "perplexity-matrix.png", "forgetting.png", "layer-error.png", "new-domain.png",
     }  # fmt: skip
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000 for file in files)
     again = {file: file.read_bytes() for file in files}
