@@ -40,11 +40,8 @@ PHASES = {
 }
 ELSEWHERE = {"MLFLOW_ALLOWED_HOST_ADDRESSED_ARTIFACT_SCHEMES": "mlflow-artifacts"}  # artifacts on another server
 STORES = ("postgresql", "mlflow", "artifacts", "prefect")
-# Each store and each phase once or twice; `make soak` takes the others.
-OFTEN = {
-    ("postgresql", "prune"), ("postgresql", "upload"), ("mlflow", "gates"), ("artifacts", "register"),
-    ("mlflow", "fetch"), ("prefect", "evaluate"),
-}  # fmt: skip
+# Each store once, in another phase; `make soak` takes the others.
+OFTEN = {("postgresql", "upload"), ("mlflow", "gates"), ("artifacts", "register"), ("prefect", "evaluate")}
 CASES = [
     pytest.param(store, phase, marks=() if (store, phase) in OFTEN else pytest.mark.soak)
     for store in STORES
