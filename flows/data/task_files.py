@@ -18,25 +18,28 @@ from copal.domain_files import TASKS, check_name
 from copal.errors import DataError
 from copal.files import sha256_file
 
-__all__ = ["METRICS", "TaskFile", "read_tasks"]
+__all__ = ["TaskFile", "read_tasks"]
 
-# Metric -> whether more is better. The harness looks for others on the hub.
-METRICS = {
-    "acc": True,
-    "acc_norm": True,
-    "acc_bytes": True,
-    "acc_mutual_info": True,
-    "bits_per_byte": False,
-    "bleu": True,
-    "brier_score": False,
-    "byte_perplexity": False,
-    "chrf": True,
-    "exact_match": True,
-    "f1": True,
-    "mcc": True,
-    "perplexity": False,
-    "ter": False,
-    "word_perplexity": False,
+# Kind of question -> metrics of its answers. The harness gives none of another kind, and looks for others on the hub.
+_METRICS_OF = {
+    "multiple_choice": ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "brier_score", "f1", "mcc"),
+    "loglikelihood": ("acc", "perplexity"),
+    "loglikelihood_rolling": ("bits_per_byte", "byte_perplexity", "word_perplexity"),
+    "generate_until": ("bleu", "chrf", "exact_match", "ter"),
+}
+_LESS_IS_BETTER = {"bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity"}
+# How the harness puts the answers to all questions together, where that is no mean.
+_AGGREGATION = {
+    "bits_per_byte": "bits_per_byte",
+    "bleu": "bleu",
+    "brier_score": "brier_score",
+    "byte_perplexity": "weighted_perplexity",
+    "chrf": "chrf",
+    "f1": "f1",
+    "mcc": "matthews_corrcoef",
+    "perplexity": "perplexity",
+    "ter": "ter",
+    "word_perplexity": "weighted_perplexity",
 }
 
 _FIELDS = {
@@ -46,6 +49,7 @@ _FIELDS = {
     *("num_fewshot", "gen_prefix"),
 }
 _OF_METRIC = {"metric", "aggregation", "higher_is_better", "ignore_case", "ignore_punctuation", "ignore_numbers"}
+_GENERATION = {"until", "max_gen_toks", "do_sample", "temperature"}
 _FORMATS = ("json", "csv", "parquet", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # becomes part of the names of metrics
 _LARGEST = 64 << 10  # bytes of a task file
@@ -60,6 +64,7 @@ class TaskFile:
         domain, name: whose it is, and what it calls itself.
         config: what the file says, with absolute paths of the data.
         metric: the first that it names.
+        higher_is_better: of that metric.
         digest: SHA-256 of all that it asks: figures with the same one compare.
     """
 
@@ -67,6 +72,7 @@ class TaskFile:
     name: str
     config: Mapping[str, Any]
     metric: str
+    higher_is_better: bool
     digest: str
 
 
@@ -105,6 +111,7 @@ def _task(domain: str, path: Path, where: str) -> TaskFile:
             f"{where}: dataset_path must be one of {', '.join(_FORMATS)}: data is read from files beside it"
         )
     metric = _metric(config, where)
+    _check_generation(config.get("generation_kwargs") or {}, where)
     files = _data_files(config, where)
     found = {
         split: [_inside(path.parent, file, where) for file in ([named] if isinstance(named, str) else named)]
@@ -119,6 +126,7 @@ def _task(domain: str, path: Path, where: str) -> TaskFile:
         name=name,
         config={**config, "dataset_kwargs": {"data_files": absolute}},
         metric=metric,
+        higher_is_better=metric not in _LESS_IS_BETTER,
         digest=fingerprint({**config, "dataset_kwargs": {"data_files": asked}}),
     )
 
@@ -152,15 +160,32 @@ def _read(path: Path, where: str) -> dict[str, Any]:
 
 def _metric(config: Mapping[str, Any], where: str) -> str:
     """The first metric of a task, once all of them are known."""
+    kind = config.get("output_type")
+    if not isinstance(kind, str) or kind not in _METRICS_OF:
+        raise DataError(f"{where}: output_type must be one of {', '.join(_METRICS_OF)}")
+    known = _METRICS_OF[kind]
     entries = config.get("metric_list")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{where}: metric_list must be a list such as [{{metric: acc}}]; gates look at the first")
     for entry in entries:
         if unknown := sorted(map(str, entry.keys() - _OF_METRIC)):
             raise DataError(f"{where}: {unknown[0]} of a metric is not passed on; there are {_listed(_OF_METRIC)}")
-        if entry.get("metric") not in METRICS:
-            raise DataError(f"{where}: metric {entry.get('metric')!a} must be one of {', '.join(METRICS)}")
+        metric = entry.get("metric")
+        if metric not in known:
+            raise DataError(f"{where}: metric {metric!a} must be one of {', '.join(known)}, for output_type {kind}")
+        own = {"aggregation": _AGGREGATION.get(metric, "mean"), "higher_is_better": metric not in _LESS_IS_BETTER}
+        for name, value in own.items():
+            if name in entry and entry[name] != value:
+                raise DataError(f"{where}: {name} of {metric} must be {value}, as it is when left out")
     return str(entries[0]["metric"])
+
+
+def _check_generation(options: object, where: str) -> None:
+    """What goes to transformers' `generate`, where an option can name code."""
+    if not isinstance(options, dict) or options.keys() - _GENERATION:
+        raise DataError(f"{where}: generation_kwargs may have {_listed(_GENERATION)}, and nothing else")
+    if options.get("do_sample") or options.get("temperature"):
+        raise DataError(f"{where}: generation_kwargs must leave do_sample false: an answer is to be the same each time")
 
 
 def _data_files(config: Mapping[str, Any], where: str) -> dict[str, str | list[str]]:

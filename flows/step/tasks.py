@@ -16,7 +16,7 @@ from copal.config import fingerprint
 from copal.errors import SettingsError
 from copal.files import write_atomic
 from copal.progress import Progress, silent
-from flows.data.task_files import METRICS, TaskFile, read_tasks
+from flows.data.task_files import TaskFile, read_tasks
 from flows.lineage.tasks import TaskFigures
 from flows.machine import forward_dtype, harness_version
 from flows.project import Project
@@ -82,7 +82,7 @@ def ask_tasks(
             harness=harness,
             documents=answer["documents"],
             metric=task.metric,
-            higher_is_better=METRICS[task.metric],
+            higher_is_better=task.higher_is_better,
             figures=answer["figures"],
             dense=known[task.digest],
         )

@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 
 from copal.errors import CopalError, DataError, ResourceError, SettingsError
 from copal.progress import Progress
+from flows.data import task_files
 from flows.data.dataset import UnusableDataError
 from flows.data.task_files import read_tasks
 from flows.lineage.record import Record
@@ -206,6 +207,17 @@ def test_a_template_does_not_reach_python(tmp_path, template):
         ("task: dialect", "unsafe_code: true\ntask: dialect", "unsafe_code is not passed on"),
         ("dataset_path: json", "dataset_path: openbookqa", "dataset_path must be one of json"),
         ("metric: acc", "metric: ./metric.py", "metric './metric.py' must be one of acc"),
+        (
+            "task: dialect",
+            "generation_kwargs: {custom_generate: .}\ntask: dialect",
+            "generation_kwargs may have do_sample",
+        ),
+        ("task: dialect", "generation_kwargs: {do_sample: true}\ntask: dialect", "must leave do_sample false"),
+        ("metric: acc", "metric: [acc]", "metric ['acc'] must be one of acc"),
+        ("metric: acc", "metric: word_perplexity", "must be one of acc, acc_norm"),
+        ("aggregation: mean", "aggregation: nonesuch", "aggregation of acc must be mean"),
+        ("higher_is_better: true", "higher_is_better: false", "higher_is_better of acc must be True"),
+        ("output_type: multiple_choice", "output_type: generate", "output_type must be one of multiple_choice"),
         ("    aggregation: mean", "    hf_evaluate: true", "hf_evaluate of a metric is not passed on"),
         ("test: questions.jsonl", "test: ../documents.jsonl", "does not lie in the folder tasks"),
         ("test: questions.jsonl", "test: https://example.org/rows.jsonl", "is not there, or is no file"),
@@ -222,6 +234,18 @@ def test_what_names_code_the_hub_or_files_elsewhere_is_refused_by_file(tmp_path,
         read_tasks("code", tmp_path)
     assert str(found.value).startswith("data/code/tasks/dialect.yaml")
     assert says in str(found.value)
+
+
+def test_what_is_known_of_metrics_is_what_the_harness_says():
+    from lm_eval.api import metrics as _metrics  # registers them
+    from lm_eval.api.registry import AGGREGATION_REGISTRY, get_metric, get_metric_aggregation, is_higher_better
+
+    assert _metrics
+    for metric in {one for metrics in task_files._METRICS_OF.values() for one in metrics}:
+        assert get_metric(metric) is not None
+        assert is_higher_better(metric) is (metric not in task_files._LESS_IS_BETTER)
+        aggregation = task_files._AGGREGATION.get(metric, "mean")
+        assert get_metric_aggregation(metric) is AGGREGATION_REGISTRY[aggregation]
 
 
 def test_a_link_that_leaves_the_folder_is_refused(tmp_path):
