@@ -20,7 +20,7 @@ from copal.processes import gather, is_main
 from copal.streaming import Stream
 from support.windows import dialect
 
-DOMAINS, WINDOWS, LENGTH, SECONDS = 50, 5, 8, 0.02  # windows of a domain, their tokens; seconds of a window in a block
+DOMAINS, WINDOWS, LENGTH, SECONDS = 50, 5, 8, 0.05  # windows of a domain, their tokens; seconds of a window in a block
 
 
 def sleep(stream: Stream, block: nn.Module) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 from flows.isolated import isolated_environment, isolated_python
 from flows.step.resolve import UNFINISHED
@@ -29,11 +30,15 @@ def test_a_step_ends_with_one_line_and_nothing_of_prefect(bench, tmp_path):
             start_new_session=True,
             text=True,
         )
-        parts = f"*/{UNFINISHED}/*/process-0/statistics-*"
-        until(lambda: list(bench.workspace.runs.glob(parts)), 120, "statistics of a block")
-        began = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)
-        code = process.wait(timeout=120)
+        try:
+            parts = f"*/{UNFINISHED}/*/process-0/statistics-*"
+            until(lambda: list(bench.workspace.runs.glob(parts)), 300, "statistics of a block")
+            began = time.monotonic()
+            os.killpg(process.pid, signal.SIGINT)
+            code = process.wait(timeout=120)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert (code, time.monotonic() - began < _SECONDS) == (130, True)
     said = [line for line in errors.read_text().splitlines() if "of 6: " not in line and "starting Prefect" not in line]
     assert said == ["copal: interrupted"]

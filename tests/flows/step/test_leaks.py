@@ -7,8 +7,8 @@ import json
 import pytest
 
 from flows.cli.entry import main
+from flows.data.dataset import UnusableDataError
 from flows.pending.plan import plan
-from flows.step.work import UnusableDataError
 from flows.verification.replay import replay
 from support.toys import step
 
