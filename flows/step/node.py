@@ -24,6 +24,7 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined] 
 
 from copal.errors import CopalError
 from copal.files import write_atomic
+from copal.printable import printable_lines
 from copal.progress import silent
 from flows.project import Project
 from flows.step.distributed import REQUEST_FILE
@@ -141,7 +142,7 @@ def _over(node: _Node, task: int) -> bool:
     try:
         return node.value(f"stop/{task}") is not None or node.value("over") is not None
     except NodeError as error:
-        print(f"copal: {error}", file=sys.stderr)
+        print(printable_lines(f"copal: {error}"), file=sys.stderr)
         return True
 
 

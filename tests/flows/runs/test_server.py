@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -65,7 +66,8 @@ def test_a_server_that_goes_away_under_a_flow_is_said_in_one_line():
 
 
 def test_a_table_that_cannot_be_shown_fails_no_step(caplog, monkeypatch):
-    monkeypatch.setattr(artifacts._log, "handlers", [caplog.handler])  # Prefect's loggers keep what they hear
+    for name, value in (("handlers", [caplog.handler]), ("level", logging.WARNING), ("disabled", False)):
+        monkeypatch.setattr(artifacts._log, name, value)  # Prefect's loggers keep what they hear, and others set them
     away = {PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api", PREFECT_CLIENT_MAX_RETRIES: 0}
     with temporary_settings(away):
         show_gates("tiny", 2, [])
