@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.lineage.entries import GatesEntry
-from flows.lineage.figures import geometric_mean, markdown_cell, markdown_table
+from flows.lineage.figures import markdown_cell, markdown_table
 from flows.lineage.record import Record
 
 __all__ = ["LONGEST", "model_description", "run_title", "version_description"]
@@ -97,7 +97,7 @@ def _figures(record: Record, rows: Sequence[tuple[str, ...]], room: int) -> list
     if not rows:
         return []
     said = "Perplexity on windows that no calibration saw; *dense* is the base on the same windows."
-    mean, dense = (geometric_mean(list(found.values())) for found in (record.perplexity, record.dense_perplexity))
+    mean, dense = record.mean_perplexity, record.mean_dense_perplexity
     if len(rows) > 1 and mean is not None and dense is not None:
         said += f" Geometric mean: **{mean:.2f}** (dense {dense:.2f})."
     room -= len(said) + 2 + 40  # 40: how many are left out

@@ -12,7 +12,6 @@ from typing import Any
 
 from copal.errors import CopalError
 from flows.lineage.entries import CHAMPION, Entry, GatesDetails, gates_entry, who_text
-from flows.lineage.figures import geometric_mean
 from flows.lineage.record import Domain, Record
 
 __all__ = [
@@ -248,8 +247,8 @@ def summary(history: History) -> list[Line]:
                 created=record.created,
                 sparsity=record.sparsity.counted,
                 weights_back=record.weights_back,
-                perplexity=geometric_mean(list(record.perplexity.values())),
-                dense_perplexity=geometric_mean(list(record.dense_perplexity.values())),
+                perplexity=record.mean_perplexity,
+                dense_perplexity=record.mean_dense_perplexity,
                 aliases=version.aliases,
                 gates=gates_of(history, version),
                 digest=version.digest,

@@ -37,6 +37,7 @@ from flows.lineage.fields import (
     parse,
     shown,
 )
+from flows.lineage.figures import geometric_mean
 from flows.lineage.tasks import TasksOfDomains
 
 if TYPE_CHECKING:
@@ -262,6 +263,16 @@ class Record(Frozen):
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the record's canonical JSON: the same before writing and after reading."""
         return fingerprint(self.as_json())
+
+    @property
+    def mean_perplexity(self) -> float | None:
+        """Geometric mean over its domains; None where it has none."""
+        return geometric_mean(list(self.perplexity.values()))
+
+    @property
+    def mean_dense_perplexity(self) -> float | None:
+        """Of the dense base, likewise."""
+        return geometric_mean(list(self.dense_perplexity.values()))
 
     @property
     def withdraws(self) -> Withdrawn | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.lineage.figures import geometric_mean
 from flows.lineage.history import History, find_version, gates_of, since_newest, step_texts
 from flows.lineage.record import Record
 from flows.lineage.tasks import task_rows
@@ -19,8 +18,7 @@ def standing(record: Record) -> dict[str, Any]:
         {geometric_mean, dense_geometric_mean, times_dense (the ratio of these), worst}; `worst`: the domain that is
         furthest from the dense base, {domain, times_dense}.
     """
-    mean = geometric_mean(list(record.perplexity.values()))
-    dense = geometric_mean(list(record.dense_perplexity.values()))
+    mean, dense = record.mean_perplexity, record.mean_dense_perplexity
     ratios = {name: value / record.dense_perplexity[name] for name, value in record.perplexity.items()}
     worst = max(ratios, key=lambda name: ratios[name], default=None)
     return {
