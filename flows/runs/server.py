@@ -43,10 +43,9 @@ def check_server() -> None:
             except httpx.HTTPStatusError as error:
                 raise _stranger(url, error.response.status_code) from error
     if problem is not None:
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise ServerError(
-            f"the Prefect server at {url} does not answer ({reason}): start it, or unset PREFECT_API_URL (and "
-            "`prefect profile use` another profile) to run without one"
+            f"the Prefect server at {url} does not answer ({_reason(problem)}): start it, or unset PREFECT_API_URL "
+            "(and `prefect profile use` another profile) to run without one"
         )
 
 
@@ -66,8 +65,12 @@ def server_ready() -> Iterator[bool]:
     if PREFECT_API_URL.value() is not None:
         yield False
         return
-    import prefect.server.api.server  # noqa: F401 - here: two threads that import would undo each other's warning filters
+    # Imported here: two threads that import would undo each other's warning filters.
+    from prefect.server.api.server import SubprocessASGIServer
 
+    if SubprocessASGIServer().running:  # since an earlier check of the same process
+        yield True
+        return
     with ThreadPoolExecutor(max_workers=1) as pool:
         started = pool.submit(_start)
         yield True
@@ -87,10 +90,9 @@ def with_server() -> Iterator[None]:
     try:
         yield
     except httpx.HTTPError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         place = f" at {PREFECT_API_URL.value()}" if PREFECT_API_URL.value() else ""
         raise ServerError(
-            f"the Prefect server{place} went away while this ran ({reason}): start it and run "
+            f"the Prefect server{place} went away while this ran ({_reason(error)}): start it and run "
             "this again, what is finished is kept"
         ) from error
 
@@ -122,6 +124,10 @@ def _end() -> None:
     if process is not None:
         process.kill()
         process.wait()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _stranger(url: str, status: int) -> ServerError:
