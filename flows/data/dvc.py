@@ -19,6 +19,7 @@ from flows.data.git import git
 from flows.data.storage import check_links, remotes_of, storage_of
 
 __all__ = [
+    "SET_UP",
     "add_and_commit",
     "dvc_errors",
     "init_repository",
@@ -27,12 +28,7 @@ __all__ = [
     "open_pointers",
 ]
 
-_SET_UP = (
-    ".gitignore",
-    ".dvcignore",
-    ".dvc/config",
-    ".dvc/.gitignore",
-)  # of a repository with DVC
+SET_UP = (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore")  # what `init_repository` may write
 
 
 def init_repository(root: Path) -> None:
@@ -59,7 +55,7 @@ def init_repository(root: Path) -> None:
     lines = ignored.read_text(encoding="utf-8").splitlines() if ignored.exists() else []
     if ".copal/" not in lines:
         write_atomic(ignored, "\n".join([*lines, ".copal/", ""]))
-    _stage(root, *_SET_UP)
+    _stage(root, *SET_UP)
 
 
 def add_and_commit(root: Path, domain: str, message: str) -> str:
@@ -80,7 +76,7 @@ def add_and_commit(root: Path, domain: str, message: str) -> str:
             dvc.add(str(root / "data" / domain))
     pointer = [path for path in (f"data/{domain}.dvc", "data/.gitignore") if (root / path).exists()]
     _stage(root, *pointer)
-    new = git(root, "diff", "--cached", "--name-only", "--diff-filter=A", "--", *_SET_UP).splitlines()
+    new = git(root, "diff", "--cached", "--name-only", "--diff-filter=A", "--", *SET_UP).splitlines()
     git_commit(root, message, [*pointer, *new])
     return resolve_commit(root, "HEAD")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from copal.domain_files import ENDINGS, TASKS, domain_files
 from copal.errors import DataError
+from flows.data.dvc import one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,8 +83,7 @@ def _convert(path: Path, read: Callable[[str], dict[str, Dataset]], folder: Path
                 target = folder / f"{'-'.join(filter(None, (name, split)))}.parquet"
                 rows.to_parquet(_free(target, path))
         except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-            cause = error.__cause__ or error
-            raise DataError(f"{path} cannot be read: {' '.join(str(cause).split()) or type(cause).__name__}") from error
+            raise DataError(f"{path} cannot be read: {one_line(error.__cause__ or error)}") from error
 
 
 def _table(path: Path, scratch: str) -> Dataset:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from copal.domain_files import domain_files
-from copal.errors import CopalError, DataError
+from copal.errors import CopalError
 from flows.data.dataset import MissingDataError
 from flows.data.dvc import add_and_commit
 from flows.data.git import git
@@ -56,7 +56,7 @@ class Added:
 
     def as_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"unchecked": list(self.unchecked)}
+        return asdict(self)
 
 
 def add_domain(project: Project, domain: str, paths: Sequence[Path], *, replace: bool = False) -> Added:
@@ -132,10 +132,7 @@ def _looked_at(project: Project, domain: str, folder: Path) -> tuple[DomainWindo
         except MissingDataError:
             unchecked.append(entry.name)
     base = registry.folder(root) / "model"
-    try:
-        windows = cut_windows(base, data, others, domain, None, project.settings.calibration)
-    except DataError as error:
-        raise DataError(str(error)) from error
+    windows = cut_windows(base, data, others, domain, None, project.settings.calibration)
     return windows[domain], tuple(unchecked)
 
 

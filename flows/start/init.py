@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from copal.errors import SettingsError
 from copal.files import write_atomic
 from copal.progress import Progress
+from flows.data.dvc import SET_UP, init_repository
 from flows.data.git import commit, git
 from flows.params import load_settings
 from flows.settings import Settings
@@ -37,7 +38,7 @@ document a row: its text in the field `text`, optionally an `id`). Its name is o
 """
 
 # What an init may write to in a folder that was there before.
-_FILES = (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "params.yaml", "data/README.md")
+_FILES = (*SET_UP, "params.yaml", "data/README.md")
 _FOLDERS = (".git", ".dvc", ".copal", "data")
 
 
@@ -107,8 +108,6 @@ def default_params(model_name: str) -> str:
 
 
 def _lay_out(folder: Path, model_name: str | None) -> Workspace:
-    from flows.data.dvc import init_repository
-
     if (folder / "params.yaml").exists():  # it stays as it is, so it has to be good
         load_settings(folder / "params.yaml")
     init_repository(folder)
