@@ -160,21 +160,22 @@ def _domains(workspace: Workspace | None, settings: Settings) -> Check:
 
     found = plan(project_of(workspace, settings))
     lines = [*found.problems, *(f"{version.path}: {refusal.reason}" for version, refusal in found.refused)]
-    if not lines and (strays := untracked(workspace.root)):
+    if lines:
+        return Check(
+            name="domains",
+            ok=None,
+            found=f"refused: {'; '.join(lines)}",
+            advice="mend the data and commit its new version, or change the setting; `copal adapt DOMAIN` tries "
+            "at once",
+        )
+    if strays := untracked(workspace.root):
         return Check(
             name="domains",
             ok=None,
             found=f"none is refused; {', '.join(f'data/{name}' for name in strays)}: no domain, DVC does not track it",
             advice=f"copal add DOMAIN data/{strays[0]}, or move it away",
         )
-    if not lines:
-        return Check(name="domains", ok=True, found="none is refused")
-    return Check(
-        name="domains",
-        ok=None,
-        found=f"refused: {'; '.join(lines)}",
-        advice="mend the data and commit its new version, or change the setting; `copal adapt DOMAIN` tries at once",
-    )
+    return Check(name="domains", ok=True, found="none is refused")
 
 
 def _tasks(workspace: Workspace | None) -> Check:

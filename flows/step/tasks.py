@@ -112,10 +112,8 @@ def _run(
     models: Sequence[Mapping[str, Any]],
     progress: Progress,
 ) -> list[list[dict[str, Any]]]:
-    from flows.step.harness import (
-        REQUEST_FILE,
-        RESULT_FILE,
-    )  # with torch, which what finds nothing to do can do without
+    # These bring torch, which what finds nothing to do can do without.
+    from flows.step.harness import REQUEST_FILE, RESULT_FILE
     from flows.step.launch import raise_fault, run_alone
 
     folder = step.run / "tasks"
