@@ -95,6 +95,8 @@ def test_commands_stand_in_blocks_that_are_marked(page: str) -> None:
         ("mlflow uii", "no command uii"),
         ("mlflow models serve --bakend x", "no option --bakend"),
         ("prefect worker strat", "Unknown command"),
+        ("pip instal x", "no command instal"),
+        ("pip install --traget y x", "no such option: --traget"),
         ("A=1 nonesuch --x && copal status", "nonesuch: a program that no page has named"),
     ],
 )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+_OTHERS = {"convert_hf_to_gguf"}  # modules that a page has its reader install, and tests/flows/models runs
 _SHELL = {".", "cd", "cp", "export", "mkdir", "openssl", "rm", "set", "source"}  # taken as they are
 
 
@@ -34,6 +35,8 @@ def problem(words: Sequence[str], *, whole: bool = True) -> str | None:
             return _mlflow(rest)
         case "prefect":
             return _prefect(rest)
+        case "pip":
+            return _pip(rest)
     return f"{program}: a program that no page has named before: say here how it is checked"
 
 
@@ -67,7 +70,7 @@ def _python(words: list[str]) -> str | None:
     if words[0] != "-m":
         return None if (ROOT / words[0]).is_file() else f"python: no file {words[0]}"
     try:
-        there = importlib.util.find_spec(words[1]) is not None
+        there = words[1] in _OTHERS or importlib.util.find_spec(words[1]) is not None
     except ModuleNotFoundError:
         there = False
     return None if there else f"python: no module {words[1]}"
@@ -113,4 +116,18 @@ def _prefect(words: list[str]) -> str | None:
         _app.parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         return f"prefect: {error}"
+    return None
+
+
+def _pip(words: list[str]) -> str | None:
+    from pip._internal.commands import commands_dict, create_command
+
+    if words[0] not in commands_dict:
+        return f"pip: no command {words[0]}"
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            create_command(words[0]).parse_args(words[1:])
+        except SystemExit:
+            return f"pip: {said.getvalue().strip().splitlines()[-1]}"
     return None
