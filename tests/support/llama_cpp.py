@@ -17,6 +17,8 @@ import xllamacpp  # in a folder that the caller has put on the path: no test imp
 def main(file: str, tokens: int, prompts: list[str]) -> None:
     parameters = xllamacpp.CommonParams()
     parameters.model.path, parameters.n_ctx = file, 512
+    # Its threads wait for one another in loops: on a busy machine several take minutes.
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(parameters)
 
     def asked(path: str, **question: Any) -> Any:
