@@ -200,6 +200,8 @@ def _version_files(folder: Path, shards: Sequence[str], kept: _VersionFiles) -> 
         said[WEIGHTS_INDEX] = f"{WEIGHTS_INDEX} of the version, kept in {VERSION_FILES}"
     if left:
         faults.append(f"extra: {_named(left)} in the shards")
+    if (folder / VERSION_FILES).read_bytes() != json_text(asdict(kept)).encode():
+        faults.append(f"changed: {VERSION_FILES}")
     return FolderFiles(digests, sizes, said, tuple(faults))
 
 

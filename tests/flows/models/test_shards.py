@@ -212,6 +212,11 @@ def _kept(folder: Path) -> None:
     write_json(folder / VERSION_FILES, kept)
 
 
+def _spelt(folder: Path) -> None:
+    kept = json.loads((folder / VERSION_FILES).read_text())
+    (folder / VERSION_FILES).write_text(json.dumps(kept | {"more": 1}))
+
+
 def _no_bytes(folder: Path) -> None:
     (folder / VERSION_FILES).write_text('{"headers": {"a": "€"}, "index": null}')
 
@@ -228,6 +233,7 @@ def _no_bytes(folder: Path) -> None:
         (_kept, f"changed: {INDEX} of the version, kept in {VERSION_FILES}"),
         (lambda folder: (folder / VERSION_FILES).unlink(), "extra: model-00003-of-00003.safetensors"),
         (_no_bytes, f"extra: {VERSION_FILES}"),
+        (_spelt, f"changed: {VERSION_FILES}"),
         (lambda folder: (folder / "pytorch_model.bin").write_text(""), "extra: pytorch_model.bin"),
     ],
 )
