@@ -79,7 +79,7 @@ def export(version: Version, folder: Path, /, *, shard_size: str = "50GB", works
 
     Args:
         folder: The new folder.
-        shard_size: No weights file is larger, unless for one tensor: 5GB, 500MB.
+        shard_size: The most weights in one file: 5GB, 500MB. A larger tensor has its own.
     """
     most = _bytes(shard_size)
     from flows.gates.champion import gates_entry

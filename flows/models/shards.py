@@ -27,7 +27,7 @@ from flows.models.tensor_files import Tensor, TensorFile, beginning, header_of, 
 __all__ = ["VERSION_FILES", "copy_model", "folder_files"]
 
 VERSION_FILES = "version_files.json"
-_SHARD = re.compile(rf"{re.escape(WEIGHTS)}|model-\d{{5}}-of-\d{{5}}\.safetensors")
+_SHARD = re.compile(rf"{re.escape(WEIGHTS)}|model-\d{{5,}}-of-\d{{5,}}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
