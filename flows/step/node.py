@@ -28,14 +28,12 @@ from copal.printable import printable_lines
 from copal.progress import silent
 from flows.project import Project
 from flows.step.distributed import REQUEST_FILE
-from flows.step.gang import Beats, NodeError, connect, me, value
+from flows.step.gang import POLL, Beats, NodeError, connect, me, value
 from flows.step.launch import Fault, Place, check_devices, run_processes
 from flows.step.resolve import Inputs, inputs_of, run_folder
 from flows.workspace import make_private
 
 __all__ = ["localized", "serve"]
-
-_POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class _Node:
     def wait(self, *keys: str) -> dict[str, bytes]:
         """Those of the keys that are there, once one of them is."""
         while not (found := {key: text for key in keys if (text := self.value(key)) is not None}):
-            time.sleep(_POLL)
+            time.sleep(POLL)
         return found
 
     def value(self, key: str) -> bytes | None:
