@@ -34,6 +34,8 @@ def render_forecast(found: Mapping[str, Any]) -> RenderableType:
 
 def added_lines(added: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[str]:
     """What was added, as `flows.start.add.Added` tells it, and what the step to it takes."""
+    for domain in added["brought_back"]:
+        yield f"data/{domain} is there again: a `copal add` that was killed had moved it away"
     documents, windows = added["documents"], added["windows"]
     sides = ", ".join(
         f"{documents[side]:,} {what} ({windows[side]} windows)"
