@@ -18,6 +18,7 @@ __all__ = [
     "freed_bytes",
     "json_text",
     "locked",
+    "locked_if_free",
     "move_into_place",
     "sha256_file",
     "write_atomic",
@@ -63,6 +64,18 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends, however it ends
         yield
+
+
+@contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """As `locked`, but nobody waits: gives False where somebody else holds it."""
+    with path.open("a") as file:
+        free = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        yield free
 
 
 def sha256_file(path: Path) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from copal.files import flush, freed_bytes, locked
+from copal.files import flush, freed_bytes, locked, locked_if_free
 
 __all__ = ["Cache", "fetched_once"]
 
@@ -65,10 +65,8 @@ class Cache:
 
 def _deleted(folder: Path, mark: Path) -> bool:
     """Delete a folder of a cache; False where somebody holds it."""
-    with mark.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with locked_if_free(mark) as free:
+        if not free:
             return False
         with locked(_lock(folder)):
             partial = _partial(folder)

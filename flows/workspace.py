@@ -62,6 +62,11 @@ class Workspace:
         return self.private / "runs"
 
     @property
+    def nodes(self) -> Path:
+        """What the nodes of steps of several machines have finished here (`copal node`), by number."""
+        return self.private / "nodes"
+
+    @property
     def cache(self) -> Path:
         """Fetched dataset versions, and clones. A clone may be the only place of commits that its remote dropped."""
         return self.private / "cache"

@@ -23,7 +23,7 @@ ENDINGS = ("py", "md", "yaml", "toml", "html", "json", "env", "txt")
 # What a workspace, a version's folder or another repository has, and this one has not.
 ELSEWHERE = ("lineage.json", "gates.json", "job.json", "dvc.lock", "job_variables.env", ".copal/prefect.yaml")
 ELSEWHERE += (".copal/open.html", "bench/plots/", "bench/tables.md", "bench/gpu.md", "flows/NAME.py", "data/NAME/")
-ELSEWHERE += ("manifest.json", "report.json", "step.json", "evaluation.json", "BASE_README.md")
+ELSEWHERE += ("manifest.json", "report.json", "step.json", "evaluation.json", "BASE_README.md", "version_files.json")
 
 
 def text(page: str) -> str:

@@ -157,7 +157,17 @@ def _domains(workspace: Workspace | None, settings: Settings) -> Check:
     from flows.data.versions import untracked
     from flows.pending.plan import plan
     from flows.project import project_of
+    from flows.start.add import moved_away
 
+    if moved := moved_away(workspace):
+        data = "; ".join(f"of data/{domain} to {folder}" for domain, folder in moved)
+        return Check(
+            name="domains",
+            ok=None,
+            found=f"a `copal add` that was killed has moved older data: {data}",
+            advice="copal add DOMAIN data/DOMAIN: brings it back where data/DOMAIN is not there, else commits what is "
+            "there and deletes the older",
+        )
     found = plan(project_of(workspace, settings))
     lines = [*found.problems, *(f"{version.path}: {refusal.reason}" for version, refusal in found.refused)]
     if lines:

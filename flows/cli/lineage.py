@@ -199,7 +199,7 @@ def whose(folder: Path, /, *, as_json: Json = False, workspace: Folder = ".") ->
         folder: A version's folder, or an exported model.
     """
     from flows.lineage.answers import whose as ask
-    from flows.lineage.files import file_digests
+    from flows.models.shards import folder_files
     from flows.terminal.answers import render_answer
 
     folder = folder.expanduser().resolve()
@@ -207,9 +207,8 @@ def whose(folder: Path, /, *, as_json: Json = False, workspace: Folder = ".") ->
         raise CommandError(f"{folder} is no folder; name a version's folder or an exported model")
     history = _history(workspace)
     with working("reading files"):
-        digests = file_digests(folder, folder)
-    sizes = {name: (folder / name).stat().st_size for name in digests}
-    show(ask(history, digests, sizes), as_json, render_answer)
+        files = folder_files(folder)
+    show(ask(history, files), as_json, render_answer)
     return 0
 
 

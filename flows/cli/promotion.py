@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,12 +74,14 @@ def rollback(*, why: _Why = None, force: _Force = False, workspace: Folder = "."
     return 0
 
 
-def export(version: Version, folder: Path, /, *, workspace: Folder = ".") -> int:
+def export(version: Version, folder: Path, /, *, shard_size: str = "50GB", workspace: Folder = ".") -> int:
     """Copy a version's model to a new folder, plain Hugging Face format.
 
     Args:
         folder: The new folder.
+        shard_size: The most weights in one file: 5GB, 500MB. A larger tensor has its own.
     """
+    most = _bytes(shard_size)
     from flows.gates.champion import gates_entry
     from flows.models.card import gates_verdict
     from flows.models.export import export as copy
@@ -93,9 +96,18 @@ def export(version: Version, folder: Path, /, *, workspace: Folder = ".") -> int
     if verdict is not None:
         say(f"version {found.number} of {registry.model_name}: {verdict}")
     with progress_bar() as progress:
-        copy(registry, found, gates, folder, progress)
+        copy(registry, found, gates, folder, most, progress)
     say(f"{folder}: version {found.number} of {registry.model_name}")
     return 0
+
+
+def _bytes(text: str) -> int:
+    """A size as transformers spells it, in bytes."""
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([KMGT])B", text.strip(), re.IGNORECASE)
+    size = 0 if found is None else int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2].upper())))
+    if not size:
+        raise CommandError(f"--shard-size {text!r} is no size; write 5GB or 500MB (powers of ten)")
+    return size
 
 
 def _say_moved(registry: Registry, entry: Entry) -> None:

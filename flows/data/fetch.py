@@ -25,6 +25,7 @@ __all__ = [
     "drop_copies",
     "fetch",
     "fetch_version",
+    "listed_here",
     "scratch_folders",
 ]
 
@@ -107,6 +108,27 @@ def _listing(dvc: Any, version: DatasetVersion) -> dict[str, Any]:
     index = dvc.index.data["repo"]
     entries = index.iteritems(prefix=key) if index.has_node(key) else ()
     return {"/".join(path[len(key) :]): entry.hash_info for path, entry in entries if entry.hash_info and path != key}
+
+
+def listed_here(workspace: Workspace, watch: WatchSettings, version: DatasetVersion) -> list[str] | None:
+    """Paths of the files of a dataset version in its folder, as DVC's cache lists them; None where it does not. No
+    remote is asked.
+
+    Raises:
+        DatasetError: as `data_root`.
+    """
+    from dvc.exceptions import DvcException
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+    from dvc_objects.errors import ObjectFormatError
+
+    root = git_root(root_of(workspace, watch, version))
+    with tempfile.TemporaryDirectory() as scratch, open_dvc(root, version.git_rev, Path(scratch)) as dvc:
+        try:
+            tree = Tree.load(dvc.cache.local, HashInfo("md5", version.md5))
+        except (DvcException, ObjectFormatError, OSError):
+            return None
+    return ["/".join(key) for key, _, _ in tree]
 
 
 def _verify(version: DatasetVersion, files: Path, listed: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ read as plain YAML, and only what is listed here may stand in it. Pure: the harn
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from copal.bounded import check_bounds
@@ -18,7 +18,7 @@ from copal.domain_files import TASKS, check_name
 from copal.errors import DataError
 from copal.files import sha256_file
 
-__all__ = ["TaskFile", "read_tasks"]
+__all__ = ["TaskFile", "count_tasks", "read_tasks"]
 
 # Kind of question -> metrics of its answers. The harness gives none of another kind, and looks for others on the hub.
 _METRICS_OF = {
@@ -90,13 +90,23 @@ def read_tasks(domain: str, folder: Path) -> tuple[TaskFile, ...]:
     tasks: dict[str, TaskFile] = {}
     for path in sorted(place.iterdir()):
         check_name(path.name, f"data/{domain}/{TASKS}")
-        if path.suffix in (".yaml", ".yml") and not path.name.startswith("."):
+        if _is_task(path):
             where = f"data/{domain}/{TASKS}/{path.name}"
             task = _task(domain, path, where)
             if task.name in tasks:
                 raise DataError(f"{where}: another file of the folder has the task {task.name} too")
             tasks[task.name] = task
     return tuple(tasks[name] for name in sorted(tasks))
+
+
+def count_tasks(files: Iterable[str]) -> int:
+    """How many tasks `read_tasks` finds in a domain with these files: paths in its folder."""
+    paths = map(PurePosixPath, files)
+    return sum(path.parent == PurePosixPath(TASKS) and _is_task(path) for path in paths)
+
+
+def _is_task(path: PurePath) -> bool:
+    return path.suffix in (".yaml", ".yml") and not path.name.startswith(".")
 
 
 def _task(domain: str, path: Path, where: str) -> TaskFile:

@@ -11,7 +11,15 @@ from datetime import UTC, date, datetime, time
 from typing import Any
 
 from flows.lineage.entries import CHALLENGER, CHAMPION, alias_moves
-from flows.lineage.files import CONTRIBUTION_FOLDER, HASHED_FOLDERS, PARTS, SUM_FOLDER, file_differences, part_of
+from flows.lineage.files import (
+    CONTRIBUTION_FOLDER,
+    HASHED_FOLDERS,
+    PARTS,
+    SUM_FOLDER,
+    FolderFiles,
+    file_differences,
+    part_of,
+)
 from flows.lineage.history import (
     History,
     HistoryError,
@@ -222,14 +230,14 @@ def worse(history: History, domain: str | None = None) -> dict[str, Any]:
     return {"question": "worse", "domain": domain, "domains": sorted(found, key=lambda one: -one["change"])}
 
 
-def whose(history: History, digests: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Any]:
+def whose(history: History, folder: FolderFiles) -> dict[str, Any]:
     """Whether a folder's files are those of a version: its own folder (model/, state/) or an exported one.
 
     A model card that the export added does not count, nor, in a version's own folder, what lies beside model/ and
     state/, nor a running sum that was dropped.
 
     Args:
-        digests: {path relative to the folder: SHA-256} of all its files; `sizes`: their bytes.
+        folder: all its files; of an exported one the version's own in the place of its shards.
 
     Returns:
         {question, versions, form, closest, differences}. `versions`: all whose files these are, byte by byte. Where
@@ -239,17 +247,20 @@ def whose(history: History, digests: Mapping[str, str], sizes: Mapping[str, int]
     Raises:
         HistoryError: the folder has no files.
     """
-    if not digests:
+    if not folder.digests:
         raise HistoryError("the folder has no files; name a version's folder or an exported model")
     exact: list[tuple[int, str]] = []
     best: tuple[tuple[int, int, int], int, str, list[str]] | None = None
     for version in history.versions:
-        for form, wanted, there in _forms(version, digests):
+        for form, wanted, there in _forms(version, folder.digests):
             same = [name for name in there if wanted.get(name) == there[name]]
-            differences = file_differences(wanted, there, _dropped(version))
+            differences = [
+                *(_said(line, folder.said) for line in file_differences(wanted, there, _dropped(version))),
+                *folder.faults,
+            ]
             if not differences and same:
                 exact.append((version.number, form))
-            score = (sum(sizes[name] for name in same), len(same), version.number)
+            score = (sum(folder.sizes[name] for name in same), len(same), version.number)
             if same and (best is None or score > best[0]):
                 best = score, version.number, form, differences
     closest = best if best is not None and not exact else None
@@ -349,6 +360,11 @@ def _forms(version: Version, digests: Mapping[str, str]) -> Iterator[tuple[str, 
     )
     model = {n.removeprefix("model/"): d for n, d in wanted.items() if n.startswith("model/") and n != f"model/{_CARD}"}
     yield "exported", model, {name: digest for name, digest in digests.items() if name not in (_CARD, _BASE_CARD)}
+
+
+def _said(difference: str, said: Mapping[str, str]) -> str:
+    kind, _, name = difference.partition(": ")
+    return f"{kind}: {said.get(name, name)}"
 
 
 def _dropped(version: Version) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from copal.files import sha256_file
@@ -14,6 +15,7 @@ __all__ = [
     "PARTS",
     "SIGNATURE_FILE",
     "SUM_FOLDER",
+    "FolderFiles",
     "file_differences",
     "file_digests",
     "part_of",
@@ -46,10 +48,30 @@ def part_of(name: str) -> str:
     return "manifest and report" if name.startswith(("state/", "report")) else "MLflow's files"
 
 
-def file_digests(folder: Path, relative_to: Path) -> dict[str, str]:
-    """SHA-256 of every file below `folder`, by POSIX path relative to `relative_to`; {} where there is no folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(relative_to).as_posix(): sha256_file(path) for path in paths}
+@dataclass(frozen=True, slots=True)
+class FolderFiles:
+    """What is compared of a folder that may be a version's.
+
+    Attributes:
+        digests: SHA-256 by path relative to the folder.
+        sizes: bytes, by the same paths.
+        said: what people are told in the place of a path.
+        faults: differences from any version, as in `file_differences`.
+    """
+
+    digests: Mapping[str, str]
+    sizes: Mapping[str, int]
+    said: Mapping[str, str] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
+
+
+def file_digests(folder: Path, relative_to: Path, without: Collection[str] = ()) -> dict[str, str]:
+    """SHA-256 of every file below `folder`, by POSIX path relative to `relative_to`; {} where there is no folder.
+
+    `without`: paths of files that are left out.
+    """
+    paths = {path.relative_to(relative_to).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: sha256_file(path) for name, path in paths.items() if name not in without}
 
 
 def version_files(folder: Path) -> dict[str, str]:

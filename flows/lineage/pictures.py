@@ -51,8 +51,10 @@ def draw_pictures(history: History, folder: Path) -> list[Path]:
     with style.context(["default", STYLE]):  # not that of whoever runs the step
         for name, draw in pictures:
             figure = draw()
-            figure.draw_without_rendering()  # lays out once for both files
-            figure.set_layout_engine("none")
+            layout = figure.get_layout_engine()
+            assert layout is not None
+            layout.execute(figure)  # once for both files
+            figure.set_layout_engine(None)  # with any, "none" too, each file is drawn twice
             for kind, unsaid in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
                 files.append(folder / f"{name}.{kind}")
                 figure.savefig(files[-1], metadata=unsaid)

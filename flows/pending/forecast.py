@@ -7,9 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.data.fetch import listed_here
+from flows.data.task_files import count_tasks
 from flows.lineage.figures import timespan
 from flows.lineage.record import Record
-from flows.machine import device_and_dtype, hardware, has_gpu
+from flows.machine import device_and_dtype, hardware, harness_version, has_gpu
 from flows.params import recorded_settings
 from flows.pending.changes import Change, changes
 from flows.pending.plan import Plan, plan
@@ -18,6 +20,7 @@ from flows.project import Project
 
 if TYPE_CHECKING:
     from copal.estimate import Estimate
+    from flows.data.dataset import DatasetVersion
 
     _Clock = Callable[[Estimate], dict[str, float]]  # seconds by part of a step
 
@@ -31,10 +34,11 @@ def forecast(project: Project) -> dict[str, Any]:
 
     `model`. `head`: number, None without a base. `gates`: whether those of the head would run first. `steps`, in order,
     each with domain, dvc_md5, git_rev, replaces (whether the version before it knows other data of the domain), version
-    (the number it would get), domains (how many that would have), seconds (by part of the step, rough), disk (bytes by
-    part; `version` stays), needed and free ({disk, memory, gpu}: bytes, a margin included), refused (why it would be,
-    or None). `timed_by`: what the seconds rest on. `settings`: those that differ from the head's, see
-    `flows.pending.changes.Change`. `waiting`, `notes` and `problems` as in `flows.pending.status.status`.
+    (the number it would get), domains (how many that would have), tasks (of these domains, how many it would be asked;
+    None where DVC's cache does not tell), seconds (by part of the step, rough), disk (bytes by part; `version` stays),
+    needed and free ({disk, memory, gpu}: bytes, a margin included), refused (why it would be, or None). `timed_by`:
+    what the seconds rest on. `settings`: those that differ from the head's, see `flows.pending.changes.Change`.
+    `waiting`, `notes` and `problems` as in `flows.pending.status.status`.
 
     Raises:
         DatasetError, RegistryError, LineageError: see `flows.pending.plan.plan`.
@@ -85,24 +89,34 @@ def _each(
 
     assert found.head is not None
     known, kept = {domain.name for domain in record.domains}, 0
+    tasks: dict[str, int | None] = {domain: len(found) for domain, found in record.tasks.items()}
     shape = model_shape(folder, settings_of_step(project.settings, 1))
     for number, version in enumerate(found.pending, start=found.head.number + 1):
         replaces, known = version.domain in known, known | {version.domain}
         taken = estimate(shape, settings_of_step(project.settings, len(known)))
         needed = demands(project, folder, len(known), taken, kept)
         kept += taken.disk.version
-        lacking = shortages(needed) if project.settings.run.check_resources else ()
+        lacking = [*(shortages(needed) if project.settings.run.check_resources else ())]
+        tasks[version.domain] = _tasks_of(project, version)
+        if any(tasks.values()) and harness_version() is None:
+            lacking.append("its tasks need lm-evaluation-harness: pip install 'copal[tasks]'")
         yield {
             **plain_dataset(version),
             "version": number,
             "replaces": replaces,
             "domains": len(known),
+            "tasks": None if None in tasks.values() else sum(filter(None, tasks.values())),
             "seconds": clock(taken),
             "disk": {**asdict(taken.disk), "version": taken.disk.version},
             "needed": {one.kind: one.needed for one in needed},
             "free": {one.kind: one.free for one in needed},
             "refused": "; ".join((*against, *lacking)) or None,
         }
+
+
+def _tasks_of(project: Project, version: DatasetVersion) -> int | None:
+    listed = listed_here(project.workspace, project.settings.watch, version)
+    return None if listed is None else count_tasks(listed)
 
 
 def _clock(project: Project, record: Record, folder: Path) -> tuple[str, _Clock]:

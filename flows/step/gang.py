@@ -40,12 +40,12 @@ from flows.machine import code_version
 from flows.settings import Settings
 from flows.step.launch import Fault, Place, raise_fault
 
-__all__ = ["Beats", "Gang", "Helpers", "NodeError", "connect", "me", "open_gang", "split_address"]
+__all__ = ["POLL", "Beats", "Gang", "Helpers", "NodeError", "connect", "me", "open_gang", "split_address"]
 
+POLL = 0.2  # seconds between two looks at the store
 _ANSWER = timedelta(seconds=30)  # in which a store that is there answers
 _BEAT = 1.0  # seconds
 _LOST = 15.0  # seconds without a beat after which a node is gone
-_POLL = 0.2  # seconds
 _FAREWELL = 5.0  # seconds in which the others hear that the step is over
 
 
@@ -128,7 +128,7 @@ class Gang:
             while not all(value(self._store, f"ready/{task}/{node}") for node in self._names):
                 if self._trouble(task):
                     break
-                time.sleep(_POLL)
+                time.sleep(POLL)
             else:
                 port = _free_port()
                 self._store.set(f"start/{task}", str(port))
@@ -159,7 +159,7 @@ class Gang:
                         f"node {node} ({self._names[node]}) is gone: nothing was heard of it for {_LOST:.0f} s; what "
                         "is finished stays, and the next run goes on from there where the same nodes take it"
                     )
-            time.sleep(_POLL)
+            time.sleep(POLL)
         return found
 
     def _raise(self, found: Mapping[int, Fault | None]) -> None:
@@ -179,7 +179,7 @@ class Gang:
         while time.monotonic() < deadline:
             if all(value(self._store, f"left/{node}") or self._beats.lost(node) for node in self._names):
                 return
-            time.sleep(_POLL)
+            time.sleep(POLL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,7 +263,7 @@ def _wait(store: TCPStore, beats: Beats, nodes: int, names: dict[int, str], seco
                 f"{len(names) + 1} of {nodes} nodes came within {seconds:.0f} s: run `copal node NUMBER` on each "
                 "of the others, or lower model.nodes; nothing was begun"
             )
-        time.sleep(_POLL)
+        time.sleep(POLL)
 
 
 # --- of both sides
@@ -300,7 +300,7 @@ def connect(address: str, seconds: float) -> TCPStore:
                     f"node 0 was not at {address} within {seconds:.0f} s ({_first_line(error)}): it is the run of "
                     "`copal adapt` or of the flow, which must have this COPAL_NODES_ADDRESS"
                 ) from None
-        time.sleep(_POLL)
+        time.sleep(POLL)
 
 
 def value(store: TCPStore, key: str) -> bytes | None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from copal.files import freed_bytes
 from flows.data.fetch import scratch_folders
 from flows.project import Project, hold_lineage
-from flows.step.staging import run_folders
-from flows.workspace import exclusive
-
-if TYPE_CHECKING:
-    pass
+from flows.step.staging import TASK, folders_of_nodes, run_folders
+from flows.workspace import Workspace, exclusive
 
 __all__ = ["Freed", "collect"]
 
@@ -27,8 +24,9 @@ class Freed:
 
 
 def collect(project: Project, *, dry_run: bool = False) -> list[Freed]:
-    """Delete the running sum of every version but the head, run folders that no run will go on with, and what killed
-    registrations left in the registry; waits for a step that runs. What a version refers to is never deleted.
+    """Delete the running sum of every version but the head, run folders that no run will go on with, here and of nodes
+    that do not live (`copal node`), and what killed registrations left in the registry; waits for a step that runs.
+    What a version refers to is never deleted.
 
     A step needs the head's sum only. After a version was withdrawn the new head's may be gone: the next step makes it
     again from the contributions.
@@ -52,9 +50,18 @@ def collect(project: Project, *, dry_run: bool = False) -> list[Freed]:
         runs = run_folders(project).items()
         useless = [folder for folder, built_on in runs if built_on != head.number]  # in the others a version may wait
         for folder in (*useless, *scratch_folders(workspace.cache)):
-            found.append(Freed(what=str(folder.relative_to(workspace.root)), size=freed_bytes(folder)))
-            if not dry_run:
-                shutil.rmtree(folder)
+            found.append(_freed(workspace, folder, dry_run))
+        for folder, built_on in folders_of_nodes(project):
+            left = folder if built_on != head.number else folder / TASK  # no node goes on with a task
+            if left.exists():
+                found.append(_freed(workspace, left, dry_run))
         if not dry_run:
             registry.sweep()
+    return found
+
+
+def _freed(workspace: Workspace, folder: Path, dry_run: bool) -> Freed:
+    found = Freed(what=str(folder.relative_to(workspace.root)), size=freed_bytes(folder))
+    if not dry_run:
+        shutil.rmtree(folder)
     return found

@@ -3,8 +3,7 @@
 It shares nothing with node 0 but the stores. Base, parent and states it brings out of the registry into its own cache,
 as a step does; what node 0 alone has (windows, and the new version when it is evaluated) the processes send each other.
 
-    .copal/nodes/<number>/<model>-<key>/unfinished/    the blocks that its processes have finished
-                                        task/          what they are told, of one task
+What its processes have finished lies in a folder of its own (`flows.step.staging`). It stays where the step fails.
 """
 
 from __future__ import annotations
@@ -23,19 +22,18 @@ from uuid import uuid4
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # it is documented there
 
 from copal.errors import CopalError
-from copal.files import write_atomic
+from copal.files import locked_if_free, write_atomic
 from copal.printable import printable_lines
 from copal.progress import silent
 from flows.project import Project
 from flows.step.distributed import REQUEST_FILE
-from flows.step.gang import Beats, NodeError, connect, me, value
+from flows.step.gang import POLL, Beats, NodeError, connect, me, value
 from flows.step.launch import Fault, Place, check_devices, run_processes
 from flows.step.resolve import Inputs, inputs_of, run_folder
+from flows.step.staging import STEP_FILE, TASK, node_lock
 from flows.workspace import make_private
 
 __all__ = ["localized", "serve"]
-
-_POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class _Node:
     def wait(self, *keys: str) -> dict[str, bytes]:
         """Those of the keys that are there, once one of them is."""
         while not (found := {key: text for key in keys if (text := self.value(key)) is not None}):
-            time.sleep(_POLL)
+            time.sleep(POLL)
         return found
 
     def value(self, key: str) -> bytes | None:
@@ -70,16 +68,28 @@ class _Node:
 
 
 def serve(project: Project, number: int, address: str, wait: float, tell: Callable[[str], None]) -> None:
-    """Be node `number` of the step that node 0 takes at `address`, until that is over.
+    """Be node `number` of the step that node 0 takes at `address`, until that is over; no other process is it here.
 
     Args:
         wait: seconds in which node 0 must be there.
         tell: called with a line on what happens.
 
     Raises:
-        NodeError: node 0 is not there, has no room for this node, is gone, or its step failed.
+        NodeError: another process is this node here; node 0 is not there, has no room for this node, is gone, or its
+            step failed.
         CopalError: what the step reads cannot be had here; node 0 hears of it.
     """
+    make_private(project.workspace, project.workspace.nodes)
+    with locked_if_free(node_lock(project.workspace, number)) as free:
+        if not free:
+            raise NodeError(
+                f"another process is node {number} in {project.workspace.root}: give this one another number, or a "
+                "workspace of its own"
+            )
+        _join(project, number, address, wait, tell)
+
+
+def _join(project: Project, number: int, address: str, wait: float, tell: Callable[[str], None]) -> None:
     store = connect(address, wait)
     nodes = json.loads(store.get("gang"))["nodes"]
     if not 0 < number < nodes:
@@ -107,6 +117,8 @@ def _serve(project: Project, node: _Node, tell: Callable[[str], None]) -> None:
     node.store.set(f"left/{node.number}", "1")
     if why := found["over"].decode():
         raise NodeError(f"node 0 ended the step: {why}")
+    if task:
+        shutil.rmtree(_own(project, node.number), ignore_errors=True)
 
 
 def _task(project: Project, node: _Node, task: int, told: Mapping[str, Any]) -> Fault | None:
@@ -115,8 +127,8 @@ def _task(project: Project, node: _Node, task: int, told: Mapping[str, Any]) -> 
         check_devices(told["processes"])
         folder = _folder(project, node.number, told)
         request = localized(told, _inputs(project, told), folder)
-        (folder / "task").mkdir()
-        write_atomic(folder / "task" / REQUEST_FILE, json.dumps(request, default=str))
+        (folder / TASK).mkdir()
+        write_atomic(folder / TASK / REQUEST_FILE, json.dumps(request, default=str))
     except CopalError as error:
         return Fault(type(error).__name__, (str(error),))
     except OSError as error:
@@ -133,9 +145,9 @@ def _task(project: Project, node: _Node, task: int, told: Mapping[str, Any]) -> 
         port=int(found[f"start/{task}"]),
     )
     try:
-        return run_processes(folder / "task", place, silent, over=partial(_over, node, task))
+        return run_processes(folder / TASK, place, silent, over=partial(_over, node, task))
     finally:
-        shutil.rmtree(folder / "task", ignore_errors=True)
+        shutil.rmtree(folder / TASK, ignore_errors=True)
 
 
 def _over(node: _Node, task: int) -> bool:
@@ -150,14 +162,19 @@ def _folder(project: Project, number: int, told: Mapping[str, Any]) -> Path:
     """This node's folder for the step; of other steps, which will not go on, nothing stays."""
     if told["model"] != project.name or not str(told["key"]).isalnum():
         raise NodeError(f"this workspace grows {project.name}, and node 0 {told['model']}: give all the same workspace")
-    mine = make_private(project.workspace, project.workspace.private / "nodes" / str(number))
+    mine = make_private(project.workspace, _own(project, number))
     folder = mine / run_folder(project, told["key"]).name
     for path in mine.iterdir():
         if path != folder:
             shutil.rmtree(path)
-    shutil.rmtree(folder / "task", ignore_errors=True)
+    shutil.rmtree(folder / TASK, ignore_errors=True)
     folder.mkdir(exist_ok=True)
+    write_atomic(folder / STEP_FILE, json.dumps({"model": told["model"], "head": told["head"]}))
     return folder
+
+
+def _own(project: Project, number: int) -> Path:
+    return project.workspace.nodes / str(number)
 
 
 def _inputs(project: Project, told: Mapping[str, Any]) -> Inputs:
@@ -184,7 +201,7 @@ def localized(told: Mapping[str, Any], inputs: Inputs, folder: Path) -> dict[str
             request["parent"] |= {"model": parent / "model", "state": parent / "state", "states": dict(inputs.states)}
         request["base"] |= {"folder": inputs.base}
         return request | {"out": folder / "version", "resume": folder / "unfinished"}
-    new = folder / "task" / "new"
+    new = folder / TASK / "new"
     places: dict[str | None, Path] = {told["new"]: new, told["base"]: inputs.base}
     if parent is not None:
         places[told["parent"]] = parent / "model"

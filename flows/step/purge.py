@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain
 
 from copal.files import freed_bytes
 from flows.data.fetch import drop_copies
 from flows.lineage.entries import PurgeDetails
 from flows.project import Project, append_log, read_log
-from flows.step.staging import run_folders
-
-if TYPE_CHECKING:
-    pass
+from flows.step.staging import folders_of_nodes, run_folders
 
 __all__ = ["Purged", "purge_domain"]
 
@@ -55,7 +52,7 @@ def purge_domain(project: Project, domain: str, why: str) -> Purged:
     assert head is not None
     gone = next(entry for entry in reversed(registry.record(head).withdrawn) if entry.name == domain)
     deleted, traces, size = [], [], 0
-    for folder in run_folders(project):
+    for folder in chain(run_folders(project), (folder for folder, _ in folders_of_nodes(project))):
         size += freed_bytes(folder)
         shutil.rmtree(folder)
     for version in (*registry.deleted(), *registry.versions()):

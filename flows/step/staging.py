@@ -6,35 +6,46 @@
                        evaluation.json    once evaluation is
 
 Each of the last two appears whole, by a rename. Nobody sees anything of it before the version is in the registry.
+
+Another node of a step (`flows.step.node`) has a folder of that name too:
+
+    nodes/<number>/<model>-<key>/step.json, unfinished/
+                                 task/      what its processes are told, and the new version when it is evaluated
+    nodes/.<number>.lock                    held by the process that is this node
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.bounded import read_json
 from copal.errors import CopalError, StateError
-from copal.files import write_atomic
+from copal.files import locked_if_free, write_atomic
 from flows.lineage.fields import LineageError, parse
 from flows.lineage.record import Domain
 from flows.lineage.tasks import TaskFigures
 from flows.machine import code_version, forward_dtype
 from flows.project import Project
 from flows.step.resolve import Step
+from flows.workspace import Workspace
 
 if TYPE_CHECKING:
     from copal.step import StepReport
 
 __all__ = [
     "EVALUATION_FILE",
+    "STEP_FILE",
+    "TASK",
     "Evaluation",
     "discard",
     "evaluation_text",
+    "folders_of_nodes",
+    "node_lock",
     "prepare",
     "run_folders",
     "staged_evaluation",
@@ -42,7 +53,7 @@ __all__ = [
 ]
 
 
-STEP_FILE, EVALUATION_FILE = "step.json", "evaluation.json"
+STEP_FILE, EVALUATION_FILE, TASK = "step.json", "evaluation.json", "task"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +134,26 @@ def run_folders(project: Project) -> dict[Path, int | None]:
 
     None: nobody will go on with it.
     """
-    folders = [path for path in sorted(project.workspace.runs.glob("*")) if path.is_dir() and not path.is_symlink()]
+    return _built_on(project, project.workspace.runs.glob("*"))
+
+
+def folders_of_nodes(project: Project) -> Iterator[tuple[Path, int | None]]:
+    """As `run_folders`, of the nodes that were here; not of one that lives, and none begins as long as the caller is
+    busy with a folder of it.
+    """
+    for folder in sorted(project.workspace.nodes.glob("[0-9]*")):
+        with locked_if_free(node_lock(project.workspace, folder.name)) as free:
+            if free:
+                yield from _built_on(project, folder.glob("*")).items()
+
+
+def node_lock(workspace: Workspace, number: int | str) -> Path:
+    """The file that the process locks which is node `number` here."""
+    return workspace.nodes / f".{number}.lock"
+
+
+def _built_on(project: Project, paths: Iterable[Path]) -> dict[Path, int | None]:
+    folders = [path for path in sorted(paths) if path.is_dir() and not path.is_symlink()]
     found = {path: meant_for(path) or {} for path in folders}
     return {
         path: meant.get("head") for path, meant in found.items() if meant.get("model", project.name) == project.name

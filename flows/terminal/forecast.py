@@ -34,6 +34,8 @@ def render_forecast(found: Mapping[str, Any]) -> RenderableType:
 
 def added_lines(added: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[str]:
     """What was added, as `flows.start.add.Added` tells it, and what the step to it takes."""
+    for domain in added["brought_back"]:
+        yield f"data/{domain} is there again: a `copal add` that was killed had moved it away"
     documents, windows = added["documents"], added["windows"]
     sides = ", ".join(
         f"{documents[side]:,} {what} ({windows[side]} windows)"
@@ -61,10 +63,16 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{found['model']} has no versions yet: register a base with `copal init DIR --base SOURCE`"
     elif not found["steps"] and not found["gates"]:
         yield f"nothing would run: version {found['head']} knows what is there"
+    yield from (_asks(step) for step in found["steps"][:1] if step["tasks"])
     yield from (f"version {step['version']} would be refused: {step['refused']}" for step in _refused(found))
     yield from (waits(entry) for entry in found["waiting"])
     yield from (f"note: {note}" for note in found["notes"])
     yield from (f"problem: {problem}" for problem in found["problems"])
+
+
+def _asks(step: Mapping[str, Any]) -> str:
+    tasks = "1 task" if step["tasks"] == 1 else f"{step['tasks']} tasks"
+    return f"version {step['version']} would be asked {tasks} of its domains"
 
 
 def _refused(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:

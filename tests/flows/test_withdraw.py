@@ -238,7 +238,8 @@ def test_a_purge_deletes_what_is_kept_of_the_data_and_names_the_versions_with_tr
     with pytest.raises(ZeroDivisionError):
         run_step(lineage.project, "legal", None, broken)
     assert len(list(runs.iterdir())) == 1
-    left = (cache / f".{'0' * 32}.dir.partial", cache / "verify-killed", runs / "replay-killed")
+    of_node = lineage.workspace.nodes / "1" / "tiny-killed"
+    left = (cache / f".{'0' * 32}.dir.partial", cache / "verify-killed", runs / "replay-killed", of_node)
     for folder in left:
         (folder / "files").mkdir(parents=True)
     md5s = {entry.dvc_md5 for number in (3, 5) for entry in lineage.registry.record(

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def test_every_pip_line_is_bound_to_the_versions_that_were_tested() -> None:
     assert pips
     loose = [each for each in pips if "--constraint constraints.txt" not in each and "${TORCH}" not in each]
     assert loose == []
+
+
+def test_workers_have_what_steps_of_any_workspace_of_a_team_ask_for() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = re.findall(r"'\.\[(\w+)\]'", (ROOT / "infra" / "Dockerfile").read_text())
+    assert len(installed) == 2, "cpu and cuda"
+    for extra in installed:
+        brought = {name for line in extras[extra] for name in re.findall(r"^copal\[(\w+)\]", line)}
+        assert brought >= {"postgres", "s3", "tasks"}
 
 
 def test_hadolint_finds_nothing() -> None:

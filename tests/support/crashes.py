@@ -23,6 +23,7 @@ import torch
 
 from flows.pending.plan import plan
 from flows.project import open_project
+from flows.start.add import add_domain
 from flows.step.run import plain_tasks, run_step
 from support.benches import copy_workspace
 
@@ -127,6 +128,11 @@ def start(root: Path, domain: str, rev: str, point: Point | None = None) -> Any:
     return process(_step, str(root), domain, rev, point)
 
 
+def start_add(root: Path, domain: str, path: Path, point: Point) -> Any:
+    """A process that puts `path` in the place of a domain's data; dies at `point`."""
+    return process(_add, str(root), domain, path, point)
+
+
 def record(root: Path, domain: str, rev: str, points: Sequence[Point], images: Path) -> None:
     """Let a process take one step to its end, and keep what a kill -9 at each point would have left of the workspace.
 
@@ -170,6 +176,11 @@ def _step(root: str, domain: str, rev: str, point: Point | None) -> None:
     if point:
         _arm(point, lambda: os.kill(os.getpid(), point.signal))
     run_step(open_project(root), domain, rev, plain_tasks())
+
+
+def _add(root: str, domain: str, path: Path, point: Point) -> None:
+    _arm(point, lambda: os.kill(os.getpid(), point.signal))
+    add_domain(open_project(root), domain, [path], replace=True)
 
 
 def _recorded(root: str, domain: str, rev: str, points: Sequence[Point], recorder: Any) -> None:

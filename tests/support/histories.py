@@ -11,6 +11,7 @@ from flows.lineage.entries import Details, GateResult, GatesDetails, MoveDetails
 from flows.lineage.history import History, Version
 from flows.lineage.keys import step_key
 from flows.lineage.record import Base, Code, Domain, Layer, MatrixRow, Parent, Record, Seconds, Sparsity, Withdrawn
+from flows.lineage.tasks import TaskFigures
 
 ADA = Who(role=None, user="ada", host="host")
 MOVED = MoveDetails(alias="champion", forced=False, gates=None, logged_before=None)
@@ -86,6 +87,19 @@ def a_root(**changes: Any) -> Record:
     return a_record(**nothing | figures | changes)
 
 
+def a_task(**changes: Any) -> TaskFigures:
+    values = {
+        "digest": "7" * 64,
+        "harness": "0.4.13",
+        "documents": 200,
+        "metric": "acc",
+        "higher_is_better": True,
+        "figures": {"acc": 0.75, "acc_norm": 0.7125},
+        "dense": {"acc": 0.8, "acc_norm": 0.725},
+    }
+    return TaskFigures(**values | changes)
+
+
 def md5(domain: str, data: int = 1) -> str:
     """Of data version `data` of a domain."""
     return hashlib.md5(f"{domain}/{data}".encode()).hexdigest() + ".dir"
@@ -95,7 +109,8 @@ def a_history(steps: Sequence[Mapping[str, Any]], model: str = "tiny") -> Histor
     """A dense base as version 1 and a version a step.
 
     A step: {add: domain, data: 1, perplexity: {domain: value}} or {withdraw: domain, perplexity}; and where wanted
-    dense, tokens (of the evaluation; other tokens, another digest), layers, settings, libraries, aliases, repository.
+    dense, tokens (of the evaluation; other tokens, another digest), layers, settings, libraries, aliases, repository,
+    tasks.
     """
     versions: list[Version] = []
     domains: dict[str, Domain] = {}
@@ -140,6 +155,7 @@ def a_history(steps: Sequence[Mapping[str, Any]], model: str = "tiny") -> Histor
             weights_back=100 * number if number > 2 else None,
             perplexity=perplexity,
             dense_perplexity={name: step.get("dense", {}).get(name, 6.0) for name in perplexity},
+            tasks=step.get("tasks", {}),
             matrix=(),
             perplexity_before=None,
             backward_transfer=-0.25 if number > 2 else None,

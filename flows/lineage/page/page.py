@@ -19,6 +19,7 @@ from copal.printable import printable_lines
 from flows.lineage.figures import (
     count,
     figure,
+    four_digits,
     geometric_mean,
     mean,
     percent,
@@ -40,6 +41,7 @@ from flows.lineage.history import (
 )
 from flows.lineage.page.charts import chart, cut
 from flows.lineage.record import Layer, flatten
+from flows.lineage.tasks import task_rows
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -76,6 +78,7 @@ def render_page(history: History) -> str:
         heat=_heat(history, lines),
         legend=_legend(),
         forgetting=_forgetting(history),
+        tasks=_tasks(history, lines),
         by_version=_by_version(history),
         sparsity=_sparsity(newest),
         back=_back(newest),
@@ -96,7 +99,13 @@ def _template() -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_fit
     )
-    environment.filters |= {"short": short, "figure": figure, "percent": percent, "utc": utc}
+    environment.filters |= {
+        "short": short,
+        "figure": figure,
+        "four_digits": four_digits,
+        "percent": percent,
+        "utc": utc,
+    }
     return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
@@ -199,6 +208,12 @@ def _forgetting(history: History) -> dict[str, Any]:
         "chart": chart(lines, labels, percent, zero=True) if now else None,
         "now": sorted(now, key=lambda one: -one["change"]),
     }
+
+
+def _tasks(history: History, lines: Sequence[Line]) -> list[tuple[Line, list[dict[str, Any]]]]:
+    """The rows of the versions whose domains have tasks."""
+    asked = {version.number: version.record.tasks for version in history.versions}
+    return [(line, task_rows(tasks)) for line in lines if (tasks := asked[line.version])]
 
 
 def _by_version(history: History) -> list[dict[str, Any]]:

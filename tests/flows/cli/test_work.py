@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from copal.errors import DataError
+from flows.cli.promotion import export
 from flows.cli.watching import watch_forever
 from flows.data.git import git
 
@@ -130,6 +132,18 @@ def test_export_of_a_version_that_is_not_there(bench, refused, tmp_path, wanted)
     line = refused("export", "--workspace", bench.root, "--", wanted, tmp_path / "out")
     assert wanted in line
     assert not (tmp_path / "out").exists()
+
+
+def test_export_in_shards_of_no_size(refused, tmp_path):
+    for size in ("5", "0GB", "-5GB", "5GiB", "5 apples", "nanGB", "", "1e9GB", f"{'9' * 400}GB"):
+        assert "is no size; write 5GB" in refused("export", "1", tmp_path / "out", f"--shard-size={size}")
+
+
+def test_shards_are_as_large_as_those_of_transformers_where_nobody_says_otherwise():
+    from transformers import PreTrainedModel
+
+    theirs, ours = (inspect.signature(save).parameters for save in (PreTrainedModel.save_pretrained, export))
+    assert ours["shard_size"].default == theirs["max_shard_size"].default
 
 
 def test_export_of_damaged_artifacts(bench, refused, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from copal.printable import printable_lines
 from flows.lineage.history import History, up_to
 from flows.lineage.page.page import render_page
-from support.histories import MOVED, a_history, altered, layers, logged, three_domains, with_gates
+from support.histories import MOVED, a_history, a_task, altered, layers, logged, three_domains, with_gates
 
 HOSTILE = (
     "</title><script>document.title='owned';console.error('owned')</script>\"' onload=x <img src=https://evil.example/>"
@@ -66,6 +66,7 @@ def hostile() -> History:
         "settings": {HOSTILE: HOSTILE},
         "layers": (layers()[0].model_copy(update={"name": HOSTILE}),),
         "aliases": [HOSTILE],
+        "tasks": {HOSTILE: {HOSTILE: a_task(metric=HOSTILE, figures={HOSTILE: 0.5}, dense={HOSTILE: 0.5})}},
     }
     history = a_history([step, step | {"data": 2}], model=HOSTILE)
     history = altered(history, 2, signature=HOSTILE)
@@ -105,6 +106,40 @@ def test_the_heat_map_colours_by_the_ratio_to_dense():
     assert [cell.split()[0] for cell in cells] == ["h6", "h3", "h1", "h0"]  # the newest first
 
 
+def with_tasks() -> History:
+    """A domain with tasks, another without, and a version before there were any."""
+    steps = [
+        {"add": "a", "perplexity": {"a": 7.0}},
+        {"add": "b", "perplexity": {"a": 7.0, "b": 8.0}, "tasks": {"b": {"deadlines": a_task()}}},
+        {
+            "add": "b",
+            "data": 2,
+            "perplexity": {"a": 7.1, "b": 7.5},
+            "tasks": {"b": {"deadlines": a_task(figures={"acc": 0.61234, "acc_norm": 0.6}), "names": a_task()}},
+        },
+    ]
+    return a_history(steps)
+
+
+def test_tasks_stand_beside_the_dense_base_where_a_version_has_any():
+    text = render_page(with_tasks())
+    (section,) = re.findall(r'<section aria-labelledby="tasks">(.*?)</section>', text, re.S)
+    asked = re.findall(r"<summary>Version (\d)", section)
+    assert asked == ["4", "3"], "the newest first, and none without tasks"
+    bodies = re.findall(r"<tbody.*?</tbody>", section, re.S)
+    rows = [re.findall(r"<t[hd] [^>]*>([^<]*)<", row) for body in bodies for row in re.findall(r"<tr.*?</tr>", body)]
+    assert rows == [
+        ["b", "deadlines", "acc", "200", "0.6123", "0.8"],
+        ["b", "deadlines", "acc_norm", "200", "0.6", "0.725"],
+        ["b", "names", "acc", "200", "0.75", "0.8"],
+        ["b", "names", "acc_norm", "200", "0.7125", "0.725"],
+        ["b", "deadlines", "acc", "200", "0.75", "0.8"],
+        ["b", "deadlines", "acc_norm", "200", "0.7125", "0.725"],
+    ]
+    assert 'href="#tasks"' in text
+    assert 'tasks"' not in render_page(three_domains())
+
+
 def test_figures_read_so_far_only_up_to_the_version_asked_for():
     text = render_page(up_to(three_domains(), "3"))
     assert "Data in version 3" in text
@@ -112,7 +147,7 @@ def test_figures_read_so_far_only_up_to_the_version_asked_for():
     assert "Layer error by block, version 3" in text
 
 
-@pytest.mark.parametrize("make", [three_domains, big, hostile, lambda: a_history([])])
+@pytest.mark.parametrize("make", [three_domains, big, hostile, with_tasks, lambda: a_history([])])
 def test_the_page_is_whole_accessible_and_loads_nothing(make):
     text = render_page(make())
     page = Page(text)
@@ -177,7 +212,7 @@ def test_a_browser_shows_the_elements_and_has_no_complaint(chromium, tmp_path, m
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("make", [three_domains, big, hostile])
+@pytest.mark.parametrize("make", [three_domains, big, hostile, with_tasks])
 def test_a_laptop_and_a_phone_scroll_it_down_only_in_light_and_dark(chromium, tmp_path, make, width, scheme):
     # A window is never narrower than 500 pixels, a frame is. The script is the test's: the page has and allows none.
     measure = """<script>addEventListener('load', () => { document.body.dataset.found =

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import support.histories
@@ -117,6 +119,13 @@ def test_the_same_history_gives_the_same_bytes_whoever_draws(tmp_path: Path) -> 
     subprocess.run([sys.executable, "-c", program, str(there)], check=True, env=environment)
     for name, path in here.items():
         assert path.read_bytes() == (there / name).read_bytes()
+
+
+def test_each_file_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is most of what a picture costs, and matplotlib draws once more where a layout may change."""
+    draw, draws = Figure.draw, []
+    monkeypatch.setattr(Figure, "draw", lambda figure, renderer: draws.append(figure) or draw(figure, renderer))
+    assert len(drawn(three_domains(), tmp_path / "one")) == len(draws)
 
 
 def test_the_style_of_the_caller_is_left_as_it_was(tmp_path: Path) -> None:

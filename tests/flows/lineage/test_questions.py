@@ -12,7 +12,7 @@ import pytest
 from flows.cli import main
 from flows.lineage.answers import data_in, diff, used, whose, worse
 from flows.lineage.entries import GatesDetails
-from flows.lineage.files import file_digests
+from flows.lineage.files import FolderFiles, file_digests
 from flows.lineage.history import History, HistoryError, find_version
 from flows.project import append_log
 from flows.terminal.answers import render_answer
@@ -218,7 +218,7 @@ def files(history: History, wanted: str, exported: bool) -> dict[str, str]:
 
 
 def ask(history: History, digests: dict[str, str], big: str = "safetensors") -> dict:
-    return whose(history, digests, {name: 1000 if name.endswith(big) else 10 for name in digests})
+    return whose(history, FolderFiles(digests, {name: 1000 if name.endswith(big) else 10 for name in digests}))
 
 
 @pytest.mark.parametrize("exported", [True, False])
@@ -282,6 +282,11 @@ def test_the_commands_on_a_real_registry(bench, capsys, tmp_path):
     (exported / "README.md").write_text("a card")
     assert asked("whose", str(exported))["versions"] == [1]
     assert asked("whose", str(bench.registry.folder(bench.registry.version(1))))["versions"] == [1]
+    shards = tmp_path / "shards"
+    assert main(["export", "1", str(shards), "--shard-size", "20KB", "--workspace", str(bench.root)]) == 0
+    capsys.readouterr()
+    assert len(list(shards.glob("model-*.safetensors"))) > 1
+    assert asked("whose", str(shards))["versions"] == [1]
     config = exported / "config.json"
     config.write_text(config.read_text() + " ")
     answer = asked("whose", str(exported))

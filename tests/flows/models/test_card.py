@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from copal.printable import printable_lines
+from copal.progress import silent
 from flows.lineage.history import find_version, gates_of
 from flows.lineage.record import Base, Sparsity
 from flows.models.card import gates_verdict, license_of, model_card
@@ -18,6 +19,8 @@ from flows.models.export import export
 from flows.project import read_history
 from flows.step.run import plain_tasks, run_step
 from support.histories import a_record, three_domains
+
+SHARD_SIZE = 50_000_000_000
 
 
 def card(**changes) -> ModelCard:
@@ -30,7 +33,7 @@ def test_an_exported_folder_has_a_card_with_what_made_the_version(bench, tmp_pat
     version = bench.registry.version(2)
     history = read_history(bench.project)
     gates = gates_of(history, find_version(history, "2"))
-    export(bench.registry, version, gates, tmp_path / "out", lambda *_: None)
+    export(bench.registry, version, gates, tmp_path / "out", SHARD_SIZE, silent)
     record = bench.registry.record(version)
     (domain,) = record.domains
     read = ModelCard.load(tmp_path / "out" / "README.md")
@@ -47,7 +50,7 @@ def test_an_exported_folder_has_a_card_with_what_made_the_version(bench, tmp_pat
     (snippet,) = re.findall(r"```python\n(.*?)```", read.text, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path / "out", text=True, capture_output=True)
     assert (done.returncode, done.stdout.startswith("Once")) == (0, True), done.stderr
-    export(bench.registry, bench.registry.version(1), None, tmp_path / "base", lambda *_: None)
+    export(bench.registry, bench.registry.version(1), None, tmp_path / "base", SHARD_SIZE, silent)
     assert "The model is dense." in (tmp_path / "base" / "README.md").read_text()
 
 
@@ -111,7 +114,7 @@ def test_the_readme_of_the_base_is_kept_beside_the_card(make_bench, tiny_base, t
     bench.set("name: tiny", "name: other")
     bench.base = base
     bench.register_root()
-    export(bench.registry, bench.registry.version(1), None, tmp_path / "out", lambda *_: None)
+    export(bench.registry, bench.registry.version(1), None, tmp_path / "out", SHARD_SIZE, silent)
     assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
     assert "# The base" in (tmp_path / "out" / "BASE_README.md").read_text()
 

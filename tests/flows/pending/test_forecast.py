@@ -13,6 +13,7 @@ from flows.pending.plan import plan
 from flows.step.run import plain_tasks, run_step
 from flows.terminal.forecast import render_forecast
 from flows.terminal.progress import console
+from support.tasks import TASK, write_task
 
 
 def drawn(found, capsys) -> str:
@@ -39,6 +40,29 @@ def test_what_is_pending_in_its_order_and_what_it_takes(bench, capsys):
     text = drawn(found, capsys)
     assert text.index("legal") < text.index("code") < text.index("all")
     assert "times rest on a short product" in text
+
+
+def test_how_many_tasks_the_next_version_would_be_asked(bench, capsys, monkeypatch):
+    bench.commit("code", 0)
+    assert "asked" not in drawn(forecast(bench.project), capsys)
+    bench.write("legal", 1)
+    place = write_task(bench.workspace.data / "legal", seed=1)
+    (place / "other.yml").write_text(TASK.replace("task: dialect", "task: other"))
+    (place / ".hidden.yaml").write_text(TASK)
+    bench.track("legal")
+    found = forecast(bench.project)
+    assert [(step["domain"], step["tasks"]) for step in found["steps"]] == [("code", 0), ("legal", 2)]
+    assert "asked" not in drawn(found, capsys), "the next one is not"
+    bench.commit("code", 2)
+    found = forecast(bench.project)
+    assert [(step["domain"], step["tasks"]) for step in found["steps"]] == [("legal", 2), ("code", 2)]
+    assert "version 2 would be asked 2 tasks of its domains" in drawn(found, capsys)
+    monkeypatch.setattr("flows.pending.forecast.harness_version", lambda: None)
+    assert "pip install 'copal[tasks]'" in forecast(bench.project)["steps"][0]["refused"]
+    bench.lose_data()
+    found = forecast(bench.project)
+    assert [(step["tasks"], step["refused"]) for step in found["steps"]] == [(None, None), (None, None)]
+    assert "asked" not in drawn(found, capsys)
 
 
 def test_nothing_to_do_and_nothing_to_build_on(bench, capsys):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from copal.errors import DataError
 from flows.cli.doctor import doctor
+from flows.data.dvc import add_and_commit
 from flows.data.git import git
 from flows.pending.plan import plan
 from flows.start.add import AddError, add_domain
-from support.benches import Bench, text
+from flows.workspace import open_workspace
+from support.benches import Bench, copy_workspace, text
+from support.crashes import Point, start_add
 from support.tasks import write_task
 
 DOCUMENTS = 24
@@ -170,6 +175,96 @@ def test_when_git_refuses_everything_is_as_before(bench, tmp_path):
         add_domain(bench.project, "code", [lines(tmp_path / "two.jsonl", 1)], replace=True)
     hook.unlink()
     assert state(bench)[:3] == before[:3]
+
+
+def of(bench: Bench, domain: str = "code") -> list[str]:
+    return sorted(path.name for path in (bench.workspace.data / domain).iterdir())
+
+
+def said_by_doctor(bench: Bench) -> str:
+    return next(check.found for check in doctor(bench.root) if check.name == "domains")
+
+
+@pytest.fixture
+def replaced(bench, tmp_path) -> tuple[Bench, Path]:
+    """A workspace whose domain `code` has one.jsonl, and what is to take its place, two.jsonl."""
+    add_domain(bench.project, "code", [lines(tmp_path / "one.jsonl")])
+    return bench, lines(tmp_path / "two.jsonl", 1)
+
+
+def test_data_that_a_killed_add_moved_away_is_told_of_and_the_next_add_brings_it_back(replaced, tmp_path):
+    bench, path = replaced
+    before = state(bench)
+    killed = start_add(bench.root, "code", path, Point("pathlib:Path.rename", "after", of=".before"))
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert not (bench.workspace.data / "code").exists()
+    assert "killed has moved older data: of data/code to" in said_by_doctor(bench)
+    with pytest.raises(DataError, match="is not there"):
+        add_domain(bench.project, "law", [tmp_path / "missing.jsonl"])
+    assert state(bench) == before
+    assert said_by_doctor(bench) == "none is refused"
+    assert add_domain(bench.project, "law", [path]).brought_back == ()
+
+
+def killed_with_new_data_in_place(bench: Bench, path: Path, image: Path, monkeypatch) -> Bench:
+    """What a kill before the commit leaves: a copy, made at that moment."""
+    with monkeypatch.context() as patch:
+
+        def commit(*arguments: object) -> str:
+            copy_workspace(bench.root, image)
+            return add_and_commit(*arguments)
+
+        patch.setattr("flows.start.add.add_and_commit", commit)
+        add_domain(bench.project, "code", [path], replace=True)
+    return Bench(open_workspace(image), bench.base)
+
+
+def test_older_data_stays_until_the_new_data_of_a_killed_add_is_committed_or_deleted(replaced, tmp_path, monkeypatch):
+    bench, path = replaced
+    old = state(bench)
+    left = killed_with_new_data_in_place(bench, path, tmp_path / "left", monkeypatch)
+    add_domain(left.project, "law", [path])
+    assert of(left) == ["two.jsonl"]
+    assert "killed has moved older data: of data/code to" in said_by_doctor(left)
+
+    copy_workspace(left.root, tmp_path / "back")
+    back = Bench(open_workspace(tmp_path / "back"), bench.base)
+    shutil.rmtree(back.workspace.data / "code")
+    assert add_domain(back.project, "code", [back.workspace.data / "code"]).brought_back == ("code",)
+    assert of(back) == ["one.jsonl"]
+
+    add_domain(left.project, "code", [left.workspace.data / "code"])
+    assert of(left) == ["two.jsonl"]
+    assert said_by_doctor(left) == said_by_doctor(back) == "none is refused"
+    for one in (left, back):
+        assert git(one.root, "status", "--porcelain") == old[3]
+        assert not list(one.workspace.private.glob("add-*"))
+
+
+def test_what_cannot_be_moved_back_is_kept_and_the_next_add_moves_it_back(replaced, tmp_path, monkeypatch):
+    bench, path = replaced
+    rename, target = Path.rename, bench.workspace.data / "code"
+
+    def refused(self: Path, to: Path) -> Path:
+        if to == target:
+            raise PermissionError(f"{to} cannot be made")
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(PermissionError):
+            add_domain(bench.project, "code", [path], replace=True)
+    assert not target.exists()
+    assert add_domain(bench.project, "law", [path]).brought_back == ("code",)
+    assert of(bench) == ["one.jsonl"]
+
+
+@pytest.mark.parametrize("domain", ["before", "a-b_c-12345678"])
+def test_data_is_replaced_whatever_the_domain_is_called(bench, tmp_path, domain):
+    add_domain(bench.project, domain, [lines(tmp_path / "one.jsonl")])
+    add_domain(bench.project, domain, [lines(tmp_path / "two.jsonl", 1)], replace=True)
+    assert of(bench, domain) == ["two.jsonl"]
 
 
 def test_data_that_git_keeps_itself_is_refused_with_the_remedy(bench):

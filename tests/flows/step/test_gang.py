@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 
 from copal.errors import NumericsError, ResourceError, SettingsError
+from flows.project import project_of
 from flows.settings import ModelSettings, RunSettings, Settings
 from flows.step import gang, node
 from flows.step.launch import Fault, Place
 from flows.step.resolve import Inputs
+from flows.workspace import Workspace
 from support.servers import free_port
 
 
@@ -43,11 +46,12 @@ def other(address: str, number: int = 1, tasks: Callable[..., Fault | None] = la
 
     def run() -> None:
         try:
-            node.serve(None, number, address, 20.0, lambda _: None)  # type: ignore[arg-type]
+            node.serve(project, number, address, 20.0, lambda _: None)
         except gang.NodeError as error:
             said.append(str(error))
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as machine:
+        project = project_of(Workspace(Path(machine)), settings(address))
         patch.setattr(node, "_task", tasks)
         thread = threading.Thread(target=run)
         thread.start()

@@ -10,10 +10,14 @@ import torch
 from mlflow import MlflowClient
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
+from copal.files import locked
 from flows.cli import main
 from flows.lineage.files import verify_files
 from flows.registry.errors import RegistryError
+from flows.step import node
+from flows.step.gang import NodeError
 from flows.step.gc import collect
+from flows.step.staging import TASK, node_lock
 from support.toys import other_masks, step, weights
 
 
@@ -92,6 +96,36 @@ def test_what_a_killed_step_left_goes_and_a_dry_run_says_the_same_and_deletes_no
     assert not left.exists()
     assert main(["gc", "--workspace", str(lineage.root)]) == 0
     assert capsys.readouterr().out == "nothing to free\n"
+
+
+def left_by_node(bench, number: int, head: int) -> Path:
+    """What a node that was killed in a step on version `head` leaves."""
+    folder = node._folder(bench.project, number, {"model": "tiny", "key": f"{head:064x}", "head": head})
+    for part in ("unfinished", TASK):
+        (folder / part).mkdir()
+        (folder / part / "weights").write_bytes(bytes(100_000))
+    return folder
+
+
+def test_what_a_killed_node_left_goes_but_not_what_one_goes_on_with_or_that_of_one_that_lives(bench):
+    other, head = 7, bench.registry.head().number
+    outdated, goes_on, lives = (left_by_node(bench, number, on) for number, on in ((1, other), (2, head), (3, other)))
+    broken = left_by_node(bench, 4, head)
+    (broken / "step.json").unlink()
+    with locked(node_lock(bench.workspace, 3)):  # as the process of a node does
+        expected = {str(path.relative_to(bench.root)): path for path in (outdated, goes_on / TASK, broken)}
+        said = collect(bench.project, dry_run=True)
+        assert all(path.is_dir() for path in expected.values())
+        freed = collect(bench.project)
+        assert freed == said
+        assert [one.what for one in freed] == list(expected)
+        assert [one.size >= 100_000 for one in freed] == [True] * 3
+        assert not any(path.exists() for path in expected.values())
+        assert (goes_on / "unfinished" / "weights").is_file()
+        assert (lives / TASK / "weights").is_file()
+        with pytest.raises(NodeError, match="another process is node 3 in "):
+            node.serve(bench.project, 3, "127.0.0.1:1", 0.1, lambda _: None)
+    assert [one.what for one in collect(bench.project)] == [str(lives.relative_to(bench.root))]
 
 
 def test_sums_in_a_remote_store_go_with_their_copies(lineage, monkeypatch):

@@ -18,6 +18,7 @@ from flows.data.task_files import read_tasks
 from flows.lineage.record import Record
 from flows.lineage.scores import scores
 from flows.models.card import model_card
+from flows.pending.forecast import forecast
 from flows.project import read_history
 from flows.step import harness, launch, resources, tasks
 from flows.step.launch import Fault
@@ -152,6 +153,7 @@ def test_a_step_whose_tasks_cannot_be_asked_is_refused_before_it_prunes(taken, m
     bench.write("medical", 3)
     write_task(bench.root / "data" / "medical")
     bench.track("medical")
+    assert [step["tasks"] for step in forecast(bench.project)["steps"]] == [2], "legal's, and those that come"
     monkeypatch.setattr(tasks, "harness_version", lambda: None)
     assert "tasks needs lm-evaluation-harness, which is not installed: pip install 'copal[tasks]'" in refused(
         bench, SettingsError
