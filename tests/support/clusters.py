@@ -31,7 +31,7 @@ class Cluster:
         values: what config maps and secrets hold, by kind (`configMapRef`, `secretKeyRef`) and name.
         image: environment of a container before its manifest's.
         jobs: manifests, as they came.
-        ended: exit status and words of each container.
+        ended: exit status and words of each container; -1 and why of one that could not be run.
     """
 
     folder: Path
@@ -66,6 +66,15 @@ async def _running(cluster: Cluster) -> AsyncIterator[None]:
         for task in api.containers:
             task.cancel()
         await asyncio.gather(*api.containers, return_exceptions=True)
+
+
+async def _end_of(api: _Api, job: dict[str, Any]) -> None:
+    """Run a job, and say so where that cannot be done: whoever waits for it would wait for ever."""
+    try:
+        await _run(api, job)
+    except Exception as error:
+        api.cluster.ended.append((-1, f"{type(error).__name__}: {error}"))
+        raise
 
 
 async def _run(api: _Api, job: dict[str, Any]) -> None:
@@ -146,5 +155,5 @@ class _Api(kmock.KubernetesEmulator):
             metadata["name"] = f"{metadata['generateName']}{uuid.uuid4().hex[:5]}"
         answer = await super()._handle(request)
         if request.resource.plural == "jobs":
-            self.containers.append(asyncio.create_task(_run(self, request.data)))
+            self.containers.append(asyncio.create_task(_end_of(self, request.data)))
         return answer

@@ -20,6 +20,7 @@ from flows.stack.team import read_team
 from flows.stack.team import set_up as set_up_team
 from support.benches import Bench
 from support.teams import Host, Stores, publish, shared_workspace
+from support.waiting import until
 
 pytestmark = [pytest.mark.team, pytest.mark.slow]
 
@@ -64,12 +65,18 @@ def test_a_step_runs_as_the_job_that_a_worker_makes(workspace, tmp_path):
         "copal-mlflow-users": {"worker-password": here.pop("MLFLOW_TRACKING_PASSWORD")},
         "copal-prefect": {"auth-string": here.pop("PREFECT_API_AUTH_STRING")},
         "copal-ledger": {"password": "a secret of the ledger"},
-        "copal-s3-worker": {"access-key": "a key of S3", "secret-key": "a secret of S3"},
+        "copal-s3-worker": {
+            "access-key": here.pop("AWS_ACCESS_KEY_ID"),
+            "secret-key": here.pop("AWS_SECRET_ACCESS_KEY"),
+        },
     }
     here["COPAL_LEDGER_URI"] = here["COPAL_LEDGER_URI"].replace(":a-secret@", "@")  # it is in PGPASSWORD
     cluster = Cluster(
         tmp_path / "cluster",
-        {"configMapRef": {"copal-addresses": here}, "secretKeyRef": secrets},
+        {
+            "configMapRef": {"copal-addresses": here, "copal-workspace": {"COPAL_WORKSPACE": place}},
+            "secretKeyRef": secrets,
+        },
         {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COPAL_HOME": WORK, "PYTHONSAFEPATH": "1"}
         | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
@@ -97,18 +104,24 @@ def test_a_step_runs_as_the_job_that_a_worker_makes(workspace, tmp_path):
     said += stranger.copal("adapt", "code", status=2)
 
     with started_cluster(cluster):
-        process = worker.start("prefect", *WORKER)
-        try:
-            said += watcher.copal("watch", "--once")
+        processes = [worker.start("prefect", *WORKER), watcher.start("flows.cli", "watch", "--once")]
+        failed = False
+        try:  # nobody tells the watcher of a container that failed
+            until(lambda: processes[1].poll() is not None or any(status for status, _ in cluster.ended), 600, "the end")
+            failed = processes[1].poll() != 0
+            until(lambda: failed or cluster.ended, 60, "the end of the container, which tells its result before")
         finally:
-            process.terminate()
-            said += "".join(process.communicate())
+            for process in processes:
+                process.terminate()
+                said += "".join(process.communicate())
+    assert not failed, (said, cluster.ended)
     (job,), ((status, container),) = cluster.jobs, cluster.ended
     assert status == 0, container
     assert [version.tags.get("copal.domain") for version in bench.registry.versions()] == [None, "code"]
 
     kubernetes_validate.validate(job, "1.34", strict=True)
-    assert size.keys() == {"memory", "scratch", "gpus"}
+    assert size.keys() == {"memory", "scratch", "gpus", "nodes"}
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == size["nodes"] == 1
     (limits,) = [each["resources"]["limits"] for each in job["spec"]["template"]["spec"]["containers"]]
     assert limits == {
         "memory": size["memory"], "ephemeral-storage": size["scratch"], "nvidia.com/gpu": size["gpus"],
