@@ -17,6 +17,7 @@ from flows.data.commits import git_root
 from flows.data.dataset import DatasetError, DatasetVersion, MissingDataError
 from flows.data.dvc import dvc_errors, one_line, open_dvc
 from flows.data.repositories import data_root, has_commit, place_of
+from flows.outages import outages
 from flows.settings import WatchSettings
 from flows.workspace import Workspace, make_private
 
@@ -44,7 +45,7 @@ def fetch(repo: Path, version: DatasetVersion, cache: Path, *, remote_only: bool
         remote_only: do not read DVC's cache where the repository has a default remote.
 
     Raises:
-        MissingDataError: a file is neither in DVC's cache nor on a remote that answers.
+        MissingDataError: a file is neither in DVC's cache nor on a remote that answers and lets us in.
         DatasetError: a file is not what the pointer says, or DVC cannot read the repository at the version's commit.
         DataError: the name of a file is not UTF-8, or has control characters.
     """
@@ -76,10 +77,13 @@ def _download(root: Path, version: DatasetVersion, files: Path, *, scratch: Path
     from dvc_data.index import DataIndexDirError
 
     where = f"{version.path} at commit {version.git_rev[:10]}"
-    missing = MissingDataError(
-        f"the pointer of {where} names md5 {version.md5}, but its data is neither in DVC's cache nor on a remote "
-        "that answers: run `dvc push` where the data is"
-    )
+
+    def missing(why: str = "") -> MissingDataError:
+        return MissingDataError(
+            f"the pointer of {where} names md5 {version.md5}, but its data is neither in DVC's cache nor on a remote "
+            f"that answers{f' ({why})' if why else ''}: run `dvc push` where the data is"
+        )
+
     with dvc_errors(f"DVC cannot read {where}"), open_dvc(root, version.git_rev, scratch, remote_only) as dvc:
         try:
             listed = _listing(dvc, version)
@@ -90,12 +94,16 @@ def _download(root: Path, version: DatasetVersion, files: Path, *, scratch: Path
             DVCFileSystem(dvc).get(version.path, str(files), recursive=True)
         except DataIndexDirError as error:
             if isinstance(error.__cause__, FileNotFoundError):
-                raise missing from error
+                raise missing() from error
+            if isinstance(error.__cause__, outages()):
+                raise missing(one_line(error.__cause__)) from error
             if isinstance(error.__cause__, UnicodeEncodeError):
                 check_name(error.__cause__.object, version.path)
             raise DatasetError(f"DVC cannot list {where} (md5 {version.md5}): {one_line(error.__cause__)}") from error
         except FileNotFoundError as error:
-            raise missing from error
+            raise missing() from error
+        except outages() as error:
+            raise missing(one_line(error)) from error
         except RecursionError as error:
             raise DatasetError(f"{where} (md5 {version.md5}) lists folders within folders without end") from error
     files.mkdir(exist_ok=True)  # a dataset without files

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copal.files import flush
+from flows.outages import outages
 from flows.registry.errors import RegistryError
 from flows.registry.sqlite import is_own, locked_advice, open_database, sqlite_file
 from flows.uris import cause, is_server, local_path, without_secrets
@@ -69,7 +70,7 @@ class Store:
         """MLflow's client; its log is kept off the terminal.
 
         Raises:
-            RegistryError: in place of every error of MLflow or its database that leaves the `with`.
+            RegistryError: in place of every error of MLflow, its database or its artifact store that leaves the `with`.
         """
         uri = self.places.tracking_uri
         open_database(uri, self.places.artifact_root)  # MLflow tries a broken one for 100 s, with tracebacks
@@ -84,7 +85,7 @@ class Store:
                 if self._client is None:
                     self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
                 yield self._client
-            except (MlflowException, SQLAlchemyError, OSError) as error:
+            except (MlflowException, SQLAlchemyError, OSError, *outages()) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 advice = locked_advice(str(error))
                 message = f"MLflow store {uri}: {reason}{f'; {advice}' if advice else ''}"
@@ -276,5 +277,5 @@ def never_fails(doing: str) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, *outages()) as error:
         _log.warning("%s: %s", doing, without_secrets((str(error) or type(error).__name__).splitlines()[0]))

@@ -55,18 +55,19 @@ class MlflowServer:
     """A real MLflow server on a database of its own, that can be killed and started again.
 
     Args:
-        database: a file of SQLite, of which it gets a copy; or the URI of one on a server; None is for artifacts
-            alone.
+        database: a file of SQLite, of which it gets a copy; or the URI of one on a server.
         serves: artifacts go through it, into a folder of its own, and each request is a line of its log.
+        artifacts: where they go instead, as `s3://bucket/path`.
         options, environment: more of what it is started with.
     """
 
     def __init__(
         self,
         folder: Path,
-        database: Path | str | None,
+        database: Path | str,
         *,
         serves: bool = False,
+        artifacts: str | None = None,
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -82,7 +83,7 @@ class MlflowServer:
         self._artifacts = ["--no-serve-artifacts"]
         if serves:
             self._artifacts = [
-                *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
+                *("--serve-artifacts", "--artifacts-destination", artifacts or str(folder / "artifacts")),
                 *("--uvicorn-opts", "--access-log --log-level info"),
             ]
 
@@ -90,7 +91,7 @@ class MlflowServer:
         """Start it and wait until it answers."""
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-            *(("--backend-store-uri", self._database) if self._database else ()),
+            *("--backend-store-uri", self._database),
             *("--workers", "1"),
             *self._artifacts,
             *self._options,
@@ -143,14 +144,29 @@ auth_cache_ttl_seconds = 60
 """
 
 
-def with_users(folder: Path, database: Path, password: str, *, serves: bool = False) -> MlflowServer:
+def with_users(
+    folder: Path,
+    database: Path,
+    password: str,
+    *,
+    serves: bool = False,
+    artifacts: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> MlflowServer:
     """An MLflow server that asks everybody who he is; `password` is that of its administrator, `admin`."""
     (folder / "auth.ini").write_text(AUTH.format(database=folder / "auth.db", password=password))
-    environment = {
+    of_users = {
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "for a test",
     }
-    return MlflowServer(folder, database, serves=serves, options=("--app-name", "basic-auth"), environment=environment)
+    return MlflowServer(
+        folder,
+        database,
+        serves=serves,
+        artifacts=artifacts,
+        options=("--app-name", "basic-auth"),
+        environment={**of_users, **(environment or {})},
+    )
 
 
 class PostgresServer:

@@ -15,9 +15,11 @@ from flows.isolated import isolated_environment, isolated_python
 from flows.ledger import LINEAGE, Ledger
 from flows.workspace import open_workspace
 from support.benches import PARAMS, Bench
+from support.buckets import S3Server
 from support.servers import MlflowServer, PostgresServer, PrefectServer
 
 PASSWORD = "the password of the {}"
+BUCKETS = ("artifacts", "data")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Stores:
     mlflow: MlflowServer
     postgresql: PostgresServer
     prefect: PrefectServer
+    s3: S3Server
     database: str
     folder: Path
     name: str = "team"
@@ -37,9 +40,9 @@ class Stores:
         return self.folder / f"{self.name}.git"
 
     @property
-    def data(self) -> Path:
-        """The store of DVC."""
-        return self.folder / "dvc"
+    def remote(self) -> str:
+        """DVC's configuration, whose remote is on S3."""
+        return f"[core]\n    remote = store\n['remote \"store\"']\n    url = s3://data/{self.name}\n"
 
     def variables(self, role: str) -> dict[str, str]:
         found = {
@@ -48,6 +51,7 @@ class Stores:
             "MLFLOW_TRACKING_PASSWORD": PASSWORD.format(role),
             "COPAL_LEDGER_URI": self.postgresql.uri(self.database, f"{role}_{self.database}"),
             "COPAL_WORKSPACE": f"file://{self.origin}",
+            **self.s3.environment,  # of the data; artifacts go through MLflow
         }
         if role != "reader":  # who knows the auth string may run code on the workers
             found |= {"PREFECT_API_URL": self.prefect.api, "PREFECT_API_AUTH_STRING": self.prefect.auth}
@@ -67,7 +71,7 @@ class Stores:
             runs = sorted(found.info.run_id for found in client.search_runs(experiments))
             logged = sorted(found.model_id for found in client.search_logged_models(experiments))
         ledger = Ledger(self.postgresql.uri(self.database), "team")
-        files = sorted(str(path) for path in (self.mlflow.folder / "artifacts").rglob("*"))
+        files = [self.s3.objects(bucket) for bucket in BUCKETS]
         holder = ledger.holder(LINEAGE)
         assert holder is not None
         return experiments, models, versions, runs, logged, files, ledger.log(), (holder.token, holder.what)
@@ -114,8 +118,7 @@ def shared_workspace(stores: Stores, folder: Path, name: str, template: Path, ba
     """
     shutil.copytree(template, folder)
     (folder / "params.yaml").write_text(PARAMS.replace("tiny", name) + "gates: {dense: null, promote: manual}\n")
-    remote = f"[core]\n    remote = store\n['remote \"store\"']\n    url = {stores.data}\n"
-    (folder / ".dvc" / "config").write_text(remote)
+    (folder / ".dvc" / "config").write_text(stores.remote)
     git(folder, "add", "--all")
     git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "Settings")
     git(folder.parent, "clone", "--quiet", "--bare", str(folder), str(stores.origin))

@@ -40,8 +40,7 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, t
     shutil.copytree(tiny_base, one.folder / "base")
     one.copal("init", str(made), "--base", str(one.folder / "base"))
     (made / "params.yaml").write_text(PARAMS.replace("tiny", "team") + "gates: {dense: null, promote: manual}\n")
-    remote = f"[core]\n    remote = store\n['remote \"store\"']\n    url = {stores.data}\n"
-    (made / ".dvc" / "config").write_text(remote)
+    (made / ".dvc" / "config").write_text(stores.remote)
     git(made, "add", "--all")
     git(made, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "Settings")
     git(tmp_path, "clone", "--quiet", "--bare", str(made), str(stores.origin))
@@ -53,7 +52,8 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, t
     bench = Bench(open_workspace(two.folder / "team"), tiny_base)
     bench.commit("code", 0)
     bench.commit("legal", 1)
-    subprocess.run(isolated_python("dvc", "push", "--quiet"), cwd=bench.root, env=os.environ.copy(), check=True)
+    environment = os.environ | stores.s3.environment
+    subprocess.run(isolated_python("dvc", "push", "--quiet"), cwd=bench.root, env=environment, check=True)
     git(bench.root, "push", "--quiet", "origin", "HEAD")
     two.gone()
 
@@ -88,7 +88,7 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, t
         ("withdraw", "code", "--why", "to try"),
     )  # fmt: skip
     for command in refused:
-        said = four.copal(*command, status=2)
+        said = four.copal(*command, "--quiet", status=2)
         assert said.startswith("copal: "), command
         assert said.count("\n") == 1, command
     assert stores.snapshot() == before
@@ -100,7 +100,7 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, t
     log = json.loads(five.copal("lineage", "--json"))["log"]
     assert [entry["kind"] for entry in log] == ["gates", "promotion"]
     assert [entry["who"]["role"].partition("_")[0] for entry in log] == ["worker", "promoter"]
-    said = five.copal("withdraw", "code", "--why", "to try", status=2)
+    said = five.copal("withdraw", "code", "--why", "to try", "--quiet", status=2)
     assert said.startswith("copal: ")
     five.gone()
 

@@ -24,6 +24,7 @@ from flows.runs.server import with_server
 from flows.step import run
 from flows.workspace import open_workspace
 from support.benches import PARAMS, Bench
+from support.buckets import S3Server
 from support.ledgers import expire
 from support.servers import MlflowServer, PostgresServer, PrefectServer
 from support.toys import step
@@ -38,10 +39,9 @@ PHASES = {
     "upload": "log_model_artifacts",
     "gates": "run_gates",
 }
-ELSEWHERE = {"MLFLOW_ALLOWED_HOST_ADDRESSED_ARTIFACT_SCHEMES": "mlflow-artifacts"}  # artifacts on another server
-STORES = ("postgresql", "mlflow", "artifacts", "prefect")
+STORES = ("postgresql", "mlflow", "s3", "prefect")
 # Each store once, in another phase; `make soak` takes the others.
-OFTEN = {("postgresql", "upload"), ("mlflow", "gates"), ("artifacts", "register"), ("prefect", "evaluate")}
+OFTEN = {("postgresql", "upload"), ("mlflow", "gates"), ("s3", "register"), ("prefect", "evaluate")}
 CASES = [
     pytest.param(store, phase, marks=() if (store, phase) in OFTEN else pytest.mark.soak)
     for store in STORES
@@ -51,32 +51,33 @@ CASES = [
 
 @dataclass(frozen=True)
 class Servers:
-    """MLflow's metadata, the ledger and Prefect's runs are on PostgreSQL; artifacts on a server of their own."""
+    """MLflow's metadata, the ledger and Prefect's runs are on PostgreSQL; the files of versions on S3."""
 
     postgresql: PostgresServer
     mlflow: MlflowServer
-    artifacts: MlflowServer
+    s3: S3Server
     prefect: PrefectServer
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory, postgresql: PostgresServer) -> Iterator[Servers]:
     folder = tmp_path_factory.mktemp("servers")
-    for name in ("mlflow", "artifacts", "prefect"):
+    for name in ("mlflow", "prefect"):
         (folder / name).mkdir()
     database = postgresql.uri(postgresql.new_database()).replace("psycopg2", "asyncpg")
     found = Servers(
         postgresql,
-        MlflowServer(folder / "mlflow", postgresql.uri(postgresql.new_database()), environment=ELSEWHERE),
-        MlflowServer(folder / "artifacts", None, serves=True, options=("--artifacts-only",)),
+        MlflowServer(folder / "mlflow", postgresql.uri(postgresql.new_database())),
+        S3Server(),
         PrefectServer(folder / "prefect", database, "copal:x"),
     )
     try:
-        for server in (found.mlflow, found.artifacts, found.prefect):
+        for server in (found.mlflow, found.s3, found.prefect):
             server.start()
+        found.s3.new_bucket("copal")
         yield found
     finally:
-        for server in (found.prefect, found.artifacts, found.mlflow):
+        for server in (found.prefect, found.s3, found.mlflow):
             server.kill()
 
 
@@ -88,7 +89,9 @@ def shared(
     name = f"{request.node.callspec.params['store']}-{request.node.callspec.params['phase']}"
     for variable, value in {
         "COPAL_REGISTRY_URI": servers.mlflow.uri,
-        "COPAL_REGISTRY_ARTIFACTS": servers.artifacts.uri.replace("http", "mlflow-artifacts") + f"/{name}",
+        "COPAL_REGISTRY_ARTIFACTS": f"s3://copal/{name}",
+        "AWS_MAX_ATTEMPTS": "1",
+        **servers.s3.environment,
         "COPAL_LEDGER_URI": servers.postgresql.uri(servers.postgresql.new_database()),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # else a step waits for minutes, and outlives what is short
     }.items():
