@@ -212,6 +212,7 @@ class RegistrySettings(_Section):
         artifacts: where the files of a new lineage's versions go: a folder (relative ones from the workspace) or a URI
             such as `s3://bucket/path`; None is where an MLflow server says, else the workspace. A lineage that has
             begun stays where it is.
+        pictures: whether pictures of the lineage go with each version's run; `copal plot` draws them at any time.
     """
 
     uri: Annotated[_Text | None, _must_be("an MLflow tracking URI or null", shown=False)] = Field(
@@ -220,6 +221,7 @@ class RegistrySettings(_Section):
     artifacts: Annotated[_Text | None, _must_be("a folder, a URI or null", shown=False)] = Field(
         default=None, repr=False
     )
+    pictures: _Switch = True
 
 
 class CacheSettings(_Section):

@@ -43,7 +43,7 @@ def show_gates(
         description = None
         with suppress(LineageError):  # of an altered record; a gate has said so
             history = read_history(project)
-            _write_lineage(folder, history)
+            _write_lineage(folder, history, pictures=project.settings.registry.pictures)
             record = find_version(history, str(version.number)).record
             description = version_description(version.number, record, entry)
         check()
@@ -56,6 +56,7 @@ def _write_gates(folder: Path, entry: GatesEntry) -> None:
     write_json(folder / "gates.json", {"columns": _COLUMNS, "data": rows})
 
 
-def _write_lineage(folder: Path, history: History) -> None:
+def _write_lineage(folder: Path, history: History, *, pictures: bool) -> None:
     (folder / "lineage.html").write_text(render_page(history), encoding="utf-8")
-    draw_pictures(history, folder)
+    if pictures:
+        draw_pictures(history, folder)

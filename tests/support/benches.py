@@ -21,6 +21,7 @@ PARAMS = """
 model: {name: tiny, dtype: float32}
 calibration: {window_length: 32, windows: 8, evaluation_windows: 8, evaluation_share: 0.4}
 prune: {iterations: 30}
+registry: {pictures: false}
 """
 
 

@@ -55,6 +55,7 @@ print(json.dumps(found))
 def bench(make_bench: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A base, and a version on it that is the champion."""
     made = make_bench(tmp_path_factory.mktemp("flavor") / "work space")
+    made.set("pictures: false", "pictures: true")
     made.commit("code", 1)
     step(made)
     make_champion(made.project, 2, why="to be loaded", force=True)

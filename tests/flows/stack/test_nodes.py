@@ -68,9 +68,9 @@ def team(folder: Path, template: Path, base: Path, registry: str, artifacts: str
     """A workspace with the base as version 1 in stores beside it, and two domains."""
     shutil.copytree(template, folder / "one" / "team")
     found = Bench(open_workspace(folder / "one" / "team"), base)
-    stores = f"registry: {{uri: '{registry}', artifacts: {artifacts}}}\n"
+    stores = PARAMS.replace("pictures: false", f"pictures: false, uri: '{registry}', artifacts: {artifacts}")
     ledger = f"ledger: {{uri: 'sqlite:///{folder / 'ledger.db'}'}}\n"
-    found.workspace.params.write_text(PARAMS + stores + ledger + "gates: {dense: null}\n")
+    found.workspace.params.write_text(stores + ledger + "gates: {dense: null}\n")
     found.register_root()
     found.commit("code", 0)
     found.commit("legal", 1)
