@@ -309,6 +309,8 @@ def test_auto_promotes_what_passed_and_leaves_a_hand_alone(make_learnt_bench, tm
     assert run.data.metrics["gate.lineage.passed"] == 1
     assert run.data.metrics["gate.dense"] < 2
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "gates.json", "type": "table"}]
+    shown = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert shown == {"gates.json", "lineage.html"}, "registry.pictures is false"
     table = json.loads(Path(client.download_artifacts(run.info.run_id, "gates.json")).read_text())
     page = Path(client.download_artifacts(run.info.run_id, "lineage.html"))
     assert "<title>Lineage of tiny</title>" in page.read_text()

@@ -92,8 +92,7 @@ def stack(
             "ledger": {"uri": postgresql.uri(postgresql.new_database()).replace("a-secret", canaries["ledger"])},
             "watch": {"repository": server.url, "interval": 5},
         }
-        with bench.workspace.params.open("a") as params:
-            params.write("".join(f"{name}: {json.dumps(stores[name])}\n" for name in stores))
+        bench.set("registry: {pictures: false}\n", "".join(f"{name}: {json.dumps(stores[name])}\n" for name in stores))
         bench.register_root()
         path = os.pathsep.join((str(Path(flows.__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
         plain = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}

@@ -95,14 +95,14 @@ class Running:
 
         def answer() -> list[bytes]:
             try:
-                with urllib.request.urlopen(request, timeout=60) as found:
+                with urllib.request.urlopen(request, timeout=120) as found:
                     return [found.read()]
             except urllib.error.HTTPError as error:
-                if error.code != 503:  # its database is locked
+                if error.code != 503:  # its database is locked, which it says after a minute
                     raise
                 return []
 
-        (content,) = until(answer, 30, "an answer of the server")
+        (content,) = until(answer, 240, "an answer of the server")
         return json.loads(content) if content else None
 
     def deployment(self, name: str) -> Any:
@@ -368,7 +368,7 @@ def test_cancelling_a_step_stops_its_process_within_15_seconds(quiet: Running) -
 
     caller = threading.Thread(target=call)
     caller.start()
-    run, process = until(lambda: busy(quiet), 60, "a step that prunes")
+    run, process = until(lambda: busy(quiet), 240, "a step that prunes")
     began = time.monotonic()
     quiet.call(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     until(lambda: not alive(process), 15, "its process to end")
@@ -409,7 +409,7 @@ def test_what_is_up_is_not_started_again(stack: Running) -> None:
 
 def test_down_ends_everything_and_a_step_that_runs_is_told(quiet: Running) -> None:
     quiet.start("adapt", domain="slow")
-    run, _ = until(lambda: busy(quiet), 60, "a step that prunes")
+    run, _ = until(lambda: busy(quiet), 240, "a step that prunes")
     known = read_stack(quiet.bench.workspace)
     assert known is not None
     supervisor = psutil.Process(known.supervisor.pid)

@@ -182,9 +182,9 @@ def files(root: Path) -> Counter[str]:
     return Counter(re.sub(r"[0-9a-f]{32}|(?<=partial-)\d+", "ID", name) for name in names)
 
 
-@pytest.mark.parametrize("seed", in_two_groups(range(2)))
-def test_a_step_killed_at_any_time_is_finished_by_the_next(trials: Trials, seed: int) -> None:
-    at_any_time(trials, kills=3, seed=seed)
+@pytest.mark.xdist_group("kills 0")
+def test_a_step_killed_at_any_time_is_finished_by_the_next(trials: Trials) -> None:
+    at_any_time(trials, kills=3, seed=0)
 
 
 @pytest.mark.soak
