@@ -12,8 +12,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
 STAMP := $(VENV)/.installed
 # Tests that share something expensive run in one process, and what takes longest is begun first: see tests/conftest.py.
-# One more than two cores can run: a quarter of the time a process waits, for servers and for processes that it started.
-JOBS ?= 3
+JOBS ?= 2
 # A thread for each: more of them wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -28,7 +27,7 @@ help: ## show this
 demo: $(STAMP) ## the main job on a real language model and three domains, in .demo/
 	$(BIN)/copal demo
 
-test: $(STAMP) ## the whole test suite, in three processes or as many as JOBS says: make test JOBS=4
+test: $(STAMP) ## the whole test suite, in two processes or as many as JOBS says: make test JOBS=4
 	$(PYTEST)
 
 quick: $(STAMP) ## the tests that need no workspace, registry or server: a minute, for in between
@@ -55,7 +54,6 @@ peers: $(STAMP) ## copal beside llm-compressor's SparseGPT and Wanda, which get 
 gpu: ## what needs a GPU, in under ten minutes, into bench/gpu.md (wants torch, transformers, safetensors, accelerate)
 	$(GPU_PYTHON) tests/gpu/run.py
 
-test-stack: JOBS = 2
 test-stack: $(STAMP) ## a whole stack, and a ledger on PostgreSQL (on Debian and Ubuntu: apt-get install postgresql)
 	$(PYTEST) -m "team and not soak"
 
