@@ -77,15 +77,13 @@ class Store:
         if self._client is None:
             _check_server(uri)  # and one that does not answer for minutes, without a word
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
 
         with _quiet():
             try:
                 if self._client is None:
                     self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
                 yield self._client
-            except (MlflowException, SQLAlchemyError, OSError, *outages()) as error:
+            except _failures() as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 advice = locked_advice(str(error))
                 message = f"MLflow store {uri}: {reason}{f'; {advice}' if advice else ''}"
@@ -272,10 +270,15 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def never_fails(doing: str) -> Iterator[None]:
     """Cleaning up must not hide the error that made it needed, nor undo what was published."""
+    try:
+        yield
+    except _failures() as error:
+        _log.warning("%s: %s", doing, without_secrets((str(error) or type(error).__name__).splitlines()[0]))
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What MLflow, its database and its artifact store raise, for `except`."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, OSError, *outages()) as error:
-        _log.warning("%s: %s", doing, without_secrets((str(error) or type(error).__name__).splitlines()[0]))
+    return MlflowException, SQLAlchemyError, OSError, *outages()
