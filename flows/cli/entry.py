@@ -26,11 +26,9 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",  # some profiles turn it off; an API URL goes before it
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # 20 is too tight for a busy machine
     "PREFECT_LOGGING_LEVEL": "WARNING",
-    "PYTHONSAFEPATH": "1",  # Prefect's temporary server runs in the user's folder: it imports nothing from there
-    "TOKENIZERS_PARALLELISM": "false",  # else a warning when Prefect starts its server
+    "PYTHONSAFEPATH": "1",  # processes that are started in the user's folder import nothing from there
+    "TOKENIZERS_PARALLELISM": "false",  # else a warning when a process is started
 }
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -101,7 +99,7 @@ def _logged(verbose: bool) -> Iterator[None]:
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM (a container that stops) ends the command as Ctrl-C does, so that Prefect's server goes with it."""
+    """SIGTERM (a container that stops) ends the command as Ctrl-C does: what it holds is freed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -122,7 +122,7 @@ def prefect() -> Check:
 
     address = PREFECT_API_URL.value()
     if not address:
-        return Check(name="prefect", ok=True, found=f"{check.found}, a temporary server for each run")
+        return Check(name="prefect", ok=True, found=f"{check.found}, no server is named: steps run in the command")
     import httpx
 
     shown = f"{check.found}, the server {without_secrets(address)}"
@@ -145,7 +145,7 @@ def prefect() -> Check:
             name="prefect",
             ok=False,
             found=f"{shown} does not answer ({line(error)})",
-            advice="start it, or unset PREFECT_API_URL to use a temporary one",
+            advice="start it, or unset PREFECT_API_URL to do without one",
         )
     listed = ", ".join(f"{name} ({status.rpartition('.')[2].lower()})" for name, status in sorted(pools.items()))
     said = f"{shown} answers, version {there}, work pools: {listed or 'none'}"

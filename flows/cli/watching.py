@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from copal.errors import CopalError
@@ -80,18 +80,18 @@ def check(place: str, tell: Callable[[str], None]) -> None:
 
 def _run(project: Project, newest: int, tell: Callable[[str], None]) -> None:
     from flows.pending.missing_data import waiting
+    from flows.runs.server import on_server
 
-    with working("starting Prefect"):
-        from flows.runs.server import server_ready, with_server
+    with ExitStack() as stack:
+        with working("starting"):
+            if stack.enter_context(on_server()):
+                from flows.watch import watch as flow  # without torch: a worker takes the steps
 
-        with server_ready() as here:
-            from flows.watch import watch
-
-            if here:  # else a worker takes the steps, and this process does without torch
-                importlib.import_module("flows.adapt")
-    with with_server():
+                run: Callable[[str], list[int]] = flow
+            else:
+                from flows.by_hand import watch as run
         try:
-            watch(project.place)
+            run(project.place)
         finally:  # one dataset may have been refused and others not
             project.registry.refresh()
             made = [version for version in project.registry.versions() if version.number > newest]

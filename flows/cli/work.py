@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -16,6 +18,7 @@ from flows.terminal.progress import working
 if TYPE_CHECKING:
     from flows.registry.registry import Registry
     from flows.step.purge import Purged
+    from flows.step.run import Withdrawal
 
 __all__ = ["adapt", "gc", "plan", "status", "watch", "withdraw"]
 
@@ -52,22 +55,26 @@ def adapt(domain: str, /, *, rev: str | None = None, workspace: Folder = ".") ->
         domain: The folder under data/.
         rev: Git revision of its data; default: the watched branch.
     """
+    from flows.runs.server import on_server
     from flows.step.resolve import find_step
 
     project = open_project(workspace)
     registry = project.registry
-    known = find_step(project, domain, rev) is None
-    head = registry.head()
-    if known and head is not None and head.concluded:  # quick, and starts no server
+    with working("looking at the newest version"):
+        known = find_step(project, domain, rev) is None
+        head = registry.head()
+    if known and head is not None and head.concluded:  # quick, without torch and Prefect
         _say_known(registry, domain)
         return 0
-    with working("starting Prefect"):
-        from flows.runs.server import server_ready, with_server
+    with ExitStack() as stack:
+        with working("starting"):
+            if stack.enter_context(on_server()):
+                from flows.adapt import adapt as flow
 
-        with server_ready():
-            from flows.adapt import adapt as flow
-    with with_server():
-        number = flow(project.place, domain, rev)
+                take: Callable[[str, str, str | None], int | None] = flow
+            else:
+                from flows.by_hand import adapt as take
+        number = take(project.place, domain, rev)
     registry.refresh()
     if number is None:
         _say_known(registry, domain)
@@ -132,22 +139,27 @@ def withdraw(domain: str, /, *, why: str, purge: bool = False, workspace: Folder
         why: The reason; the log keeps it.
         purge: Also delete what is kept of its data; of one withdrawn earlier, too.
     """
+    from flows.runs.server import on_server
     from flows.step.resolve import find_withdrawal
 
     project = open_project(workspace)
     registry = project.registry
-    if find_withdrawal(project, domain, why) is None:  # nothing to compute: starts no server
+    with working("looking at the newest version"):
+        known = find_withdrawal(project, domain, why) is None
+    if known:  # nothing to compute: quick, without torch and Prefect
         from flows.step.run import plain_tasks, run_withdrawal
 
         done = run_withdrawal(project, domain, why, plain_tasks(), purge=purge, tell=say)
     else:
-        with working("starting Prefect"):
-            from flows.runs.server import server_ready, with_server
+        with ExitStack() as stack:
+            with working("starting"):
+                if stack.enter_context(on_server()):
+                    from flows.withdraw import withdraw as flow
 
-            with server_ready():
-                from flows.withdraw import withdraw as flow
-        with with_server():
-            done = flow(project.place, domain, why, purge)
+                    take: Callable[[str, str, str, bool], Withdrawal] = flow
+                else:
+                    from flows.by_hand import withdraw as take
+            done = take(project.place, domain, why, purge)
     registry.refresh()
     if done.made is not None:
         show_versions(project, [registry.version(done.made.number)], say)

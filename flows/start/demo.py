@@ -22,7 +22,7 @@ class NotADemoError(CopalError):
 
 
 def run_demo(folder: Path) -> None:
-    """Make a workspace in `folder` with a real base model, then commit a domain and run the watch flow, three times.
+    """Make a workspace in `folder` with a real base model; three times, commit a domain and let the watcher take it up.
     The newest version that passed its gates becomes the champion.
 
     A demo that is there from an earlier run is made anew.
@@ -30,6 +30,7 @@ def run_demo(folder: Path) -> None:
     Raises:
         NotADemoError: `folder` holds something else.
     """
+    from flows.by_hand import watch
     from flows.data.dvc import add_and_commit
     from flows.lineage.entries import CHALLENGER
     from flows.lineage.scores import scores
@@ -37,7 +38,7 @@ def run_demo(folder: Path) -> None:
     from flows.project import open_project, read_history
     from flows.start.domains import build_domain
     from flows.start.init import init_with_base
-    from flows.terminal.progress import console, progress_bar, working
+    from flows.terminal.progress import console, progress_bar
     from flows.terminal.status import render_scores, render_status
 
     began = time.perf_counter()
@@ -51,12 +52,8 @@ def run_demo(folder: Path) -> None:
     for number, domain in enumerate(DOMAINS, start=2):
         documents = build_domain(domain, workspace.data / domain)
         commit = add_and_commit(folder, domain, f"Add {domain}")
-        out.print(f"{number}. data/{domain} ({documents} documents) is committed as {commit[:10]}; the watch flow runs")
-        with working("starting Prefect"):
-            from flows.runs.server import server_ready
-
-            with server_ready():
-                from flows.watch import watch
+        found = f"data/{domain} ({documents} documents) is committed as {commit[:10]}"
+        out.print(f"{number}. {found}; the watcher takes it up")
         watch(str(folder))
     project = open_project(folder)
     challenger = project.registry.alias(CHALLENGER)

@@ -74,8 +74,12 @@ class Withdrawal:
     purged: Purged | None
 
 
-def plain_tasks(progress: Progress = silent) -> Tasks:
-    """The tasks as plain functions, without Prefect."""
+def plain_tasks(progress: Progress = silent, tell: Callable[[str], None] | None = None) -> Tasks:
+    """The tasks as plain functions, without Prefect.
+
+    Args:
+        tell: see `flows.gates.run.run_gates`.
+    """
     return Tasks(
         fetch=fetch_data,
         prune=lambda project, step, data, claim: prune_domain(project.settings, step, data, claim.guard(progress)),
@@ -85,7 +89,7 @@ def plain_tasks(progress: Progress = silent) -> Tasks:
         register=lambda project, step, report, evaluation, claim: register_step(
             project, step, report, evaluation, claim.seal, progress
         ),
-        gates=run_gates,
+        gates=lambda project, version, claim: run_gates(project, version, claim, tell),
     )
 
 

@@ -16,6 +16,15 @@ from support.benches import PARAMS, Bench, sentence
 from support.servers import MlflowServer, PostgresServer
 
 
+@pytest.fixture
+def by_hand() -> Iterator[None]:
+    """No Prefect server is named, whatever other tests of this process have started."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield
+
+
 @pytest.fixture(scope="session")
 def prefect() -> Iterator[None]:
     """Prefect's test harness: one temporary server for the whole run."""

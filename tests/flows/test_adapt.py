@@ -14,9 +14,10 @@ from copal.errors import CopalError, DataError
 from flows.adapt import adapt
 from flows.data.dataset import DatasetError, MissingDataError
 from flows.pending.plan import plan
+from flows.pending.take_up import RefusedError
 from flows.registry.errors import LineageConflictError
 from flows.step.work import prune_domain
-from flows.watch import RefusedError, watch
+from flows.watch import watch
 from support.toys import expire_claims, other_masks, weights
 
 pytestmark = pytest.mark.usefixtures("prefect")
@@ -253,12 +254,12 @@ def test_a_step_that_was_taken_over_publishes_nothing(bench, monkeypatch):
     real = prune_domain
 
     def meanwhile(settings, step, data, progress):
-        monkeypatch.setattr("flows.runs.tasks.prune_domain", real)
+        monkeypatch.setattr("flows.step.run.prune_domain", real)
         expire_claims(bench.project)  # as if it had been paused
         assert adapt(str(bench.root), "legal") == 2
         return real(settings, step, data, progress)
 
-    monkeypatch.setattr("flows.runs.tasks.prune_domain", meanwhile)
+    monkeypatch.setattr("flows.step.run.prune_domain", meanwhile)
     with pytest.raises(CopalError):
         adapt(str(bench.root), "code")
     assert [v.tags.get("copal.domain") for v in bench.registry.versions()] == [None, "legal"]
@@ -297,7 +298,7 @@ def test_the_flow_runs_the_gates_and_shows_them(make_learnt_bench, tmp_path, cap
 def test_gates_that_a_run_did_not_come_to_are_run_by_the_next(bench, monkeypatch):
     bench.commit("code", 0)
     with monkeypatch.context() as patch:
-        patch.setattr("flows.runs.tasks.run_gates", lambda *_: 1 / 0)
+        patch.setattr("flows.step.run.run_gates", lambda *_: 1 / 0)
         patch.setattr("flows.runs.tasks.gates.retries", 0)
         with pytest.raises(ZeroDivisionError):
             adapt(str(bench.root), "code")

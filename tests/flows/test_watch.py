@@ -20,9 +20,9 @@ from flows.data.dataset import DatasetError, MissingDataError
 from flows.pending.missing_data import waiting
 from flows.pending.plan import plan
 from flows.pending.status import status
+from flows.pending.take_up import RefusedError, take_up
 from flows.project import open_project
 from flows.step.run import plain_tasks, run_step
-from flows.watch import RefusedError, take_up
 from flows.workspace import Workspace
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -212,7 +212,7 @@ def test_a_step_by_hand_does_not_wait(bench):
         step(str(bench.root), "code", sha)
 
 
-@pytest.mark.usefixtures("prefect")
+@pytest.mark.usefixtures("by_hand")
 def test_watch_says_in_one_line_that_only_data_is_missing(bench, capsys):
     bench.commit("code", 0)
     bench.lose_data()

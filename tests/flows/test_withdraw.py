@@ -322,7 +322,7 @@ def test_a_contribution_that_is_missing_without_a_purge_is_damage(lineage):
     assert kinds(lineage) == []
 
 
-@pytest.mark.usefixtures("prefect")
+@pytest.mark.usefixtures("by_hand")
 def test_the_command_withdraws_and_says_so(lineage, capsys):
     arguments = ["--workspace", str(lineage.root)]
     assert main(["withdraw", "legal", *arguments]) == 2  # no reason

@@ -25,6 +25,13 @@ def _on_its_own(tmp_path_factory, monkeypatch):
         logging.getLogger(name).propagate = True
 
 
+@pytest.fixture(autouse=True)
+def _by_hand(request):
+    """Commands run without Prefect, but where a test asks for a server."""
+    if "prefect" not in request.fixturenames:
+        request.getfixturevalue("by_hand")
+
+
 @pytest.fixture
 def run(capsys):
     """run(*arguments) -> (exit code, standard output, standard error)."""

@@ -15,7 +15,6 @@ from support.pages import blocks, commands
 PAGE = Path(__file__).parents[3] / "README.md"
 
 
-@pytest.mark.usefixtures("prefect")
 def test_the_session_on_the_front_page_runs_as_it_stands_there(run, tiny_base, tmp_path, monkeypatch):
     (session,) = [block for block in blocks(PAGE.read_text(encoding="utf-8"), "sh") if "copal init" in block]
     tickets = [json.dumps({"id": f"ticket-{number}", "text": sentence(0, number)}) for number in range(240)]

@@ -1,4 +1,4 @@
-"""`copal watch`, `adapt`, `status` and, after them, `export`: real git, DVC, MLflow and Prefect's harness."""
+"""`copal watch`, `adapt`, `status` and, after them, `export`: real git, DVC and MLflow, and once Prefect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from flows.cli.watching import watch_forever
 from flows.data.git import git
 
 
-@pytest.mark.usefixtures("prefect")
 def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
     here = ("--workspace", bench.root)
     code, out, err = run("watch", "--once", *here)
@@ -71,7 +70,9 @@ def test_the_main_job_from_the_command_line(bench, run, refused, tmp_path):
 
 
 @pytest.mark.usefixtures("prefect")
-def test_a_dataset_that_is_refused_is_one_line_and_the_others_are_adapted_to(bench, run, monkeypatch, caplog):
+def test_on_a_prefect_server_a_dataset_that_is_refused_is_one_line_and_the_others_are_adapted_to(
+    bench, run, monkeypatch, caplog
+):
     from prefect.settings import PREFECT_LOGGING_LEVEL, temporary_settings
 
     monkeypatch.delenv("PREFECT_LOGGING_LEVEL")  # as a user has it
@@ -84,10 +85,15 @@ def test_a_dataset_that_is_refused_is_one_line_and_the_others_are_adapted_to(ben
     assert err.startswith("copal: data/bad has ")
     assert err.count("\n") == 1
     assert not [record for record in caplog.records if record.name.startswith("prefect.")]  # no traceback of a run
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        names = {client.read_flow(run.flow_id).name for run in client.read_flow_runs()}
+    assert {"watch", "adapt"} <= names
 
 
 def test_adapt_refuses_before_it_starts_anything(bench, refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "flows.adapt", None)  # importing it would fail
+    monkeypatch.setitem(sys.modules, "flows.by_hand", None)  # importing it would fail
     bench.commit("code", 0)
     here = ("--workspace", bench.root)
     assert "cannot name a domain" in refused("adapt", "Code!", *here)
@@ -96,7 +102,7 @@ def test_adapt_refuses_before_it_starts_anything(bench, refused, monkeypatch):
 
 
 def test_plan_says_what_would_run_and_begins_nothing(bench, run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "flows.watch", None)  # importing it would fail
+    monkeypatch.setitem(sys.modules, "flows.by_hand", None)  # importing it would fail
     bench.commit("code", 0)
     bench.set("prune: {iterations: 30}", "prune: {iterations: 30, sparsity: 0.6}")
     before = bench.snapshot()

@@ -3,17 +3,21 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.cli import main
+from flows.isolated import isolated_environment
 from flows.runs import artifacts
 from flows.runs.artifacts import show_gates
-from flows.runs.server import ServerError, check_server, with_server
+from flows.runs.server import ServerError, on_server
 
 
 def free_port() -> int:
@@ -24,8 +28,8 @@ def free_port() -> int:
 
 def test_a_server_that_does_not_answer_is_said_in_one_line_before_anything_is_begun():
     url = f"http://127.0.0.1:{free_port()}/api"
-    with temporary_settings({PREFECT_API_URL: url}), pytest.raises(ServerError) as caught:
-        check_server()
+    with temporary_settings({PREFECT_API_URL: url}), pytest.raises(ServerError) as caught, on_server():
+        pytest.fail("nothing is begun")
     said = str(caught.value)
     assert said.startswith(f"the Prefect server at {url} does not answer (")
     assert "unset PREFECT_API_URL" in said
@@ -48,21 +52,22 @@ def test_a_server_that_wants_another_auth_string_is_said_in_one_line_too():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/api"
         known = {PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: "copal:a-guess"}
-        with temporary_settings(known), pytest.raises(ServerError) as caught:
-            check_server()
+        with temporary_settings(known), pytest.raises(ServerError) as caught, on_server():
+            pytest.fail("nothing is begun")
         server.shutdown()
     said = str(caught.value)
     assert said.startswith(f"the Prefect server at {url} does not let us in (HTTP 401): set PREFECT_API_AUTH_STRING")
     assert "a-guess" not in said
 
 
+@pytest.mark.usefixtures("prefect")
 def test_a_server_that_goes_away_under_a_flow_is_said_in_one_line():
-    with (
-        temporary_settings(restore_defaults={PREFECT_API_URL}),
-        pytest.raises(ServerError, match=r"^the Prefect server went away while this ran \(refused\): start it and run"),
-        with_server(),
-    ):
+    url = PREFECT_API_URL.value()
+    with pytest.raises(ServerError) as caught, on_server():
         raise httpx.ConnectError("refused\nby whom")
+    assert str(caught.value).startswith(
+        f"the Prefect server at {url} went away while this ran (refused): start it and run"
+    )
 
 
 def test_a_table_that_cannot_be_shown_fails_no_step(caplog, monkeypatch):
@@ -74,9 +79,62 @@ def test_a_table_that_cannot_be_shown_fails_no_step(caplog, monkeypatch):
     assert "the table tiny-gates is not shown" in caplog.text
 
 
-def test_where_none_is_named_nothing_is_asked():
-    with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        check_server()
+@pytest.mark.usefixtures("by_hand")
+def test_where_none_is_named_an_error_of_a_network_is_not_of_prefect():
+    with pytest.raises(httpx.ConnectError), on_server():
+        raise httpx.ConnectError("of a model hub")
+
+
+_NAMED = "http://127.0.0.1:9/api"
+
+
+@pytest.mark.parametrize(
+    ("variables", "files"),
+    [
+        ({"PREFECT_API_URL": _NAMED}, {}),
+        ({"prefect_api_url": _NAMED}, {}),
+        (
+            {"PREFECT_HOME": "at"},
+            {"at/profiles.toml": f'active = "team"\n[profiles.team]\nPREFECT_API_URL = "{_NAMED}"'},
+        ),
+        (
+            {"PREFECT_PROFILES_PATH": "mine.toml", "PREFECT_PROFILE": "team"},
+            {"mine.toml": f'[profiles.team]\nPREFECT_API_URL = "{_NAMED}"'},
+        ),
+        ({}, {"home/.prefect/profiles.toml": f'active = "a"\n[profiles.a]\nPREFECT_API_URL = "{_NAMED}"'}),
+        ({}, {".env": f"PREFECT_API_URL={_NAMED}"}),
+        ({}, {"prefect.toml": f'[api]\nurl = "{_NAMED}"'}),
+        ({}, {"pyproject.toml": f'[tool.prefect.api]\nurl = "{_NAMED}"'}),
+    ],
+)
+def test_every_place_where_prefect_looks_for_a_server(variables, files, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert asked(tmp_path, variables) == f"ServerError the Prefect server at {_NAMED} does not answer"
+
+
+def test_where_no_place_names_one_prefect_is_not_asked(tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'mine'\n")
+    assert asked(tmp_path, {"PREFECT_LOGGING_LEVEL": "WARNING"}) == "by hand False"
+
+
+def asked(folder: Path, variables: dict[str, str]) -> str:
+    """What a process in `folder` is told, with these variables and the user's folder at `folder`/home."""
+    program = """
+import sys
+from flows.runs.server import ServerError, on_server
+try:
+    with on_server() as server:
+        print("server" if server else "by hand", "prefect" in sys.modules)
+except ServerError as error:
+    print("ServerError", str(error).partition(" (")[0])
+"""
+    inherited = {name: value for name, value in isolated_environment().items() if not name.startswith("PREFECT")}
+    environment = inherited | {"HOME": str(folder / "home")} | variables
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 @pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])

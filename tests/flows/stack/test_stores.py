@@ -20,7 +20,7 @@ from prefect.settings import (
 from copal.errors import CopalError
 from flows.adapt import adapt
 from flows.runs import tasks
-from flows.runs.server import with_server
+from flows.runs.server import on_server
 from flows.step import run
 from flows.workspace import open_workspace
 from support.benches import PARAMS, Bench
@@ -127,7 +127,7 @@ def test_a_store_that_is_killed_in_a_step_and_comes_back(shared, servers, store,
     def take() -> Any:
         if store != "prefect":
             return step(shared)
-        with temporary_settings(known), with_server():
+        with temporary_settings(known), on_server():
             return adapt(str(shared.root), "code")
 
     owner = MlflowClient if phase == "upload" else tasks if store == "prefect" else run

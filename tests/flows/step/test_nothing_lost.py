@@ -258,7 +258,7 @@ def test_a_step_past_its_time_limit_is_stopped_and_frees_the_lineage(bench, monk
     bench.commit("code", 0)
     bench.set("model: {name: tiny", "run: {time_limit: 0.5}\nmodel: {name: tiny")
     with monkeypatch.context() as patch:
-        patch.setattr("flows.runs.tasks.evaluate_step", lambda *args: threading.Event().wait(60))
+        patch.setattr("flows.step.run.evaluate_step", lambda *args: threading.Event().wait(60))
         with pytest.raises(TimeLimitError, match=r"run.time_limit, 0.5 s"):
             adapt(str(bench.root), "code")
     assert holder(bench.project)["held"] == 0

@@ -1,0 +1,57 @@
+"""What a command does itself where no Prefect server is named: what the flows of the same names do, without Prefect.
+
+A server for one command alone takes longer to start than a small step, and nobody looks at it afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import tenacity
+
+from flows.pending.take_up import take_up
+from flows.project import open_project
+from flows.runs.limit import time_limit
+from flows.step.retries import PAUSES, may_pass
+from flows.step.run import Tasks, Withdrawal, run_step, run_withdrawal
+from flows.terminal.lines import write
+from flows.terminal.steps import shown_tasks
+
+__all__ = ["adapt", "watch", "withdraw"]
+
+
+def watch(workspace: str) -> list[int]:
+    """Take the step to every pending dataset version: see `flows.pending.take_up`."""
+    return take_up(workspace, adapt)
+
+
+def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
+    """One step: see `flows.adapt.adapt`."""
+    project = open_project(workspace)
+    with time_limit(project.settings.run.time_limit):
+        made = run_step(project, domain, rev, _tasks(), tell=write)
+    return made.number if made else None
+
+
+def withdraw(workspace: str, domain: str, why: str, purge: bool = False) -> Withdrawal:
+    """A version as if a domain had never been seen: see `flows.withdraw.withdraw`."""
+    project = open_project(workspace)
+    with time_limit(project.settings.run.time_limit):
+        return run_withdrawal(project, domain, why, _tasks(), purge=purge, tell=write)
+
+
+def _tasks() -> Tasks:
+    """The tasks of a step, tried again as `flows.runs.tasks` does it."""
+    tasks = shown_tasks(write)
+    tried_again = tenacity.retry(
+        stop=tenacity.stop_after_attempt(1 + len(PAUSES)),
+        wait=tenacity.wait_chain(*map(tenacity.wait_fixed, PAUSES)),
+        retry=tenacity.retry_if_exception(may_pass),
+        reraise=True,
+    )
+    return replace(
+        tasks,
+        fetch=tried_again(tasks.fetch),
+        register=tried_again(tasks.register),
+        gates=tried_again(tasks.gates),
+    )
