@@ -19,7 +19,6 @@ from prefect.settings import (
 
 from copal.errors import CopalError
 from flows.adapt import adapt
-from flows.runs import tasks
 from flows.runs.server import on_server
 from flows.step import run
 from flows.workspace import open_workspace
@@ -130,7 +129,7 @@ def test_a_store_that_is_killed_in_a_step_and_comes_back(shared, servers, store,
         with temporary_settings(known), on_server():
             return adapt(str(shared.root), "code")
 
-    owner = MlflowClient if phase == "upload" else tasks if store == "prefect" else run
+    owner = MlflowClient if phase == "upload" else run
     with monkeypatch.context() as patch:
         patch.setattr(owner, PHASES[phase], dying(getattr(owner, PHASES[phase])))
         said = "it went on"
