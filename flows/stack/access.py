@@ -99,7 +99,7 @@ def write_access(workspace: Workspace, access: Access, model: str, api: str, mlf
     links = "".join(
         f'<p><a href="http://{access.host}:{urlsplit(url).port}{LET_IN}#{access.basic},{quote(page, safe="")}">'
         f"{name}</a></p>\n"
-        for name, url, page in (("Prefect", api, "/"), (f"MLflow: {model}", mlflow, model_page(model)))
+        for name, url, page in (("Prefect", api, RUNS_PAGE), (f"MLflow: {model}", mlflow, model_page(model)))
         if url is not None
     )
     page = f'<!doctype html>\n<meta charset="utf-8">\n<title>copal</title>\n{links}'

@@ -24,6 +24,7 @@ QUIET = "COPAL_QUIET"  # an environment variable: a flow may run in another thre
 _LONG = 2.0  # seconds after which a stage is worth a line in a log
 _EVERY = 30.0  # seconds between two of them
 _BYTES = 100_000  # a stage with more parts counts bytes: a percentage says more
+_NARROW = 100  # columns of a terminal below which the view of a stage leaves the memory out, for the time that is left
 _PIPE_WIDTH = 160  # columns where there is no terminal to ask: tables are cut nowhere
 
 
@@ -103,26 +104,31 @@ def _bars(stages: Stages) -> Iterator[Progress]:
     from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    shown = console(stderr=True)
+    narrow = shown.width < _NARROW
+    room = max(shown.width - (50 if narrow else 75), 10)  # beside the bar, what is counted, and the times
     described = TextColumn("{task.description}", markup=False)
     counted = TextColumn("{task.fields[counted]}", markup=False)
     tasks: dict[str, TaskID] = {}
     reached: dict[str, int] = {}
     began: dict[str, float] = {}
     with Bars(
-        described, BarColumn(16), counted, TimeElapsedColumn(), TimeRemainingColumn(), console=console(stderr=True)
+        described, BarColumn(8 if narrow else 16), counted, TimeElapsedColumn(), TimeRemainingColumn(), console=shown
     ) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
             # A total of 1 says only that something began or ended: the bar swings until then.
             whole = None if total == 1 and done < total else total
             if stage not in tasks:  # bars are drawn past the hook
-                tasks[stage] = bars.add_task(fit(stages.label(stage)), total=whole, counted="")
+                label = fit(stages.label(stage))
+                label = label if len(label) <= room else f"…{label[1 - room :]}"  # its end says which stage it is
+                tasks[stage] = bars.add_task(label, total=whole, counted="")
                 began[stage] = time.monotonic()
             elif done < reached[stage]:  # the same stage again, for instance another model is evaluated
                 bars.reset(tasks[stage], total=whole)
                 began[stage] = time.monotonic()
             reached[stage] = done
-            counted = _counted(stages, stage, done, total, time.monotonic() - began[stage])
+            counted = _counted(stages, stage, done, total, time.monotonic() - began[stage], memory=not narrow)
             bars.update(tasks[stage], completed=done, total=whole, counted=", ".join(counted))
 
         yield report
@@ -185,14 +191,14 @@ class _Lines:
         write(f"{self._stages.label(stage)}: {said}", self._stream)
 
 
-def _counted(stages: Stages, stage: str, done: int, total: int, seconds: float) -> list[str]:
+def _counted(stages: Stages, stage: str, done: int, total: int, seconds: float, *, memory: bool = True) -> list[str]:
     """What can be said of a stage besides its time."""
     parts = []
     if total > 1:
         parts.append(f"{done:,} of {total:,}" if total < _BYTES else f"{100 * done // total}%")
-    if done and seconds > 0 and stage in stages.tokens:
+    if done and seconds >= 1 and stage in stages.tokens:  # the first blocks may have been done before
         parts.append(f"{stages.tokens[stage] * done / total / seconds:,.0f} tokens/s")
-    if stage in stages.order:
+    if memory and stage in stages.order:
         from flows.machine import memory_used  # brings the settings, which help can do without
 
         parts.append(f"{gigabytes(memory_used())} of memory")

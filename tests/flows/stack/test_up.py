@@ -181,6 +181,7 @@ def stack(make_bench, environment, tmp_path_factory) -> Iterator[Running]:
         assert f"Prefect: http://127.0.0.1:{port}/runs\n" in done.stdout
         assert f"MLflow: http://127.0.0.1:{mlflow_port}/#/models/{bench.registry.model_name}\n" in done.stdout
         assert f"links in {link_file(bench.workspace).as_uri()}\n" in done.stdout
+        assert ',%2Fruns">Prefect<' in link_file(bench.workspace).read_text()
         try:
             yield Running(bench, port, environment, recorder)
         finally:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import threading
 
@@ -86,3 +87,24 @@ def test_on_a_terminal_a_bar_for_each_stage(monkeypatch):
 def test_what_goes_into_a_pipe_is_plain_and_wide(capsys):
     console().print("x" * 100 + " " + "[bold]y[/]")
     assert capsys.readouterr().out == "x" * 100 + " [bold]y[/]\n", "brackets are no styles"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("domain", ["code", "a-domain-with-a-very-long-name-indeed-" + "x" * 60])
+def test_a_bar_has_room_for_the_time_that_is_left(columns, domain, clock, monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with progress_bar(Stages(about=domain, order=("fetch", "statistics"), tokens={"statistics": 12_000})) as progress:
+        progress("statistics", 0, 12)
+        clock[0] += 1
+        progress("statistics", 1, 12)  # a block that was there already is no speed
+        clock[0] += 21
+        progress("statistics", 11, 12)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n")
+    last = [line.rstrip() for line in plain.splitlines() if "statistics" in line][-1]
+    assert len(last) <= columns
+    assert "2 of 2: statistics " in last
+    assert "11 of 12, 500 tokens/s" in last
+    assert re.search(r" \d:\d\d:\d\d +(\d|-):..:..$", last), last
