@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import tenacity
 
+import copal.step  # noqa: F401 - torch and transformers, while the command says that it starts and not in silence later
 from flows.pending.take_up import take_up
 from flows.project import open_project
 from flows.runs.limit import time_limit

@@ -30,7 +30,6 @@ def run_demo(folder: Path) -> None:
     Raises:
         NotADemoError: `folder` holds something else.
     """
-    from flows.by_hand import watch
     from flows.data.dvc import add_and_commit
     from flows.lineage.entries import CHALLENGER
     from flows.lineage.scores import scores
@@ -49,6 +48,8 @@ def run_demo(folder: Path) -> None:
     with progress_bar() as progress:
         workspace, _ = init_with_base(folder, BASE, progress, MODEL_NAME)
     (folder / _MARKER).touch()
+    from flows.by_hand import watch  # brings torch, which the base has brought
+
     for number, domain in enumerate(DOMAINS, start=2):
         documents = build_domain(domain, workspace.data / domain)
         commit = add_and_commit(folder, domain, f"Add {domain}")

@@ -89,8 +89,8 @@ def test_whatever_rich_draws_is_fit_to_be_shown_and_in_colour_all_the_same(monke
 
 
 def test_the_name_of_a_stage_is_fit_to_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")  # the whole of it
     screen = a_screen(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "400")  # the whole of it
     with progress_bar() as progress:
         progress(f"fetch {NASTY}", 1, 2)
     moves = re.compile(r"\x1b\[(?:\??[0-9;]*[a-zA-Z])|\r")  # rich's own: colours, and the cursor of the bar
