@@ -57,7 +57,7 @@ def test_a_stage_in_which_nothing_is_reported_is_not_silent(capsys, monkeypatch)
     told = threading.Event()
     monkeypatch.setattr(terminal, "_LONG", 0.01)
     monkeypatch.setattr(terminal, "write", lambda line, stream: told.set())
-    with terminal.working("starting Prefect"):
+    with terminal.working("starting"):
         assert told.wait(timeout=60)
 
 
