@@ -161,7 +161,8 @@ def test_on_a_gpu_attention_on_the_way_back_is_not_that_of_fused_kernels(make_mo
         model.device = torch.device("cuda")  # nothing is moved there
         found = stream.backward(0, block, hidden, gradient)
     assert kinds == [fused(), (False, False, False)]
-    torch.testing.assert_close(found, expected)
+    # Beside the whole: where terms cancel, other kernels round a single number further away than float32's own step.
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 def broken(base: Path, folder: Path, name: str, value: float) -> Path:
