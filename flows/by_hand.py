@@ -48,6 +48,7 @@ def _tasks() -> Tasks:
         stop=tenacity.stop_after_attempt(1 + len(PAUSES)),
         wait=tenacity.wait_chain(*map(tenacity.wait_fixed, PAUSES)),
         retry=tenacity.retry_if_exception(may_pass),
+        before_sleep=_tell_why,
         reraise=True,
     )
     return replace(
@@ -56,3 +57,10 @@ def _tasks() -> Tasks:
         register=tried_again(tasks.register),
         gates=tried_again(tasks.gates),
     )
+
+
+def _tell_why(failed: tenacity.RetryCallState) -> None:
+    """Say what failed before the pause: nobody should wait in silence."""
+    task, error = failed.fn, failed.outcome and failed.outcome.exception()
+    name = getattr(task, "__name__", "the task")
+    write(f"{name} failed ({type(error).__name__}: {error}) and is tried again in {failed.upcoming_sleep:.0f} s")

@@ -8,7 +8,7 @@ tasks take a project and give paths, ids and small values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -32,7 +32,8 @@ from flows.terminal.steps import shown_tasks
 
 __all__ = ["step_tasks"]
 
-_PAUSES = list(PAUSES)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _SHOWN = shown_tasks(tell, progress_artifacts)
 
 
@@ -40,7 +41,7 @@ def _may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return may_pass(state.result(raise_on_failure=False))
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=_PAUSES, retry_condition_fn=_may_pass)
+@task(cache_policy=NO_CACHE, persist_result=False)
 def fetch(project: Project, step: Step) -> Mapping[str, str]:
     """Fetch every domain's data version."""
     return _SHOWN.fetch(project, step)
@@ -58,13 +59,13 @@ def evaluate(project: Project, step: Step, report: StepReport, data: Mapping[str
     return _SHOWN.evaluate(project, step, report, data, claim)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=_PAUSES, retry_condition_fn=_may_pass)
+@task(cache_policy=NO_CACHE, persist_result=False)
 def register(project: Project, step: Step, report: StepReport, evaluation: Evaluation, claim: Claim) -> ModelVersion:
     """Register the version: the last thing that happens, it makes it `latest`."""
     return _SHOWN.register(project, step, report, evaluation, claim)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=_PAUSES, retry_condition_fn=_may_pass)
+@task(cache_policy=NO_CACHE, persist_result=False)
 def gates(project: Project, version: ModelVersion, claim: Claim) -> tuple[GateResult, ...]:
     """Run the gates of the registered version and move the aliases that they move."""
     results = _SHOWN.gates(project, version, claim)
@@ -73,13 +74,18 @@ def gates(project: Project, version: ModelVersion, claim: Claim) -> tuple[GateRe
     return results
 
 
+def _tried_again(once: Task[_P, _R]) -> Task[_P, _R]:
+    pauses = list(PAUSES)
+    return once.with_options(retries=len(pauses), retry_delay_seconds=pauses, retry_condition_fn=_may_pass)
+
+
 def step_tasks() -> Tasks:
     """The tasks of a step, tagged with the device that they would use here."""
     device = "gpu" if has_gpu() else "cpu"
     return Tasks(
-        fetch=fetch,
+        fetch=_tried_again(fetch),
         prune=prune.with_options(tags=[device], task_run_name=f"prune on {device}"),
         evaluate=evaluate,
-        register=register,
-        gates=gates,
+        register=_tried_again(register),
+        gates=_tried_again(gates),
     )

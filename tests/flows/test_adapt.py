@@ -299,7 +299,7 @@ def test_gates_that_a_run_did_not_come_to_are_run_by_the_next(bench, monkeypatch
     bench.commit("code", 0)
     with monkeypatch.context() as patch:
         patch.setattr("flows.step.run.run_gates", lambda *_: 1 / 0)
-        patch.setattr("flows.runs.tasks.gates.retries", 0)
+        patch.setattr("flows.runs.tasks.PAUSES", ())
         with pytest.raises(ZeroDivisionError):
             adapt(str(bench.root), "code")
     assert not bench.registry.head().concluded
