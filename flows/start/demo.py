@@ -31,6 +31,7 @@ def run_demo(folder: Path) -> None:
         NotADemoError: `folder` holds something else.
     """
     from flows.data.dvc import add_and_commit
+    from flows.gates.champion import make_champion
     from flows.lineage.entries import CHALLENGER
     from flows.lineage.scores import scores
     from flows.pending.status import status
@@ -61,10 +62,8 @@ def run_demo(folder: Path) -> None:
     if challenger is None:
         out.print("No version passed its gates, so none is promoted.")
     else:
-        from flows.promote import promote
-
         out.print(f"{len(DOMAINS) + 2}. version {challenger} passed its gates; it is promoted, and so the champion")
-        promote(str(folder), str(challenger), why="it ends the demo")
+        make_champion(project, challenger, why="it ends the demo")
         project.registry.refresh()
     out.print(render_status(status(project)))
     out.print(render_scores(scores(read_history(project), "latest")))

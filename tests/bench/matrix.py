@@ -28,7 +28,7 @@ from copal.evaluation import backward_transfer, evaluate, geometric_mean
 from copal.files import write_json
 from copal.progress import Progress, silent
 from copal.solve import PruneGroup
-from copal.step import LayerReport, Parent, StepReport, prune_step
+from copal.step import Base, LayerReport, Parent, StepReport, prune_step
 from flows.start.domains import DOMAINS
 from flows.terminal.progress import progress_bar
 
@@ -80,8 +80,8 @@ def measure_cell(
         if method != "dense":
             out, newest = Path(scratch) / "out", list(inputs.calibration)[-1]
             prune, of_all = PruneConfig(sparsity=SPARSITIES[sparsity]), METHODS[method][1]
-            if not of_all:  # no method but copal looks at the gradient, which takes most of the time
-                prune = replace(prune, criterion="output")
+            if not of_all:
+                prune = _without_gradient(prune)
             report = _step(inputs, newest, parent if of_all else None, out, method, prune, progress)
             model, seconds, zeros, layers = out / "model", dict(report.seconds), report.sparsity, report.layers
         perplexity, seconds["evaluate"] = _evaluate(inputs, model, progress)
@@ -102,26 +102,34 @@ def measure_chain(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A step for each domain in turn by `method`, with perplexity on every domain after each.
 
+    A method that knows the newest domain only has no state: domain by domain, it prunes what the last domain left.
+
     Returns:
         Metrics: `perplexity`, newest domain -> domain -> its figure, those that are yet to come among them;
         `forgetting`, earlier domain -> perplexity at the end / when it was the newest; `backward_transfer`. And newest
         domain -> `before`, `after` (layer errors on it with the parent's weights and with the new ones) and `shift`
         (response shift) -> linear -> value by block.
     """
-    names, parent = list(inputs.calibration), None
+    names, base, parent = list(inputs.calibration), inputs.base, None
+    of_all = METHODS[method.removesuffix(COMPACT)][1]
+    if not of_all:
+        prune = _without_gradient(prune)
     perplexity: dict[str, dict[str, float]] = {}
     layers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=inputs.base.folder.parent) as scratch:
         for version, name in enumerate(names, start=2):
             out = Path(scratch) / name
-            report = _step(inputs, name, parent, out, method, prune, progress)
+            report = _step(replace(inputs, base=base), name, parent, out, method, prune, progress)
             perplexity[name], _ = _evaluate(inputs, out / "model", progress)
             layers[name] = {
                 "before": _by_linear(report.layers, lambda layer: layer.error_before),
                 "after": _by_linear(report.layers, lambda layer: layer.error_after),
                 "shift": _by_linear(report.layers, lambda layer: layer.response_shift),
             }
-            parent = Parent.from_step(out, version, parent) if METHODS[method.removesuffix(COMPACT)][1] else None
+            if of_all:
+                parent = Parent.from_step(out, version, parent)
+            else:
+                base = Base(folder=out / "model", fingerprint=name)
     when_newest = {name: perplexity[name][name] for name in names[:-1]}
     now = {name: perplexity[names[-1]][name] for name in when_newest}
     transfer = backward_transfer(when_newest, now)
@@ -141,6 +149,11 @@ def write(out: Path, name: str, metrics: dict[str, Any], layers: dict[str, Any])
     write_json(out / "metrics" / f"{name}.json", metrics)
     if layers:  # dense has none
         (out / "layers" / f"{name}.json").write_text(json.dumps(layers) + "\n")
+
+
+def _without_gradient(prune: PruneConfig) -> PruneConfig:
+    """No method but copal looks at the gradient, which takes most of the time."""
+    return replace(prune, criterion="output")
 
 
 def _step(

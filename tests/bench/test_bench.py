@@ -14,6 +14,7 @@ import report
 import torch
 import yaml
 from inputs import Inputs
+from transformers import AutoModelForCausalLM
 
 from copal.config import PruneConfig
 from copal.step import Base
@@ -83,6 +84,21 @@ def test_a_chain_tells_what_is_forgotten_and_how_each_domain_met_the_model(input
         before, after = layers[name]["before"], layers[name]["after"]
         assert all(new < old for linear in after for new, old in zip(after[linear], before[linear], strict=True))
         assert len(layers[name]["shift"]) == 7
+
+
+@pytest.mark.parametrize("method", ["wanda-newest", "sparsegpt-newest"])
+def test_domain_by_domain_a_method_without_a_state_prunes_what_the_last_domain_left(inputs, monkeypatch, method):
+    begins, step = [], matrix.prune_step
+
+    def spy(base, parent, domain, out, **settings):
+        weights = AutoModelForCausalLM.from_pretrained(base.folder).model.layers[0].mlp.up_proj.weight
+        begins.append((parent, float((weights == 0).float().mean())))
+        return step(base, parent, domain, out, **settings)
+
+    monkeypatch.setattr(matrix, "prune_step", spy)
+    metrics, _ = matrix.measure_chain(inputs, method, PruneConfig())
+    assert begins == [(None, 0.0), (None, 0.5), (None, 0.5)]
+    assert metrics["forgetting"].keys() == {"code", "legal"}
 
 
 def test_the_report_has_a_row_for_each_method_and_plots(measure, inputs, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from copal.errors import CopalError
 from flows.params import load_settings
 from flows.settings import Settings
+from flows.start.domains import DOMAINS
 from flows.start.init import default_params, model_name_for
 from flows.workspace import open_workspace
+from support.benches import PARAMS, Bench
 
 
 def git(root, *arguments: str) -> str:
@@ -246,6 +249,30 @@ def test_doctor_says_what_is_wrong(bench, run, monkeypatch):
     assert run("doctor", "--workspace", bench.root)[0] == 0
     monkeypatch.setattr(doctor, "doctor", lambda path: [doctor.Check(name="git", ok=False, found="no", advice="do")])
     assert run("doctor", "--workspace", bench.root)[:2] == (2, "wrong git          no\n                   -> do\n")
+
+
+@pytest.fixture
+def small_demo(tiny_base, monkeypatch):
+    """The demo with a toy for its base, made-up text for its domains, and settings that fit them."""
+
+    def build(name: str, target: Path) -> int:
+        Bench(open_workspace(target.parents[1]), tiny_base).write(name, DOMAINS.index(name))
+        return 24
+
+    monkeypatch.setattr("flows.start.demo.BASE", str(tiny_base))
+    monkeypatch.setattr("flows.start.domains.build_domain", build)
+    monkeypatch.setattr("flows.start.init.default_params", lambda name: PARAMS.replace("name: tiny", f"name: {name}"))
+
+
+def test_demo_makes_a_version_a_domain_and_a_champion_without_a_flow(run, small_demo, monkeypatch, tmp_path):
+    for flow in ("adapt", "promote", "watch"):
+        monkeypatch.setitem(sys.modules, f"flows.{flow}", None)  # no flow, so no server that Prefect would start
+    code, out, err = run("demo", "--workspace", tmp_path / "demo")
+    assert code == 0, err
+    assert "5. version 4 passed its gates; it is promoted" in out
+    status = json.loads(run("status", "--json", "--workspace", tmp_path / "demo")[1])
+    assert [version["domain"] for version in status["versions"]] == [None, *DOMAINS]
+    assert status["versions"][-1]["aliases"] == ["challenger", "champion", "latest"]
 
 
 def test_demo_refuses_a_folder_of_somebody_else(refused, tmp_path):
