@@ -27,7 +27,19 @@ __all__ = [
     "SettingsError",
     "SmallerBatchWarning",
     "StateError",
+    "first_line",
+    "one_line",
 ]
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for those of libraries that explain themselves at length after it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class CopalError(Exception):

@@ -5,17 +5,20 @@ A server for one command alone takes longer to start than a small step, and nobo
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import tenacity
 
 import copal.step  # noqa: F401 - torch and transformers, while the command says that it starts and not in silence later
+from copal.errors import one_line
 from flows.pending.take_up import take_up
 from flows.project import open_project
 from flows.runs.limit import time_limit
 from flows.step.retries import PAUSES, may_pass
 from flows.step.run import Tasks, Withdrawal, run_step, run_withdrawal
 from flows.terminal.lines import write
+from flows.terminal.progress import is_quiet
 from flows.terminal.steps import shown_tasks
 
 __all__ = ["adapt", "watch", "withdraw"]
@@ -61,6 +64,8 @@ def _tasks() -> Tasks:
 
 def _tell_why(failed: tenacity.RetryCallState) -> None:
     """Say what failed before the pause: nobody should wait in silence."""
-    task, error = failed.fn, failed.outcome and failed.outcome.exception()
-    name = getattr(task, "__name__", "the task")
-    write(f"{name} failed ({type(error).__name__}: {error}) and is tried again in {failed.upcoming_sleep:.0f} s")
+    assert failed.outcome is not None
+    task, error = getattr(failed.fn, "__name__", "the task"), failed.outcome.exception()
+    if isinstance(error, Exception) and not is_quiet():
+        kind, pause = type(error).__name__, failed.upcoming_sleep
+        write(f"{task} failed ({kind}: {one_line(error)}) and is tried again in {pause:.0f} s", sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 
-__all__ = ["Check", "line", "package"]
+__all__ = ["Check", "package"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,11 +21,6 @@ class Check:
     ok: bool | None
     found: str
     advice: str = ""
-
-
-def line(error: BaseException) -> str:
-    """An error as one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def package(name: str) -> Check:

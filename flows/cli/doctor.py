@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copal.errors import CopalError
+from copal.errors import CopalError, one_line
 from flows.cli import stores
-from flows.cli.checks import Check, line, package
+from flows.cli.checks import Check, package
 from flows.data.git import run_git
 from flows.lineage.figures import gigabytes
 from flows.machine import free_disk, free_memory, harness_version
@@ -66,10 +66,10 @@ def _look(name: str, look: Callable[[], Check]) -> Check:
     try:
         return look()
     except CopalError as error:
-        return Check(name=name, ok=False, found=line(error), advice="mend what the line above names")
+        return Check(name=name, ok=False, found=one_line(error), advice="mend what the line above names")
     except _BROKEN as error:
         return Check(
-            name=name, ok=False, found=f"is broken: {line(error)}", advice="install copal again, in a new venv"
+            name=name, ok=False, found=f"is broken: {one_line(error)}", advice="install copal again, in a new venv"
         )
 
 
@@ -245,9 +245,9 @@ def _workspace(path: Path) -> tuple[Workspace | None, Settings, Check]:
     try:
         workspace = open_workspace(path)
     except WorkspaceError as error:
-        return None, Settings(), Check(name="workspace", ok=None, found="none here", advice=line(error))
+        return None, Settings(), Check(name="workspace", ok=None, found="none here", advice=one_line(error))
     try:
         settings = load_settings(workspace.params)
     except CopalError as error:
-        return None, Settings(), Check(name="workspace", ok=False, found=line(error), advice="mend params.yaml")
+        return None, Settings(), Check(name="workspace", ok=False, found=one_line(error), advice="mend params.yaml")
     return workspace, settings, Check(name="workspace", ok=True, found=f"{workspace.root}, model {settings.model.name}")

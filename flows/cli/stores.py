@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flows.cli.checks import Check, line, package
+from copal.errors import one_line
+from flows.cli.checks import Check, package
 from flows.settings import Settings
 from flows.uris import is_server, without_secrets
 from flows.workspace import Workspace
@@ -144,7 +145,7 @@ def prefect() -> Check:
         return Check(
             name="prefect",
             ok=False,
-            found=f"{shown} does not answer ({line(error)})",
+            found=f"{shown} does not answer ({one_line(error)})",
             advice="start it, or unset PREFECT_API_URL to do without one",
         )
     listed = ", ".join(f"{name} ({status.rpartition('.')[2].lower()})" for name, status in sorted(pools.items()))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from copal.errors import one_line
 from copal.files import write_atomic
 from flows.data.commits import git_root, resolve_commit
 from flows.data.dataset import DatasetError
@@ -23,7 +24,6 @@ __all__ = [
     "add_and_commit",
     "dvc_errors",
     "init_repository",
-    "one_line",
     "open_dvc",
     "open_pointers",
 ]
@@ -134,7 +134,3 @@ def dvc_errors(what: str) -> Iterator[None]:
         yield
     except DvcException as error:
         raise DatasetError(f"{what}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException | None) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from copal.domain_files import check_name
+from copal.errors import one_line
 from copal.files import flush, freed_bytes, locked
 from flows.cache import Cache, fetched_once
 from flows.data.commits import git_root
 from flows.data.dataset import DatasetError, DatasetVersion, MissingDataError
-from flows.data.dvc import dvc_errors, one_line, open_dvc
+from flows.data.dvc import dvc_errors, open_dvc
 from flows.data.repositories import data_root, has_commit, place_of
 from flows.outages import outages
 from flows.settings import WatchSettings
@@ -96,10 +97,12 @@ def _download(root: Path, version: DatasetVersion, files: Path, *, scratch: Path
             if isinstance(error.__cause__, FileNotFoundError):
                 raise missing() from error
             if isinstance(error.__cause__, outages()):
-                raise missing(one_line(error.__cause__)) from error
+                raise missing(one_line(error.__cause__ or error)) from error
             if isinstance(error.__cause__, UnicodeEncodeError):
                 check_name(error.__cause__.object, version.path)
-            raise DatasetError(f"DVC cannot list {where} (md5 {version.md5}): {one_line(error.__cause__)}") from error
+            raise DatasetError(
+                f"DVC cannot list {where} (md5 {version.md5}): {one_line(error.__cause__ or error)}"
+            ) from error
         except FileNotFoundError as error:
             raise missing() from error
         except outages() as error:

@@ -9,8 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from copal.domain_files import ENDINGS, TASKS, domain_files
-from copal.errors import DataError
-from flows.data.dvc import one_line
+from copal.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

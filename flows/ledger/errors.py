@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from copal.errors import CopalError
+from copal.errors import CopalError, first_line
 from flows.uris import cause, without_secrets
 
 __all__ = ["ClaimLostError", "LedgerError", "LogMovedError", "explained"]
@@ -58,7 +58,7 @@ def explained(uri: str) -> Iterator[None]:
 
 def _explanation(error: Exception) -> str:
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    reason = first_line(cause)
     if isinstance(cause, OSError):
         return f"{reason}; see that the folder is there and that this user may write to it"
     if isinstance(cause, sqlite3.Error):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from copal.errors import CopalError
+from copal.errors import CopalError, first_line
 from flows.pending.missing_data import forget
 from flows.project import Project
 from flows.stack.access import access_of
@@ -115,5 +115,4 @@ def _send(url: str, auth: str | None, payloads: Sequence[dict[str, str]]) -> Non
             body = [event.model_dump(mode="json") for event in events]
             client.request("POST", "/events", json=body).raise_for_status()
     except (httpx.HTTPError, OSError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise NotifyError(f"the Prefect server at {url} was not notified: {reason}") from error
+        raise NotifyError(f"the Prefect server at {url} was not notified: {first_line(error)}") from error

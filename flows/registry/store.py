@@ -84,7 +84,7 @@ class Store:
                     self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
                 yield self._client
             except _failures() as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = _reason(error)
                 advice = locked_advice(str(error))
                 message = f"MLflow store {uri}: {reason}{f'; {advice}' if advice else ''}"
                 raise RegistryError(without_secrets(message)) from cause(error)
@@ -273,7 +273,13 @@ def never_fails(doing: str) -> Iterator[None]:
     try:
         yield
     except _failures() as error:
-        _log.warning("%s: %s", doing, without_secrets((str(error) or type(error).__name__).splitlines()[0]))
+        _log.warning("%s: %s", doing, without_secrets(_reason(error)))
+
+
+def _reason(error: Exception) -> str:
+    """What failed. SQLAlchemy says before it at which moment that was."""
+    said = re.sub(r"^\(raised as a result of [^\n]*\)\s*", "", str(error).strip())
+    return said.splitlines()[0] if said else type(error).__name__
 
 
 def _failures() -> tuple[type[Exception], ...]:

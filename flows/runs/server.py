@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from copal.errors import CopalError
+from copal.errors import CopalError, first_line
 
 __all__ = ["ServerError", "on_server"]
 
@@ -41,7 +41,7 @@ def on_server() -> Iterator[bool]:
         yield True
     except httpx.HTTPError as error:
         raise ServerError(
-            f"the Prefect server at {url} went away while this ran ({_reason(error)}): start it and run this again, "
+            f"the Prefect server at {url} went away while this ran ({first_line(error)}): start it and run this again, "
             "what is finished is kept"
         ) from error
 
@@ -62,7 +62,7 @@ def _named() -> str | None:
     ):
         from prefect.settings import PREFECT_API_URL
 
-        return cast("str | None", PREFECT_API_URL.value())
+        return cast("str | None", PREFECT_API_URL.value()) or None  # empty: Prefect would start one
     return None
 
 
@@ -86,10 +86,6 @@ def _check(url: str) -> None:
                 ) from error
     if problem is not None:
         raise ServerError(
-            f"the Prefect server at {url} does not answer ({_reason(problem)}): start it, or unset PREFECT_API_URL "
+            f"the Prefect server at {url} does not answer ({first_line(problem)}): start it, or unset PREFECT_API_URL "
             "(and `prefect profile use` another profile) to run without one"
         )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ import sys
 
 from pydantic import SecretStr
 
-from copal.errors import CopalError, SettingsError
+from copal.errors import CopalError, SettingsError, first_line
 from flows.stack.deployments import shipped_file
 from flows.stack.prefect_server import UpError, client_settings
 
@@ -53,8 +53,7 @@ def ensure_alerts(api: str, auth: str | None, webhook: str) -> list[str]:
                 else:
                     client.create_automation(made)
     except (httpx.HTTPError, PrefectException, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UpError(f"the alerts could not be made on the Prefect server at {api}: {reason}") from None
+        raise UpError(f"the alerts could not be made on the Prefect server at {api}: {first_line(error)}") from None
     return [automation["name"] for automation in wanted]
 
 

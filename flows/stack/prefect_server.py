@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from copal.errors import CopalError
+from copal.errors import CopalError, first_line
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -135,5 +135,4 @@ def _client(api: str, auth: str | None) -> Iterator[SyncPrefectClient]:
         with SyncPrefectClient(api, auth_string=auth, httpx_settings=client_settings(api)) as client:
             yield client
     except (httpx.HTTPError, PrefectException, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UpError(f"the Prefect server at {api} refuses: {reason}") from error
+        raise UpError(f"the Prefect server at {api} refuses: {first_line(error)}") from error

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
+from copal.errors import one_line
 from flows.lineage.openlineage import Attempt, Source, attempt_event, source_of, version_events
 from flows.machine import code_version
 from flows.project import Project
@@ -41,7 +42,7 @@ def lineage_events(project: Project, step: Step) -> Iterator[Callable[[ModelVers
     try:
         yield lambda version: _emit(_completed(project, version, attempt.what))
     except Exception as error:
-        said = without_secrets(" ".join(str(error).split()) or type(error).__name__)
+        said = without_secrets(one_line(error))
         _emit(attempt_event("FAIL", datetime.now(UTC), attempt, said))
         raise
     except BaseException:

@@ -43,7 +43,7 @@ def test_what_may_pass_is_tried_three_times_and_each_failure_is_told(bench, monk
     assert by_hand.watch(str(bench.root)) == [2]
     assert len(calls) == 3
     assert bench.registry.head().concluded
-    assert capsys.readouterr().out.count(f"{name} failed (OSError: the network is down) and is tried again in 0 s") == 2
+    assert capsys.readouterr().err.count(f"{name} failed (OSError: the network is down) and is tried again in 0 s") == 2
 
 
 def test_the_third_failure_is_the_last_and_is_told_as_it_is(bench, monkeypatch):

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("prefect")]
 PARAMS = """
 model: {name: real}
 calibration: {window_length: 128, windows: 8, evaluation_windows: 8}
-prune: {rounds: [0.8, 1.0], iterations: 3}
+prune: {iterations: 3}
 """
 
 

@@ -119,6 +119,10 @@ def test_where_no_place_names_one_prefect_is_not_asked(tmp_path):
     assert asked(tmp_path, {"PREFECT_LOGGING_LEVEL": "WARNING"}) == "by hand False"
 
 
+def test_an_empty_url_names_none_so_that_prefect_starts_no_server_of_its_own(tmp_path):
+    assert asked(tmp_path, {"PREFECT_API_URL": ""}) == "by hand True"
+
+
 def asked(folder: Path, variables: dict[str, str]) -> str:
     """What a process in `folder` is told, with these variables and the user's folder at `folder`/home."""
     program = """
