@@ -26,7 +26,7 @@ __all__ = ["adapt", "watch", "withdraw"]
 
 def watch(workspace: str) -> list[int]:
     """Take the step to every pending dataset version: see `flows.pending.take_up`."""
-    return take_up(workspace, adapt)
+    return take_up(workspace, adapt, _tasks().gates)
 
 
 def adapt(workspace: str, domain: str, rev: str | None = None) -> int | None:
@@ -56,6 +56,7 @@ def _tasks() -> Tasks:
     )
     return replace(
         tasks,
+        inputs=tried_again(tasks.inputs),
         fetch=tried_again(tasks.fetch),
         register=tried_again(tasks.register),
         gates=tried_again(tasks.gates),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.gates.judge import GateResult
+from flows.ledger import Claim
 from flows.pending.take_up import take_up
-from flows.project import open_project
+from flows.project import Project, open_project
+from flows.registry.versions import ModelVersion
 from flows.runs.again import check_again
 from flows.runs.dispatch import adapt_deployment, adapt_on_worker, pool_of
 from flows.runs.log import note
@@ -25,9 +28,15 @@ __all__ = ["run_adapt", "watch"]
 )
 def watch(workspace: str) -> list[int]:
     """Run one step for every pending dataset version: see `flows.pending.take_up`."""
-    made = take_up(workspace, run_adapt)
+    made = take_up(workspace, run_adapt, _run_gates)
     note(f"made version {', '.join(map(str, made))}" if made else "nothing was made")
     return made
+
+
+def _run_gates(project: Project, version: ModelVersion, claim: Claim) -> tuple[GateResult, ...]:
+    from flows.runs.tasks import step_tasks  # torch, which a watcher needs for the gates of a step that was killed
+
+    return step_tasks().gates(project, version, claim)
 
 
 def run_adapt(workspace: str, domain: str, rev: str | None) -> int | None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from copal.errors import CopalError
 from flows.data.dataset import MissingDataError
 from flows.pending.missing_data import forget, note_missing, waiting
 from flows.pending.plan import Plan, plan, refusal_text
-from flows.project import hold_lineage, open_project
+from flows.project import Project, hold_lineage, open_project
 from flows.step.finish import finish
-from flows.step.run import plain_tasks
 from flows.workspace import Workspace
+
+if TYPE_CHECKING:
+    from flows.gates.judge import GateResult
+    from flows.ledger import Claim
+    from flows.registry.versions import ModelVersion
 
 __all__ = ["RefusedError", "take_up"]
 
@@ -26,7 +31,10 @@ def _now() -> datetime:
 
 
 def take_up(
-    workspace: str, step: Callable[[str, str, str], int | None], clock: Callable[[], datetime] = _now
+    workspace: str,
+    step: Callable[[str, str, str], int | None],
+    gates: Callable[[Project, ModelVersion, Claim], tuple[GateResult, ...]],
+    clock: Callable[[], datetime] = _now,
 ) -> list[int]:
     """Take the step to the oldest pending dataset version, compare anew, and so on until nothing is pending.
 
@@ -38,6 +46,7 @@ def take_up(
     Args:
         workspace: the folder of the workspace.
         step: (workspace, domain, commit) -> the number of the new version, None where the newest one knows the data.
+        gates: runs the gates of a version, as in `flows.step.run.Tasks`.
         clock: tells the time.
 
     Returns:
@@ -51,7 +60,7 @@ def take_up(
     head = project.registry.head()
     if head is not None and not head.concluded:
         with hold_lineage(project, f"gates of version {head.number}") as claim:
-            finish(project, claim, plain_tasks().gates)
+            finish(project, claim, gates)
     made: list[int] = []
     refused: list[str] = []
     tried: set[tuple[str, str]] = set()  # without a new version: such a step must not be tried for ever

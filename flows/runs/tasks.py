@@ -1,4 +1,4 @@
-"""The five tasks of a step as Prefect tasks: with retries where trying again can help (fetching over a network, a
+"""The six tasks of a step as Prefect tasks: with retries where trying again can help (fetching over a network, a
 registry that is busy) and none where it cannot (bad input).
 
 The work is done by plain functions in `flows.step` and `flows.gates`. Prefect caches, hashes and stores nothing of it;
@@ -24,7 +24,7 @@ from flows.registry.versions import ModelVersion
 from flows.runs.artifacts import progress_artifacts, show_gates
 from flows.runs.events import tell_gates
 from flows.runs.log import tell
-from flows.step.resolve import Step
+from flows.step.resolve import Inputs, Step
 from flows.step.retries import PAUSES, may_pass
 from flows.step.run import Tasks
 from flows.step.staging import Evaluation
@@ -39,6 +39,12 @@ _SHOWN = shown_tasks(tell, progress_artifacts)
 
 def _may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return may_pass(state.result(raise_on_failure=False))
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def inputs(project: Project, parent: ModelVersion) -> Inputs:
+    """Fetch what the step reads of the registry: the dense base, and the newest version with its state."""
+    return _SHOWN.inputs(project, parent)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -83,6 +89,7 @@ def step_tasks() -> Tasks:
     """The tasks of a step, tagged with the device that they would use here."""
     device = "gpu" if has_gpu() else "cpu"
     return Tasks(
+        inputs=_tried_again(inputs),
         fetch=_tried_again(fetch),
         prune=prune.with_options(tags=[device], task_run_name=f"prune on {device}"),
         evaluate=evaluate,

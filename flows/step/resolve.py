@@ -214,6 +214,7 @@ def _head(project: Project) -> ModelVersion:
 def step_on(
     registry: Registry,
     parent: ModelVersion,
+    inputs: Inputs,
     version: DatasetVersion,
     key: str,
     run: Path,
@@ -221,8 +222,8 @@ def step_on(
     withdraws: bool = False,
     why: str | None = None,
 ) -> Step:
-    """The step from `parent`, a version of the lineage; see `Step` and `inputs_of`."""
-    inputs, known = inputs_of(registry, parent), registry.record(parent).domains_at(parent.number)
+    """The step from `parent`, a version of the lineage, with its `inputs_of`; see `Step`."""
+    known = registry.record(parent).domains_at(parent.number)
     return Step(
         head=parent.number,
         base=inputs.base,

@@ -19,7 +19,7 @@ from flows.step.events import lineage_events
 from flows.step.finish import finish, sweep
 from flows.step.purge import Purged, purge_domain
 from flows.step.register import register_step
-from flows.step.resolve import UNFINISHED, Step, find_step, find_withdrawal, run_folder, step_on
+from flows.step.resolve import UNFINISHED, Inputs, Step, find_step, find_withdrawal, inputs_of, run_folder, step_on
 from flows.step.resources import check_resources, domains_after
 from flows.step.staging import Evaluation, discard, prepare, staged_evaluation, staged_report
 from flows.step.work import evaluate_step, fetch_data, prune_domain
@@ -39,11 +39,12 @@ __all__ = ["Made", "Tasks", "Withdrawal", "plain_tasks", "run_step", "run_withdr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tasks:
-    """The five tasks of a step, in their order; the flow `adapt` makes Prefect tasks of them.
+    """The six tasks of a step, in their order; the flow `adapt` makes Prefect tasks of them.
 
-    `fetch_data`, `prune_domain`, `evaluate_step`, `register_step` and `run_gates` say what each does.
+    `inputs_of`, `fetch_data`, `prune_domain`, `evaluate_step`, `register_step` and `run_gates` say what each does.
     """
 
+    inputs: Callable[[Project, ModelVersion], Inputs]
     fetch: Callable[[Project, Step], Mapping[str, str]]
     prune: Callable[[Project, Step, Mapping[str, str], Claim], StepReport]
     evaluate: Callable[[Project, Step, StepReport, Mapping[str, str], Claim], Evaluation]
@@ -81,6 +82,7 @@ def plain_tasks(progress: Progress = silent, tell: Callable[[str], None] | None 
         tell: see `flows.gates.run.run_gates`.
     """
     return Tasks(
+        inputs=lambda project, parent: inputs_of(project.registry, parent),
         fetch=fetch_data,
         prune=lambda project, step, data, claim: prune_domain(project.settings, step, data, claim.guard(progress)),
         evaluate=lambda project, step, report, data, claim: evaluate_step(
@@ -123,7 +125,7 @@ def run_step(
             return None
         sweep(project, run_folder(project, found[2]))
         with refusing(project, domain, found[1].md5):
-            return _take(project, _helped(_fitting(project, found), gang), claim, tasks)
+            return _take(project, _helped(_fitting(project, found, tasks), gang), claim, tasks)
 
 
 def run_withdrawal(
@@ -151,13 +153,15 @@ def run_withdrawal(
         sweep(project, run_folder(project, found[2]) if found else None)
         made = None
         if found:
-            made = _take(project, _helped(_fitting(project, found, why.strip()), gang), claim, tasks)
+            made = _take(project, _helped(_fitting(project, found, tasks, why.strip()), gang), claim, tasks)
         claim.check()
         purged = purge_domain(project, domain, why.strip()) if purge else None
         return Withdrawal(made=made, purged=purged)
 
 
-def _fitting(project: Project, found: tuple[ModelVersion, DatasetVersion, str], why: str | None = None) -> Step:
+def _fitting(
+    project: Project, found: tuple[ModelVersion, DatasetVersion, str], tasks: Tasks, why: str | None = None
+) -> Step:
     """The step that was found, once it is sure that it fits; weights are fetched after that.
 
     Args:
@@ -169,7 +173,8 @@ def _fitting(project: Project, found: tuple[ModelVersion, DatasetVersion, str], 
         begun = freed_bytes(run / UNFINISHED)
         domains = domains_after(project.registry, head, version.domain, withdraws=withdraws)
         check_resources(project, domains, begun)
-    return step_on(project.registry, head, version, key, run, withdraws=withdraws, why=why)
+    inputs = tasks.inputs(project, head)
+    return step_on(project.registry, head, inputs, version, key, run, withdraws=withdraws, why=why)
 
 
 def _others(settings: Settings) -> AbstractContextManager[Gang | None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from copal.progress import Progress, silent
 from flows.project import Project
 from flows.registry.versions import ModelVersion
-from flows.step.resolve import Step
+from flows.step.resolve import Inputs, Step
 from flows.step.run import Tasks, plain_tasks
 from flows.terminal.progress import Stages, progress_bar
 
@@ -54,6 +54,10 @@ def shown_tasks(tell: Callable[[str], None], page: Callable[[str], Progress] = _
             bar(first, 0, 1)
             yield report
 
+    def inputs(project: Project, parent: ModelVersion) -> Inputs:
+        with progress(project, parent, "fetch") as report:
+            return plain_tasks(report).inputs(project, parent)
+
     def fetch(project: Project, step: Step) -> Mapping[str, str]:
         with progress(project, step, "fetch") as report:
             return plain_tasks(report).fetch(project, step)
@@ -74,4 +78,4 @@ def shown_tasks(tell: Callable[[str], None], page: Callable[[str], Progress] = _
         with progress(project, version, "gates") as report:
             return plain_tasks(report, tell).gates(project, version, claim)
 
-    return Tasks(fetch=fetch, prune=prune, evaluate=evaluate, register=register, gates=gates)
+    return Tasks(inputs=inputs, fetch=fetch, prune=prune, evaluate=evaluate, register=register, gates=gates)

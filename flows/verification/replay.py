@@ -18,7 +18,7 @@ from flows.machine import surroundings
 from flows.params import recorded_settings
 from flows.project import Project, data_of
 from flows.settings import Settings
-from flows.step.resolve import Step, step_on
+from flows.step.resolve import Step, inputs_of, step_on
 from flows.step.work import prune_domain
 from flows.workspace import exclusive, make_private
 
@@ -166,7 +166,8 @@ def _last_step(
     if gone is not None:
         entry = next(each for each in registry.record(parent).domains if each.name == gone.name)
     assert entry is not None
-    step = step_on(registry, parent, dataset_of(entry), _key(record), scratch, withdraws=gone is not None)
+    inputs = inputs_of(registry, parent)
+    step = step_on(registry, parent, inputs, dataset_of(entry), _key(record), scratch, withdraws=gone is not None)
     yield settings, replace(step, left_out=entry.left_out)
 
 

@@ -32,7 +32,8 @@ def failing(real, times, error):
 
 
 @pytest.mark.parametrize(
-    ("task", "name"), [("fetch_data", "fetch"), ("register_step", "register"), ("run_gates", "gates")]
+    ("task", "name"),
+    [("inputs_of", "inputs"), ("fetch_data", "fetch"), ("register_step", "register"), ("run_gates", "gates")],
 )
 def test_what_may_pass_is_tried_three_times_and_each_failure_is_told(bench, monkeypatch, capsys, task, name):
     from flows.step import run
@@ -55,6 +56,23 @@ def test_the_third_failure_is_the_last_and_is_told_as_it_is(bench, monkeypatch):
     assert len(calls) == 3
     assert bench.registry.head().number == 1
     assert holder(bench.project)["held"] == 0
+
+
+def test_gates_that_a_killed_step_left_are_tried_again_too(bench, monkeypatch, capsys):
+    from flows.step import run
+
+    bench.commit("code", 0)
+    real = run.run_gates
+    monkeypatch.setattr(run, "run_gates", failing(None, 1, KeyboardInterrupt())[0])
+    with pytest.raises(KeyboardInterrupt):
+        by_hand.adapt(str(bench.root), "code")
+    assert not bench.registry.head().concluded
+    call, calls = failing(real, 1, OSError("the network is down"))
+    monkeypatch.setattr(run, "run_gates", call)
+    assert by_hand.watch(str(bench.root)) == []
+    assert len(calls) == 2
+    assert bench.registry.head().concluded
+    assert "gates failed (OSError: the network is down)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [CopalError("mend it"), KeyboardInterrupt()])

@@ -62,7 +62,7 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def take(bench, now: datetime = NOON, one=step) -> list[int]:
-    return take_up(str(bench.root), one, lambda: now)
+    return take_up(str(bench.root), one, plain_tasks().gates, lambda: now)
 
 
 def look(bench, now: datetime = NOON):
