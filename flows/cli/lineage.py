@@ -98,7 +98,8 @@ def verify(
 
     project = open_project(workspace)
     registry = project.registry
-    found = check(project, registry.resolve(version), data=not no_data)
+    with working("reading every file of the version"):
+        found = check(project, registry.resolve(version), data=not no_data)
     if as_json:
         print_json({"model": registry.model_name, **asdict(found)})
     else:
@@ -215,4 +216,5 @@ def whose(folder: Path, /, *, as_json: Json = False, workspace: Folder = ".") ->
 def _history(workspace: str) -> History:
     from flows.project import read_history
 
-    return read_history(open_project(workspace))
+    with working("reading the registry"):
+        return read_history(open_project(workspace))

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from flows.cli.context import CommandError, Folder, Json, Version, open_project
 from flows.cli.output import say, show
-from flows.terminal.progress import progress_bar
+from flows.terminal.progress import progress_bar, working
 
 if TYPE_CHECKING:
     from flows.lineage.entries import Entry
@@ -40,7 +40,8 @@ def gates(version: Version, /, *, again: bool = False, as_json: Json = False, wo
     if again:
         from flows.gates.run import run_gates
 
-        run_gates(project, found, None, say, again=True)
+        with working("running the gates"):
+            run_gates(project, found, None, say, again=True)
     entry = gates_entry(found, read_log(project))
     if entry is None:
         raise CommandError(

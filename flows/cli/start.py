@@ -82,7 +82,9 @@ def add(
     if as_json:
         print_json(found.as_json())
         return 0
-    for line in added_lines(found.as_json(), forecast(project)):
+    with working("looking at what the step takes"):
+        next_step = forecast(project)
+    for line in added_lines(found.as_json(), next_step):
         say(line)
     hint(f"next: copal watch --once{'' if workspace == '.' else f' --workspace {workspace}'}")
     return 0

@@ -1,4 +1,4 @@
-"""Running it for a team: `copal up`, `down`, `node`, `notify` and `hook`."""
+"""Running it for a team: `copal up`, `down`, `node`, `notify`, `metrics` and `hook`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cyclopts.validators import Number
 
 from flows.cli.context import CommandError, Folder, open_project
 from flows.cli.output import hint, say
+from flows.terminal.progress import working
 
 __all__ = ["down", "hook", "metrics", "node", "notify", "up"]
 
@@ -52,7 +53,9 @@ def down(*, workspace: Folder = ".") -> int:
     from flows.workspace import open_workspace
 
     opened = open_workspace(workspace_folder(workspace))  # whatever has become of its settings
-    say(f"{'ended what ran' if end(opened) else 'nothing runs'} in {opened.root}")
+    with working("ending what runs"):
+        ended = end(opened)
+    say(f"{'ended what ran' if ended else 'nothing runs'} in {opened.root}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 from copal.errors import CopalError
@@ -52,8 +52,13 @@ def changes_only() -> Callable[[str], None]:
     return tell
 
 
-def check(place: str, tell: Callable[[str], None]) -> None:
+def check(
+    place: str, tell: Callable[[str], None], looking: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
     """One check of a watcher: run what is pending, in order. Neither Prefect nor torch is loaded where nothing is.
+
+    Args:
+        looking: what to be in while it looks for what is pending.
 
     Raises:
         CopalError: a dataset is refused, or there is no base model; what else was pending has been run.
@@ -61,7 +66,8 @@ def check(place: str, tell: Callable[[str], None]) -> None:
     from flows.pending.plan import plan, refusal_text
 
     project = open_project(place)  # anew for each check: params.yaml may have changed
-    found = plan(project)
+    with looking():
+        found = plan(project)
     if not found.pending and (found.head is None or found.head.concluded):
         lines = _waits({version.domain: wait for version, wait in found.waiting}) or _nothing_new(project, found)
         tell("\n".join([*(f"note: {note}" for note in found.notes), *lines]))

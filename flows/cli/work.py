@@ -40,7 +40,7 @@ def watch(
     project = open_project(workspace)
     place = project.place
     if once:
-        check(place, say)
+        check(place, say, lambda: working("comparing the watched branch with the newest version"))
         return 0
     tell = changes_only()
     hint(f"watching {place}; Ctrl-C ends it")
@@ -103,20 +103,26 @@ def status(
     project = open_project(workspace)
     if version is not None and every:
         raise CommandError("`copal status VERSION` is about one lineage: leave --all out")
+    looking = working("reading the registry")
     if version is not None:
         from flows.lineage.scores import scores
         from flows.project import read_history
 
-        show(scores(read_history(project), version), as_json, render_scores)
+        with looking:
+            rows = scores(read_history(project), version)
+        show(rows, as_json, render_scores)
     elif every:
         from flows.pending.status import lineages
 
-        found = lineages(project)
+        with looking:
+            found = lineages(project)
         show({"lineages": found}, as_json, lambda _: render_lineages(found, project.name))
     else:
         from flows.pending.status import status as ask
 
-        show(ask(project), as_json, render_status)
+        with looking:
+            state = ask(project)
+        show(state, as_json, render_status)
     return 0
 
 
@@ -181,7 +187,8 @@ def gc(*, dry_run: bool = False, as_json: Json = False, workspace: Folder = ".")
     from flows.step.gc import collect
 
     project = open_project(workspace)
-    found = collect(project, dry_run=dry_run)
+    with working("looking for what can be made again"):
+        found = collect(project, dry_run=dry_run)
     if as_json:
         print_json({"dry_run": dry_run, "freed": [{"what": freed.what, "size": freed.size} for freed in found]})
         return 0

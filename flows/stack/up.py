@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from copal.files import write_atomic
@@ -35,6 +36,8 @@ __all__ = [
     "up",
     "up_detached",
 ]
+
+_OURS = "copal: "  # how the line of an error begins: see `flows.cli.output.refuse`
 
 
 def up(
@@ -100,6 +103,7 @@ def _start_servers(
     tell: Callable[[str], None],
 ) -> None:
     """Start the Prefect server, and an MLflow server where there are sockets for it; wait until they answer."""
+    tell("starting the servers")
     stack.start_prefect(sockets)
     if mlflow_sockets:
         store = stack.workspace.registry_uri(settings)
@@ -119,6 +123,7 @@ def _deploy(stack: Starting, text: str, stop: threading.Event, tell: Callable[[s
     """Deploy what the deployments' file `text` says."""
     rendered = stack.workspace.private / "prefect.yaml"
     write_atomic(rendered, text)
+    tell("deploying the flows")
     stack.deploy(rendered, stop)
     tell(f"deployments: {', '.join(deployment_names(text))}")
 
@@ -127,6 +132,7 @@ def _start_workers(stack: Starting, stop: threading.Event, tell: Callable[[str],
     """Start a worker for each pool, in turn: at once, their first words to the server lock its SQLite file for each
     other.
     """
+    tell("starting the workers")
     for pool in POOLS:
         stack.start(f"worker {pool}", ("prefect", "worker", "start", "--pool", pool, "--type", "process"))
         stack.wait(partial(has_worker, stack.api, stack.access.auth_string, pool), stop, f"the worker of pool {pool}")
@@ -150,19 +156,31 @@ def up_detached(workspace: Workspace, arguments: Sequence[str], tell: Callable[[
             env=isolated_environment(),
             start_new_session=True,
         )
+    told = 0
     try:
         while not _is_ready(workspace, process.pid):
+            told = _pass_on(log, told, tell)
             try:
                 process.wait(0.2)
             except subprocess.TimeoutExpired:
                 continue
             said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-            raise UpError(said[-1].removeprefix("copal: "))
+            raise UpError(said[-1].removeprefix(_OURS))
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    tell(log.read_text(encoding="utf-8").rstrip())
+    _pass_on(log, told, tell)
+
+
+def _pass_on(log: Path, told: int, tell: Callable[[str], None]) -> int:
+    """Tell the whole lines of `log` after the first `told` of them, but for an error; gives how many there are."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    whole = [line.rstrip() for line in lines if line.endswith("\n")]
+    for line in whole[told:]:
+        if not line.startswith(_OURS):
+            tell(line)
+    return len(whole)
 
 
 def down(workspace: Workspace) -> bool:

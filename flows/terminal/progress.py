@@ -1,4 +1,5 @@
-"""What the terminal shows: results on standard output, progress on standard error."""
+"""What the terminal shows: results on standard output; progress on standard error, and while nobody knows how long it
+takes, as a spinner where the result will be."""
 
 from __future__ import annotations
 
@@ -140,7 +141,7 @@ def _plain(stream: TextIO, stages: Stages) -> Iterator[Progress]:
     ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(min(_LONG, _EVERY)):
+        while not ended.wait(min(_LONG / 4, _EVERY)):
             lines.tick()
 
     thread = threading.Thread(target=watch, daemon=True)

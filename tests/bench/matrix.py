@@ -41,7 +41,11 @@ METHODS: dict[str, tuple[PruneGroup | None, bool]] = {  # whether statistics are
     "sparsegpt-all": (sparsegpt, True),
     "copal": (None, True),
 }
-CHAINS = ("wanda-newest", "sparsegpt-newest", "sparsegpt-all", "copal", "copal-compact")
+CHAINS = (
+    *("wanda-newest", "wanda-again", "sparsegpt-newest", "sparsegpt-again", "sparsegpt-all"),
+    *("copal", "copal-compact"),
+)
+AGAIN = "-again"  # in place of -newest: what the last domain left is pruned, and not the dense base
 COMPACT = "-compact"  # after a method's name: its contributions are stored so
 SPARSITIES: dict[str, float | str] = {"50": 0.5, "60": 0.6, "70": 0.7, "2-4": "2:4"}  # keys: as file names spell them
 
@@ -102,7 +106,8 @@ def measure_chain(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A step for each domain in turn by `method`, with perplexity on every domain after each.
 
-    A method that knows the newest domain only has no state: domain by domain, it prunes what the last domain left.
+    A method that knows the newest domain only has no state. It prunes the dense base for each domain, or `AGAIN` what
+    the last domain left.
 
     Returns:
         Metrics: `perplexity`, newest domain -> domain -> its figure, those that are yet to come among them;
@@ -111,7 +116,7 @@ def measure_chain(
         (response shift) -> linear -> value by block.
     """
     names, base, parent = list(inputs.calibration), inputs.base, None
-    of_all = METHODS[method.removesuffix(COMPACT)][1]
+    of_all = _of(method)[1]
     if not of_all:
         prune = _without_gradient(prune)
     perplexity: dict[str, dict[str, float]] = {}
@@ -128,7 +133,7 @@ def measure_chain(
             }
             if of_all:
                 parent = Parent.from_step(out, version, parent)
-            else:
+            elif method.endswith(AGAIN):
                 base = Base(folder=out / "model", fingerprint=name)
     when_newest = {name: perplexity[name][name] for name in names[:-1]}
     now = {name: perplexity[names[-1]][name] for name in when_newest}
@@ -151,6 +156,11 @@ def write(out: Path, name: str, metrics: dict[str, Any], layers: dict[str, Any])
         (out / "layers" / f"{name}.json").write_text(json.dumps(layers) + "\n")
 
 
+def _of(method: str) -> tuple[PruneGroup | None, bool]:
+    """The entry of `METHODS` behind one of `CHAINS`."""
+    return METHODS[method.removesuffix(COMPACT).replace(AGAIN, "-newest")]
+
+
 def _without_gradient(prune: PruneConfig) -> PruneConfig:
     """No method but copal looks at the gradient, which takes most of the time."""
     return replace(prune, criterion="output")
@@ -162,7 +172,7 @@ def _step(
     storage = "compact" if method.endswith(COMPACT) else "full"
     return prune_step(
         inputs.base, parent, inputs.domain(name), out, calibration=replace(inputs.settings, storage=storage),
-        prune=prune, device=inputs.device, dtype=inputs.dtype, method=METHODS[method.removesuffix(COMPACT)][0],
+        prune=prune, device=inputs.device, dtype=inputs.dtype, method=_of(method)[0],
         progress=progress,
     )  # fmt: skip
 

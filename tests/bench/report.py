@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from matrix import METHODS, OUT, SPARSITIES
+from matrix import AGAIN, METHODS, OUT, SPARSITIES
 
 from copal.files import write_atomic
 from flows.start.domains import DOMAINS
@@ -42,8 +42,10 @@ COLOURS = {
 }
 BY_STEP = {
     "copal": "copal",
-    "sparsegpt-newest": "SparseGPT, domain by domain",
-    "wanda-newest": "Wanda, domain by domain",
+    "sparsegpt-newest": "SparseGPT, anew from the dense model",
+    "wanda-newest": "Wanda, anew from the dense model",
+    "sparsegpt-again": "SparseGPT, domain by domain",
+    "wanda-again": "Wanda, domain by domain",
 }
 LINEARS = matplotlib.color_sequences["tab10"]
 
@@ -91,14 +93,16 @@ def draw(out: Path) -> list[Path]:
 
 def steps(by_method: Mapping[str, Mapping[str, Mapping[str, float]]], dense: Mapping[str, float]) -> Figure:
     """A panel for each domain: its perplexity after each step, from the one that adapted to it on."""
-    figure, *panels = _figure(11, 3.6, len(DOMAINS))
+    figure, *panels = _figure(11, 4.2, len(DOMAINS))
     places = {name: place for place, name in enumerate(DOMAINS)}
     most = max(found[newest][name] for found in by_method.values() for newest in DOMAINS for name in _met(newest))
     for axes, name in zip(panels, DOMAINS, strict=True):
         for method, found in by_method.items():
             met = [newest for newest in DOMAINS if name in _met(newest)]
             line = [found[newest][name] for newest in met]
-            axes.plot([places[newest] for newest in met], line, marker="o", linewidth=2, color=COLOURS[method],
+            again = method.endswith(AGAIN)
+            axes.plot([places[newest] for newest in met], line, marker="s" if again else "o",
+                      linestyle=":" if again else "-", linewidth=2, color=COLOURS[method.replace(AGAIN, "-newest")],
                       label=BY_STEP[method])  # fmt: skip
         axes.axhline(dense[name], color="black", linestyle="--", linewidth=1, label="dense model")
         axes.set_yscale("log")
@@ -109,7 +113,7 @@ def steps(by_method: Mapping[str, Mapping[str, Mapping[str, float]]], dense: Map
         axes.set_title(f"perplexity on {name}")
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -86,8 +86,11 @@ def test_a_chain_tells_what_is_forgotten_and_how_each_domain_met_the_model(input
         assert len(layers[name]["shift"]) == 7
 
 
-@pytest.mark.parametrize("method", ["wanda-newest", "sparsegpt-newest"])
-def test_domain_by_domain_a_method_without_a_state_prunes_what_the_last_domain_left(inputs, monkeypatch, method):
+@pytest.mark.parametrize(("start", "zeros"), [("newest", [0.0, 0.0, 0.0]), ("again", [0.0, 0.5, 0.5])])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_method_without_a_state_begins_with_the_dense_base_or_with_what_the_last_domain_left(
+    inputs, monkeypatch, method, start, zeros
+):
     begins, step = [], matrix.prune_step
 
     def spy(base, parent, domain, out, **settings):
@@ -96,9 +99,10 @@ def test_domain_by_domain_a_method_without_a_state_prunes_what_the_last_domain_l
         return step(base, parent, domain, out, **settings)
 
     monkeypatch.setattr(matrix, "prune_step", spy)
-    metrics, _ = matrix.measure_chain(inputs, method, PruneConfig())
-    assert begins == [(None, 0.0), (None, 0.5), (None, 0.5)]
-    assert metrics["forgetting"].keys() == {"code", "legal"}
+    metrics, _ = matrix.measure_chain(inputs, f"{method}-{start}", PruneConfig())
+    assert begins == [(None, share) for share in zeros]
+    forgotten = set(metrics["forgetting"].values())
+    assert (forgotten == {1.0}) == (start == "again")  # at the same sparsity, what is pruned has nothing to give
 
 
 def test_the_report_has_a_row_for_each_method_and_plots(measure, inputs, tmp_path):
@@ -108,7 +112,7 @@ def test_the_report_has_a_row_for_each_method_and_plots(measure, inputs, tmp_pat
         measured = measure(method, "50")
         for sparsity in matrix.SPARSITIES:
             matrix.write(out, f"{method}-{sparsity}", *measured)
-    for method in ("wanda-newest", "copal"):
+    for method in ("wanda-newest", "wanda-again", "copal"):
         matrix.write(out, f"chain-{method}", *matrix.measure_chain(inputs, method, PruneConfig()))
     sparsities, domains = report.tables(out).split("\n\n")
     for table, columns in ((sparsities, 5), (domains, 4)):
