@@ -27,7 +27,7 @@ help: ## show this
 demo: $(STAMP) ## the main job on a real language model and three domains, in .demo/
 	$(BIN)/copal demo
 
-test: $(STAMP) ## the whole test suite, in two processes or as many as JOBS says: make test JOBS=4
+test: $(STAMP) ## the tests but for those of a stack, in two processes or as many as JOBS says: make test JOBS=4
 	$(PYTEST)
 
 quick: $(STAMP) ## the tests that need no workspace, registry or server: a minute, for in between

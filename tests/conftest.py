@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ.update(  # before any library reads it: nothing phones home, no hub is asked
     HF_HUB_OFFLINE="1", DVC_NO_ANALYTICS="1", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="1",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120", PREFECT_LOGGING_LEVEL="CRITICAL",
+    PREFECT_LOGGING_LEVEL="CRITICAL",
     OMP_NUM_THREADS="1",  # toys are too small for two threads, and the tests run in several processes at a time
 )  # fmt: skip
 for name in ("MLFLOW_TRACKING_URI", "COPAL_REGISTRY_URI", "COPAL_LEDGER_URI", "PREFECT_API_URL"):

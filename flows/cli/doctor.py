@@ -1,4 +1,5 @@
-"""`copal doctor`: is this machine ready, and what to do if not. Python, libraries, git, stores, room, workspace."""
+"""`copal doctor`: is this machine ready, and what to do if not. Python, libraries, git, stores, room, workspace,
+domains and their tasks."""
 
 from __future__ import annotations
 

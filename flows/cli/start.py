@@ -126,7 +126,7 @@ def sizes(
 
 
 def doctor(*, as_json: Json = False, workspace: Folder = ".") -> int:
-    """Check Python, libraries, git, stores and disk, and say how to mend what is wrong."""
+    """Check Python, libraries, git, stores, disk and domains, and say how to mend what is wrong."""
     from flows.cli.doctor import doctor as look
     from flows.cli.doctor import render
     from flows.data.workspaces import workspace_folder

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from copal.errors import CopalError
 from copal.files import json_text, sha256_file
@@ -26,9 +25,6 @@ from flows.registry.errors import RegistryError
 from flows.registry.registry import Registry
 from flows.registry.versions import ModelVersion, tags_of
 from flows.workspace import exclusive
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Verification", "folder_problems", "record_problems", "verify"]
 
