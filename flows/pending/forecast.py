@@ -15,7 +15,7 @@ from flows.machine import device_and_dtype, hardware, harness_version, has_gpu
 from flows.params import recorded_settings
 from flows.pending.changes import Change, changes
 from flows.pending.plan import Plan, plan
-from flows.pending.status import plain_dataset
+from flows.pending.status import held_back, plain_dataset
 from flows.project import Project
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def forecast(project: Project) -> dict[str, Any]:
     None where DVC's cache does not tell), seconds (by part of the step, rough), disk (bytes by part; `version` stays),
     needed and free ({disk, memory, gpu}: bytes, a margin included), refused (why it would be, or None). `timed_by`:
     what the seconds rest on. `settings`: those that differ from the head's, see `flows.pending.changes.Change`.
-    `waiting`, `notes` and `problems` as in `flows.pending.status.status`.
+    `waiting`, `refused`, `notes` and `problems` as in `flows.pending.status.status`.
 
     Raises:
         DatasetError, RegistryError, LineageError: see `flows.pending.plan.plan`.
@@ -53,9 +53,7 @@ def forecast(project: Project) -> dict[str, Any]:
         "steps": [],
         "timed_by": None,
         "settings": [],
-        "waiting": [plain_dataset(version) | wait.as_dict() for version, wait in found.waiting],
-        "notes": list(found.notes),
-        "problems": list(found.problems),
+        **held_back(found),
     }
     if found.head is None:
         return told

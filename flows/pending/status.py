@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from flows.data.dataset import DatasetVersion
     from flows.lineage.entries import Entry
     from flows.lineage.record import Record
+    from flows.pending.plan import Plan
     from flows.registry.versions import ModelVersion
 
 __all__ = [
+    "held_back",
     "lineages",
     "plain_dataset",
     "status",
@@ -46,6 +48,13 @@ def status(project: Project) -> dict[str, Any]:
         "model": project.name,
         "versions": [_version(version, registry.record(version), entries) for version in registry.versions()],
         "pending": [plain_dataset(version) for version in found.pending],
+        **held_back(found),
+    }
+
+
+def held_back(found: Plan) -> dict[str, Any]:
+    """What would not run, as plain JSON values: `waiting`, `refused`, `notes` and `problems` of `status`."""
+    return {
         "waiting": [plain_dataset(version) | wait.as_dict() for version, wait in found.waiting],
         "refused": [
             plain_dataset(version) | {"reason": refusal.reason, "since": refusal.since.isoformat(timespec="seconds")}

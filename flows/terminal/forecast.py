@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flows.lineage.figures import gigabytes, timespan
-from flows.terminal.status import waits
+from flows.terminal.status import refused, waits
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,10 +62,14 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     if found["head"] is None:
         yield f"{found['model']} has no versions yet: register a base with `copal init DIR --base SOURCE`"
     elif not found["steps"] and not found["gates"]:
-        yield f"nothing would run: version {found['head']} knows what is there"
+        known = "" if found["waiting"] or found["refused"] else f": version {found['head']} knows what is there"
+        yield f"nothing would run{known}"
     yield from (_asks(step) for step in found["steps"][:1] if step["tasks"])
-    yield from (f"version {step['version']} would be refused: {step['refused']}" for step in _refused(found))
+    yield from (
+        f"version {step['version']} would be refused: {step['refused']}" for step in found["steps"] if step["refused"]
+    )
     yield from (waits(entry) for entry in found["waiting"])
+    yield from (refused(entry) for entry in found["refused"])
     yield from (f"note: {note}" for note in found["notes"])
     yield from (f"problem: {problem}" for problem in found["problems"])
 
@@ -73,10 +77,6 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
 def _asks(step: Mapping[str, Any]) -> str:
     tasks = "1 task" if step["tasks"] == 1 else f"{step['tasks']} tasks"
     return f"version {step['version']} would be asked {tasks} of its domains"
-
-
-def _refused(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [step for step in found["steps"] if step["refused"]]
 
 
 def _steps(found: Mapping[str, Any]) -> Table:

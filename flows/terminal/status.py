@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
+    "refused",
     "render_lineages",
     "render_scores",
     "render_status",
@@ -60,7 +61,7 @@ def render_status(found: Mapping[str, Any]) -> RenderableType:
     if pending:
         below.append("next: `copal watch --once` takes what is pending, `copal plan` says how long that takes")
     below += [waits(entry) for entry in found["waiting"]]
-    below += [_refused(entry) for entry in found["refused"]]
+    below += [refused(entry) for entry in found["refused"]]
     below += [f"note: {note}" for note in found["notes"]]
     below += [f"problem: {problem}" for problem in found["problems"]]
     if not found["versions"]:
@@ -113,7 +114,8 @@ def waits(entry: Mapping[str, Any]) -> str:
     )
 
 
-def _refused(entry: Mapping[str, Any]) -> str:
+def refused(entry: Mapping[str, Any]) -> str:
+    """One line on an entry of `refused`."""
     return (
         f"refused: {entry['domain']} at {short(entry['dvc_md5'])} since {entry['since']}: {entry['reason']}; mend the "
         f"data and commit it again, or try once more as it is: `copal adapt {entry['domain']}`"

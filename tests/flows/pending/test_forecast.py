@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from copal.errors import SettingsError
+from copal.errors import DataError, SettingsError
 from flows.pending.changes import changes
 from flows.pending.forecast import forecast
 from flows.pending.plan import plan
@@ -139,6 +139,20 @@ def test_a_step_that_would_be_refused_is_said_to_be(adapted, params, capsys):
     found = forecast(adapted.project)
     assert found["steps"][0]["refused"].startswith("prune.sparsity is 0.6, not 0.5: every version of a lineage has")
     assert "version 3 would be refused: prune.sparsity is 0.6" in drawn(found, capsys)
+
+
+def test_data_that_was_refused_is_no_data_that_the_newest_version_knows(bench, capsys):
+    bench.commit("code", 0, documents=1)
+    assert "nothing would run" not in drawn(forecast(bench.project), capsys)
+    with pytest.raises(DataError):
+        run_step(bench.project, "code", None, plain_tasks())
+    found = forecast(bench.project)
+    assert [entry["domain"] for entry in found["refused"]] == ["code"]
+    lines = drawn(found, capsys).splitlines()
+    assert lines[0] == "nothing would run"
+    assert lines[1].startswith("refused: code at ")
+    bench.commit("code", 1)
+    assert forecast(bench.project)["refused"] == []
 
 
 def test_settings_of_another_copal_are_no_reason_not_to_look(adapted):
