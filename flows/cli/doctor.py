@@ -39,6 +39,7 @@ def doctor(path: Path) -> list[Check]:
         ("git", lambda: _git(path)),
         ("dvc", lambda: _dvc(workspace, settings)),
         ("domains", lambda: _domains(workspace, settings)),
+        ("other data", lambda: _other_data(workspace)),
         ("tasks", lambda: _tasks(workspace)),
         ("mlflow", lambda: stores.mlflow(workspace, settings)),
         ("artifacts", lambda: stores.artifacts(workspace, settings)),
@@ -155,7 +156,6 @@ def _domains(workspace: Workspace | None, settings: Settings) -> Check:
     """Whether there is data that no step can use."""
     if workspace is None:
         return Check(name="domains", ok=True, found="none here: they are folders of a workspace, under data/")
-    from flows.data.versions import untracked
     from flows.pending.plan import plan
     from flows.project import project_of
     from flows.start.add import moved_away
@@ -179,14 +179,22 @@ def _domains(workspace: Workspace | None, settings: Settings) -> Check:
             advice="mend the data and commit its new version, or change the setting; `copal adapt DOMAIN` tries "
             "at once",
         )
-    if strays := untracked(workspace.root):
-        return Check(
-            name="domains",
-            ok=None,
-            found=f"none is refused; {', '.join(f'data/{name}' for name in strays)}: no domain, DVC does not track it",
-            advice=f"copal add DOMAIN data/{strays[0]}, or move it away",
-        )
     return Check(name="domains", ok=True, found="none is refused")
+
+
+def _other_data(workspace: Workspace | None) -> Check:
+    """Whether data/ holds what nobody tracks."""
+    from flows.data.versions import untracked
+
+    found = untracked(workspace.root) if workspace is not None else []
+    if not found:
+        return Check(name="other data", ok=True, found="none lies under data/")
+    return Check(
+        name="other data",
+        ok=None,
+        found=f"{', '.join(f'data/{name}' for name in found)}: no domain, DVC does not track it",
+        advice=f"copal add DOMAIN data/{found[0]}, or move it away",
+    )
 
 
 def _tasks(workspace: Workspace | None) -> Check:

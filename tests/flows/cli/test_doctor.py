@@ -17,8 +17,8 @@ from flows.cli.doctor import doctor, render
 from support.tasks import write_task
 
 NAMES = [
-    "python", "torch", "transformers", "git", "dvc", "domains", "tasks", "mlflow", "artifacts", "ledger", "prefect",
-    "fastapi", "disk", "memory", "workspace",
+    "python", "torch", "transformers", "git", "dvc", "domains", "other data", "tasks", "mlflow", "artifacts", "ledger",
+    "prefect", "fastapi", "disk", "memory", "workspace",
 ]  # fmt: skip
 
 

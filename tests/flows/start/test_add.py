@@ -81,9 +81,10 @@ def test_the_pointer_is_committed_and_nothing_else(bench, tmp_path):
     assert [version.domain for version in plan(bench.project).pending] == ["first", "code"]
     assert found.documents["calibration"] + found.documents["evaluation"] == DOCUMENTS
     assert (found.files, found.left_out, found.unchecked) == (1, 0, ())
-    (check,) = [check for check in doctor(bench.root) if check.name == "domains"]
-    assert "data/raw" in check.found
-    assert "copal add DOMAIN data/raw" in check.advice
+    (bench.workspace.data / "loose.txt").write_text("a file of its own\n")
+    (check,) = [check for check in doctor(bench.root) if check.name == "other data"]
+    assert check.found.startswith("data/loose.txt, data/raw: no domain")
+    assert "copal add DOMAIN data/loose.txt" in check.advice
 
 
 @pytest.mark.parametrize(
