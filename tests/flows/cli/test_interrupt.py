@@ -30,8 +30,8 @@ def server(request) -> str | None:
 
 @pytest.mark.parametrize("server", ["by hand", "on a server"], indirect=True)
 def test_a_step_ends_soon_with_one_line_and_nothing_of_prefect(bench, tmp_path, server):
-    bench.set("windows: 8", "windows: 12000")  # it takes half a minute
-    bench.commit("code", 0, documents=9000)
+    bench.set("windows: 8", "windows: 6000")  # it takes a quarter of a minute
+    bench.commit("code", 0, documents=4500)
     environment = isolated_environment() | {"HOME": str(tmp_path), "PREFECT_HOME": str(tmp_path / "prefect")}
     environment.pop("PREFECT_API_URL", None)
     if server is not None:
