@@ -11,6 +11,7 @@ from queue import Queue
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL
 
 from flows.gates.judge import GateResult
@@ -18,9 +19,15 @@ from flows.runs.events import tell_champion, tell_gates
 from flows.stack.alerts import ensure_alerts
 from flows.stack.prefect_server import UpError
 
-pytestmark = [pytest.mark.team, pytest.mark.usefixtures("prefect")]
+pytestmark = pytest.mark.team
 
 NAMES = ["copal gates failed", "copal champion moved", "copal runs failed"]
+
+
+@pytest.fixture(autouse=True)
+def _events_of_this_server(prefect: None) -> None:
+    """A process has one sender of events, whichever server it was made for: here none of an earlier test."""
+    EventsWorker.instance().drain()
 
 
 @pytest.fixture
