@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flows.lineage.figures import gigabytes, timespan
-from flows.terminal.status import refused, waits
+from flows.terminal.status import held_back
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,10 +68,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield from (
         f"version {step['version']} would be refused: {step['refused']}" for step in found["steps"] if step["refused"]
     )
-    yield from (waits(entry) for entry in found["waiting"])
-    yield from (refused(entry) for entry in found["refused"])
-    yield from (f"note: {note}" for note in found["notes"])
-    yield from (f"problem: {problem}" for problem in found["problems"])
+    yield from held_back(found)
 
 
 def _asks(step: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.lineage.figures import figure, four_digits, percent, short, timespan
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "refused",
+    "held_back",
     "render_lineages",
     "render_scores",
     "render_status",
@@ -60,10 +60,7 @@ def render_status(found: Mapping[str, Any]) -> RenderableType:
     below += [f"pending: {entry['domain']} at {short(entry['dvc_md5'])}" for entry in pending]
     if pending:
         below.append("next: `copal watch --once` takes what is pending, `copal plan` says how long that takes")
-    below += [waits(entry) for entry in found["waiting"]]
-    below += [refused(entry) for entry in found["refused"]]
-    below += [f"note: {note}" for note in found["notes"]]
-    below += [f"problem: {problem}" for problem in found["problems"]]
+    below += held_back(found)
     if not found["versions"]:
         below.insert(0, f"{found['model']} has no versions yet: register a base with `copal init DIR --base SOURCE`")
         return Group(*map(Text, below))
@@ -114,8 +111,15 @@ def waits(entry: Mapping[str, Any]) -> str:
     )
 
 
-def refused(entry: Mapping[str, Any]) -> str:
-    """One line on an entry of `refused`."""
+def held_back(found: Mapping[str, Any]) -> Iterator[str]:
+    """`flows.pending.status.held_back` for people: a line for each thing that would not run, for notes and problems."""
+    yield from (waits(entry) for entry in found["waiting"])
+    yield from (_refused(entry) for entry in found["refused"])
+    yield from (f"note: {note}" for note in found["notes"])
+    yield from (f"problem: {problem}" for problem in found["problems"])
+
+
+def _refused(entry: Mapping[str, Any]) -> str:
     return (
         f"refused: {entry['domain']} at {short(entry['dvc_md5'])} since {entry['since']}: {entry['reason']}; mend the "
         f"data and commit it again, or try once more as it is: `copal adapt {entry['domain']}`"
