@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from copal.errors import CopalError
+from copal.errors import CopalError, one_line
 
 __all__ = ["check_bounds", "parse_json", "read_json", "read_typed"]
 
@@ -59,7 +59,7 @@ def parse_json(data: bytes | str, where: object, error: type[CopalError]) -> Any
     except RecursionError as found:
         raise error(f"{where} is nested too deep") from found
     except ValueError as found:  # also what is not UTF-8
-        raise error(f"{where} is not JSON: {' '.join(str(found).split())[:300]}") from found
+        raise error(f"{where} is not JSON: {one_line(found)[:300]}") from found
     check_bounds(value, where, error)
     return value
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from copal.architecture import load_config
 from copal.embeddings import longest_window
-from copal.errors import ModelError, ResourceError
+from copal.errors import ModelError, ResourceError, one_line
 
 __all__ = ["Continuation", "continue_greedily"]
 
@@ -86,7 +86,7 @@ def continue_greedily(
                 finite &= fine
                 written = torch.cat([written, logits.nan_to_num().argmax(dim=1, keepdim=True)], dim=1)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{folder} cannot be loaded by transformers: {' '.join(str(error).split())}") from error
+            raise ModelError(f"{folder} cannot be loaded by transformers: {one_line(error)}") from error
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from copal.bounded import check_bounds
-from copal.errors import SettingsError
+from copal.errors import SettingsError, one_line
 from flows.settings import DomainSettings, Settings
 from flows.uris import cause, without_secrets
 
@@ -89,7 +89,7 @@ def _read(params: Path) -> dict[Any, Any] | None:
         line = error.problem_mark.line + 1
         raise SettingsError(f"{key} stands there twice, again in line {line}: keep one") from None
     except (YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise SettingsError(f"is not YAML: {' '.join(str(error).split())}") from cause(error)
+        raise SettingsError(f"is not YAML: {one_line(error)}") from cause(error)
     except RecursionError:
         raise SettingsError("is nested too deep") from None
     check_bounds(content, "what it says", SettingsError)

@@ -15,7 +15,7 @@ from typing import Any
 from copal.bounded import check_bounds
 from copal.config import fingerprint
 from copal.domain_files import TASKS, check_name
-from copal.errors import DataError
+from copal.errors import DataError, one_line
 from copal.files import sha256_file
 
 __all__ = ["TaskFile", "count_tasks", "read_tasks"]
@@ -158,7 +158,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
         what = f"{said[1]!a} names code, which is not run: write" if said else "is not plain YAML:"
         raise DataError(f"{where}, line {line}: {what} templates and plain values only") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(f"{where} is not YAML: {one_line(error)[:300]}") from error
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror}") from error
     except (RecursionError, TypeError, ValueError) as error:  # a date, a set, bytes, NaN, or brackets without end

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from copal.errors import CopalError, SettingsError
+from copal.errors import CopalError, SettingsError, one_line
 
 __all__ = ["Bucket", "BucketError", "ensure_bucket", "parse_buckets", "policy"]
 
@@ -83,4 +83,4 @@ def ensure_bucket(bucket: Bucket) -> None:
         if bucket.accounts:
             client.put_bucket_policy(Bucket=bucket.name, Policy=json.dumps(policy(bucket)))
     except (BotoCoreError, ClientError) as error:
-        raise BucketError(f"the S3 store refuses the bucket {bucket.name}: {' '.join(str(error).split())}") from error
+        raise BucketError(f"the S3 store refuses the bucket {bucket.name}: {one_line(error)}") from error

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copal.errors import CopalError, DataError
+from copal.errors import CopalError, DataError, one_line
 from copal.files import write_atomic
 from copal.out_of_memory import memory_for
 from flows.step.launch import Fault, leave, tell
@@ -130,7 +130,7 @@ def _plainly(one: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (*_UNFIT, DatasetsError, TemplateError) as error:
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error)[:300]
         raise DataError(f"{_name(one)} cannot be asked: {type(error).__name__}: {said}") from error
 
 
