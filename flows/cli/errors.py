@@ -49,6 +49,8 @@ def run_to_exit_code(run: Callable[[], int], words: Sequence[str], folder: Path,
     except KeyboardInterrupt:
         return refuse("interrupted", code=130)
     except Exception as error:  # noqa: BLE001 - the last one: nobody but a developer should see a traceback
+        if _interrupted(error):
+            return refuse("interrupted", code=130)
         if (
             isinstance(error, OSError)
             and error.errno in _SURROUNDINGS
@@ -59,6 +61,13 @@ def run_to_exit_code(run: Callable[[], int], words: Sequence[str], folder: Path,
             write("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
             return 1
         return _bug(error, words, folder)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error is what a library's clean-up made of Ctrl-C, which can arrive in the middle of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def usage_error(error: CycloptsError) -> int:

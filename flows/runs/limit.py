@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,13 +15,12 @@ class TimeLimitError(CopalError):
     """A step took longer than the settings allow."""
 
 
-class _OutOfTimeError(TimeoutError):
-    """Our own time limit, to tell it from a timeout of another library."""
-
-
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
     """End the `with` after so many seconds; None is never.
+
+    The interruption can arrive in the middle of a library, whose own clean-up may then fail and raise an error of its
+    own. So whatever error comes out after the last second tells of the limit.
 
     Raises:
         TimeLimitError: it took longer.
@@ -30,10 +30,13 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         return
     from prefect.utilities.timeout import timeout  # brings Prefect, which a step by hand can do without
 
+    end = time.monotonic() + seconds
     try:
-        with timeout(seconds=seconds, timeout_exc_type=_OutOfTimeError):
+        with timeout(seconds=seconds):
             yield
-    except _OutOfTimeError as error:
+    except Exception as error:
+        if time.monotonic() < end:
+            raise
         raise TimeLimitError(
             f"the step took longer than run.time_limit, {seconds:g} s, and was stopped; what it has finished stays "
             "for the next run: raise the limit, or give it a faster machine"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
 import pytest
 
 from copal.errors import CopalError
 from flows import by_hand
 from flows.runs.limit import TimeLimitError
 from support.toys import holder
+from support.waiting import work
 
 
 @pytest.fixture(autouse=True)
@@ -85,18 +83,11 @@ def test_what_a_user_has_to_mend_or_has_ended_is_not_tried_again(bench, monkeypa
     assert len(calls) == 1
 
 
-def _work(seconds: float) -> None:
-    """Work in Python: where the tests have an alarm of their own, the limit ends no single long call."""
-    pause, end = threading.Event(), time.monotonic() + seconds
-    while time.monotonic() < end:
-        pause.wait(0.05)
-
-
 def test_a_step_past_its_time_limit_is_stopped_and_frees_the_lineage(bench, monkeypatch):
     bench.commit("code", 0)
     bench.set("model: {name: tiny", "run: {time_limit: 0.5}\nmodel: {name: tiny")
     with monkeypatch.context() as patch:
-        patch.setattr("flows.step.run.evaluate_step", lambda *args: _work(60.0))
+        patch.setattr("flows.step.run.evaluate_step", lambda *args: work(60.0))
         with pytest.raises(TimeLimitError, match=r"run.time_limit, 0.5 s"):
             by_hand.adapt(str(bench.root), "code")
     assert holder(bench.project)["held"] == 0

@@ -1,4 +1,4 @@
-"""Waiting for what happens in other processes."""
+"""Waiting: for what happens in other processes, or for nothing."""
 
 from __future__ import annotations
 
@@ -16,3 +16,10 @@ def until(there: Callable[[], Any], seconds: float, what: str) -> Any:
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
         pause.wait(0.2)
     return found
+
+
+def work(seconds: float) -> None:
+    """Work in Python: where the tests have an alarm of their own, a time limit ends no single long call."""
+    pause, end = threading.Event(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        pause.wait(0.05)

@@ -232,6 +232,14 @@ def test_exit_codes_of_errors(run, raising, tmp_path):
     assert run("status") == (130, "", "copal: interrupted\n")
 
 
+def test_ctrl_c_in_the_middle_of_a_library_is_no_bug_of_ours(run, raising):
+    # Prefect's clean-up fails with an error of its own where Ctrl-C comes while it makes the run of a task.
+    error = ValueError("Task run is not set")
+    error.__context__ = KeyboardInterrupt()
+    raising(error)
+    assert run("status") == (130, "", "copal: interrupted\n")
+
+
 def test_a_bug_is_one_line_and_its_traceback_is_in_the_workspace(bench, run, raising):
     raising(RuntimeError("a bug\nat https://me:secret@host/x"))
     code, out, err = run("status", "--json", "--workspace", bench.root)

@@ -21,6 +21,7 @@ from flows.registry.errors import RegistryError
 from flows.step import run
 from flows.step.gc import collect
 from support.toys import expire_claims, holder, step
+from support.waiting import work
 
 
 def domains(bench) -> list[str | None]:
@@ -250,15 +251,13 @@ def test_a_server_that_dies_during_a_registration_loses_nothing_and_nothing_is_c
 
 
 def test_a_step_past_its_time_limit_is_stopped_and_frees_the_lineage(bench, monkeypatch, prefect):
-    import threading
-
     from flows.adapt import adapt
     from flows.runs.limit import TimeLimitError
 
     bench.commit("code", 0)
     bench.set("model: {name: tiny", "run: {time_limit: 0.5}\nmodel: {name: tiny")
     with monkeypatch.context() as patch:
-        patch.setattr("flows.step.run.evaluate_step", lambda *args: threading.Event().wait(60))
+        patch.setattr("flows.step.run.evaluate_step", lambda *args: work(60.0))
         with pytest.raises(TimeLimitError, match=r"run.time_limit, 0.5 s"):
             adapt(str(bench.root), "code")
     assert holder(bench.project)["held"] == 0
