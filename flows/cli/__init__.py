@@ -3,6 +3,6 @@
 What is heavy is imported by the command that needs it, so that `copal --help` is quick.
 """
 
-from flows.cli.entry import main
+from flows.cli.entry import command, main
 
-__all__ = ["main"]
+__all__ = ["command", "main"]

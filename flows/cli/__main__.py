@@ -2,7 +2,7 @@
 
 import sys
 
-from flows.cli.entry import main
+from flows.cli.entry import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())
