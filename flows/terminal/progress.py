@@ -26,6 +26,9 @@ _LONG = 2.0  # seconds after which a stage is worth a line in a log
 _EVERY = 30.0  # seconds between two of them
 _BYTES = 100_000  # a stage with more parts counts bytes: a percentage says more
 _NARROW = 100  # columns of a terminal below which the view of a stage leaves the memory out, for the time that is left
+# A view would put something of its own in the place of sys.stdout, and libraries that are imported meanwhile keep it:
+# DVC resets colours as the process ends, which then was shown as text. So nothing is printed there under a view.
+_LEFT_ALONE = False
 _PIPE_WIDTH = 160  # columns where there is no terminal to ask: tables are cut nowhere
 
 
@@ -53,7 +56,11 @@ def working(what: str) -> Iterator[None]:
     if is_quiet():
         yield
     elif sys.stdout.isatty():
-        with console().status(what):
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        spinner = Spinner("dots", what, style="status.spinner")
+        with Live(spinner, console=console(), transient=True, redirect_stdout=_LEFT_ALONE):
             yield
     else:
         with _plain(sys.stderr, Stages()) as report:
@@ -113,9 +120,8 @@ def _bars(stages: Stages) -> Iterator[Progress]:
     tasks: dict[str, TaskID] = {}
     reached: dict[str, int] = {}
     began: dict[str, float] = {}
-    with Bars(
-        described, BarColumn(8 if narrow else 16), counted, TimeElapsedColumn(), TimeRemainingColumn(), console=shown
-    ) as bars:
+    columns = (described, BarColumn(8 if narrow else 16), counted, TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=shown, redirect_stdout=_LEFT_ALONE) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
             # A total of 1 says only that something began or ended: the bar swings until then.

@@ -75,7 +75,12 @@ def shown_tasks(tell: Callable[[str], None], page: Callable[[str], Progress] = _
             return plain_tasks(report).register(project, step, found, evaluation, claim)
 
     def gates(project: Project, version: ModelVersion, claim: Claim) -> tuple[GateResult, ...]:
-        with progress(project, version, "gates") as report:
-            return plain_tasks(report, tell).gates(project, version, claim)
+        said: list[str] = []
+        try:
+            with progress(project, version, "gates") as report:
+                return plain_tasks(report, said.append).gates(project, version, claim)
+        finally:  # below the view
+            for line in said:
+                tell(line)
 
     return Tasks(inputs=inputs, fetch=fetch, prune=prune, evaluate=evaluate, register=register, gates=gates)
