@@ -39,6 +39,7 @@ class DomainWindows:
         evaluation: (N, L), int64, from documents that calibration never reads.
         calibration_documents: documents on that side, texts that are there twice counted once.
         evaluation_documents: likewise.
+        repeated_documents: documents that were not counted, since another one has their text.
         left_out: documents that were passed over, since other domains have their text on the other side.
         calibration_text: the beginnings of the documents that were read, and the slices that were read first.
         evaluation_text: likewise.
@@ -48,6 +49,7 @@ class DomainWindows:
     evaluation: Tensor
     calibration_documents: int
     evaluation_documents: int
+    repeated_documents: int
     left_out: LeftOut
     calibration_text: tuple[str, ...]
     evaluation_text: tuple[str, ...]
@@ -111,6 +113,7 @@ def domain_windows(
         evaluation=cut.windows(two),
         calibration_documents=len(calibration),
         evaluation_documents=len(evaluation),
+        repeated_documents=len(documents) - len(calibration) - len(evaluation),
         left_out=LeftOut(calibration=tuple(sorted(one.left_out)), evaluation=tuple(sorted(two.left_out))),
         calibration_text=tuple(one.text),
         evaluation_text=tuple(two.text),

@@ -55,6 +55,7 @@ class Added:
         commit: full SHA of HEAD, which has the pointer.
         files, size: how many, and their bytes.
         documents, windows: {calibration, evaluation}: how many; texts that are there twice count once.
+        repeated: documents that are not counted, since another one has their text.
         left_out: documents that the windows do without, since other domains have their text on the other side.
         unchecked: domains whose data is not at hand, so that nothing was held against them.
         brought_back: domains whose data lies under `data/` again, which an add that was killed had moved away.
@@ -66,6 +67,7 @@ class Added:
     size: int
     documents: dict[str, int]
     windows: dict[str, int]
+    repeated: int
     left_out: int
     unchecked: tuple[str, ...]
     brought_back: tuple[str, ...]
@@ -126,6 +128,7 @@ def _add(project: Project, domain: str, paths: Sequence[Path], replace: bool, br
         size=sum(file.size for file in files),
         documents={"calibration": windows.calibration_documents, "evaluation": windows.evaluation_documents},
         windows={"calibration": len(windows.calibration), "evaluation": len(windows.evaluation)},
+        repeated=windows.repeated_documents,
         left_out=len(windows.left_out.calibration) + len(windows.left_out.evaluation),
         unchecked=unchecked,
         brought_back=brought_back,

@@ -45,6 +45,9 @@ def added_lines(added: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterat
     yield (
         f"data/{added['domain']}: {sum(documents.values()):,} documents in {files}, {gigabytes(added['size'])}; {sides}"
     )
+    if repeated := added["repeated"]:
+        more, repeats = ("1 more document", "repeats") if repeated == 1 else (f"{repeated:,} more documents", "repeat")
+        yield f"{more} {repeats} the text of another one, which counts once"
     if added["left_out"]:
         yield f"{added['left_out']:,} are left out: other domains have their text on the other side"
     if added["unchecked"]:

@@ -8,6 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.step.run import plain_tasks, run_step
+from support.benches import text
 
 PICTURES = {
     f"{name}.{kind}"
@@ -94,14 +95,16 @@ def test_sizes_reads_as_json_too(lineage, run):
 def test_add_tells_what_calibrates_what_the_step_takes_and_the_next_command(lineage, run, tmp_path):
     lineage.write("third", 7)
     source = (lineage.workspace.data / "third").rename(tmp_path / "third")
+    (source / "again.txt").write_text(text(7, 0))
     code, out, _ = run("add", "third", source, "--workspace", lineage.root)
     assert code == 0
-    told, committed, takes, following = out.splitlines()
-    assert told.startswith("data/third: 24 documents in 1 file, ")
+    told, repeated, committed, takes, following = out.splitlines()
+    assert told.startswith("data/third: 24 documents in 2 files, ")
+    assert repeated == "1 more document repeats the text of another one, which counts once"
     assert "calibrate (8 windows)" in told
     assert "evaluate (8 windows)" in told
     assert committed.endswith(": data/third.dvc")
     assert takes.startswith("version 4 will take about ")
     assert following == f"next: copal watch --once --workspace {lineage.root}"
     found = json.loads(run("add", "fourth", source, "--json", "--workspace", lineage.root)[1])
-    assert (found["domain"], found["files"]) == ("fourth", 1)
+    assert (found["domain"], found["files"]) == ("fourth", 2)
