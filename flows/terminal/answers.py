@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.lineage.figures import figure
+from flows.terminal.tables import plain_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,7 +19,6 @@ __all__ = [
 def render_answer(answer: Mapping[str, Any]) -> RenderableType:
     """An answer for people."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     lines: list[RenderableType] = []
@@ -28,9 +28,7 @@ def render_answer(answer: Mapping[str, Any]) -> RenderableType:
 
     def show(headings: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
         if rows:
-            table = Table()
-            for heading in headings:
-                table.add_column(heading, overflow="fold")
+            table = plain_table(None, *headings)
             for row in rows:
                 table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
             lines.append(table)
@@ -122,24 +120,16 @@ def _show_worse(answer: Mapping[str, Any], say: _Say, show: _Show) -> None:
         "perplexity on the same windows, a change above 0 is worse"
     )
     show(
-        (
-            "domain",
-            "adapted to in",
-            "perplexity then",
-            "last compared in",
-            "perplexity",
-            "change",
-            "most by the step of",
-        ),
+        ("domain", "from", "when newest", "last in", "perplexity", "change", "most by the step of"),
         [
             (
                 one["domain"],
-                f"version {one['newest_in']}",
+                f"v{one['newest_in']}",
                 figure(one["perplexity_when_newest"]),
-                f"version {one['version']}",
+                f"v{one['version']}",
                 figure(one["perplexity"]),
                 _percent(one["change"]),
-                f"version {one['worst']['version']} ({one['worst']['step']}), {_percent(one['worst']['change'])}"
+                f"v{one['worst']['version']} ({one['worst']['step']}), {_percent(one['worst']['change'])}"
                 if one["worst"]
                 else "",
             )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.lineage.figures import gigabytes, timespan
 from flows.terminal.status import held_back
+from flows.terminal.tables import plain_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,14 +81,13 @@ def _asks(step: Mapping[str, Any]) -> str:
 
 
 def _steps(found: Mapping[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=f"{found['model']}: what would run, in this order", title_justify="left")
-    for heading in ("version", "adapts to", "at", "domains", "time", "stays on disk"):
-        table.add_column(heading, justify="right" if heading in ("version", "domains", "time") else "left")
     needs = list(found["steps"][0]["needed"])
-    for what in needs:
-        table.add_column(f"{_KINDS[what]} needed (free)")
+    table = plain_table(
+        f"{found['model']}: what would run, in this order",
+        *("version", "adapts to", "at", "domains", "time", "stays on disk"),
+        *(f"{_KINDS[what]} needed (free)" for what in needs),
+        right=("version", "domains", "time"),
+    )
     for step in found["steps"]:
         table.add_row(
             str(step["version"]),
@@ -107,11 +107,8 @@ def _steps(found: Mapping[str, Any]) -> Table:
 
 
 def _settings(found: Mapping[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=f"settings that differ from those of version {found['head']}", title_justify="left")
-    for heading in ("setting", "then", "now", "what it takes"):
-        table.add_column(heading, overflow="fold")
+    title = f"settings that differ from those of version {found['head']}"
+    table = plain_table(title, "setting", "then", "now", "what it takes")
     for change in found["settings"]:
         table.add_row(change["name"], str(change["then"]), str(change["now"]), change["takes"])
     return table

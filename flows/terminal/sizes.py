@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flows.lineage.figures import count, gigabytes, three_digits, timespan
+from flows.terminal.tables import plain_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,9 +34,8 @@ def render_sizes(found: Mapping[str, Any]) -> RenderableType:
 
 def render_known(found: Mapping[str, Any]) -> RenderableType:
     """`flows.models.sizes.known_sizes` for people: as a share of the 16-bit model."""
-    table = _table(
-        "what one domain's statistics take of a 16-bit model", "model", "parameters", "model", "full", "compact"
-    )
+    numbers = ("parameters", "size", "full", "compact")
+    table = plain_table("what one domain's statistics take of a 16-bit model", "model", *numbers, right=numbers)
     for name, size in found["models"].items():
         shares = (
             f"{gigabytes(size[storage])} ({size[storage] / size['model']:.3f})" for storage in ("full", "compact")
@@ -57,7 +57,7 @@ def _heading(found: Mapping[str, Any]) -> str:
 
 
 def _disk(disk: Mapping[str, int]) -> Table:
-    table = _table("disk", "", "size", "of the model")
+    table = plain_table("disk", "", "size", "of the model", right=("size", "of the model"))
     rows = {
         "model": disk["model"],
         "statistics of the domain, kept": disk["contribution"],
@@ -75,7 +75,7 @@ def _disk(disk: Mapping[str, int]) -> Table:
 def _memory(found: Mapping[str, Any]) -> Table:
     memory = found["memory"]
     fits = [name for name, one in found["hardware"].items() if one["memory"] and memory["gpu"] <= one["memory"]]
-    table = _table("memory, beside Python and its libraries", "", "at most", "")
+    table = plain_table("memory, beside Python and its libraries", "", "at most", "", right=("at most",))
     table.add_row("without a GPU", gigabytes(memory["cpu"]), "")
     table.add_row("of each GPU", gigabytes(memory["gpu"]), f"fits {', '.join(fits)}" if fits else "fits none of them")
     table.add_row("beside the GPUs", gigabytes(memory["beside_gpu"]), "")
@@ -84,20 +84,12 @@ def _memory(found: Mapping[str, Any]) -> Table:
 
 def _time(found: Mapping[str, Any]) -> Table:
     by_hardware = found["seconds"]
-    table = _table("time, roughly: it may be half or twice as long", "", "operations", *by_hardware)
+    numbers = ("operations", *by_hardware)
+    table = plain_table("time, roughly: it may be half or twice as long", "", *numbers, right=numbers)
     for part in next(iter(by_hardware.values())):
         work = found["operations"].get(part)
         operations = f"{three_digits(sum(work.values()) / 1e12)} T" if work else ""
         table.add_row(_PARTS[part], operations, *(timespan(parts[part]) for parts in by_hardware.values()))
     table.add_section()
     table.add_row("all", "", *(timespan(sum(parts.values())) for parts in by_hardware.values()))
-    return table
-
-
-def _table(title: str, *headings: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left")
     return table

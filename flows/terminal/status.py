@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.lineage.figures import figure, four_digits, percent, short, timespan
+from flows.terminal.tables import plain_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,13 +25,10 @@ _NEWEST = 20  # versions in the table: what matters today fits on a screen
 
 def render_lineages(found: list[dict[str, Any]], own: str) -> RenderableType:
     """`lineages` for people: a row each; `own` is the lineage of the workspace."""
-    from rich.table import Table
-
     if not found:
         return "no lineage in this registry yet: register a base with `copal init DIR --base SOURCE`"
-    table = Table(title="lineages of the registry (*: of this workspace)", title_justify="left")
-    for heading in ("model", "head", "domains", "aliases"):
-        table.add_column(heading, justify="right" if heading == "head" else "left")
+    title = "lineages of the registry (*: of this workspace)"
+    table = plain_table(title, "model", "head", "domains", "aliases", right=("head",))
     for lineage in found:
         aliases = ", ".join(f"{alias}: {number}" for alias, number in sorted(lineage["aliases"].items()))
         mark = "*" if lineage["model"] == own else ""
@@ -80,11 +78,8 @@ def render_scores(found: Mapping[str, Any]) -> RenderableType:
     lines = [f"gate {gate} failed: {why}" for gate, why in found["failed"].items()]
     if not found["domains"]:
         return Group(*map(Text, (told, *lines)))
-    table = _plain_table(None)
-    table.add_column("domain", overflow="fold")
-    table.add_column("from", justify="right")
-    for heading in ("perplexity", "dense", "x dense", "when newest", "change"):
-        table.add_column(heading, justify="right")
+    numbers = ("from", "perplexity", "dense", "x dense", "when newest", "change")
+    table = plain_table(None, "domain", *numbers, right=numbers)
     for one in found["domains"]:
         table.add_row(
             one["domain"],
@@ -130,11 +125,8 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     """What the tasks of domains gave, a row for each metric; nothing where there are none."""
     if not rows:
         return []
-    table = _plain_table(None)
-    for heading in ("domain", "task", "metric"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("questions", "this version", "dense"):
-        table.add_column(heading, justify="right")
+    numbers = ("questions", "this version", "dense")
+    table = plain_table(None, "domain", "task", "metric", *numbers, right=numbers)
     for row in rows:
         named = (row["domain"], row["task"], row["metric"], str(row["documents"]))
         table.add_row(*named, four_digits(row["figure"]), four_digits(row["dense"]))
@@ -142,10 +134,9 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def _versions(model: str, versions: Sequence[Mapping[str, Any]]) -> Table:
-    table = _plain_table(f"{model}: {len(versions)} version{'s' if len(versions) > 1 else ''}, the newest first")
-    for heading in ("v", "adapted to", "mean", "x dense", "worst domain", "gates", "aliases"):
-        number = heading in ("v", "mean", "x dense")
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    title = f"{model}: {len(versions)} version{'s' if len(versions) > 1 else ''}, the newest first"
+    headings = ("v", "adapted to", "mean", "x dense", "worst domain", "gates", "aliases")
+    table = plain_table(title, *headings, right=("v", "mean", "x dense"))
     for version in versions[: -_NEWEST - 1 : -1]:
         worst = version["worst"]
         table.add_row(
@@ -158,14 +149,6 @@ def _versions(model: str, versions: Sequence[Mapping[str, Any]]) -> Table:
             "\n".join(alias for alias in version["aliases"] if alias != "latest"),  # that is the first row
         )
     return table
-
-
-def _plain_table(title: str | None) -> Table:
-    """A table without a frame: thirty domains and eighty columns leave no room for one."""
-    from rich import box
-    from rich.table import Table
-
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _what(version: Mapping[str, Any]) -> str:
