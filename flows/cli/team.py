@@ -42,7 +42,7 @@ def up(
         ports = ("--port", str(port), "--mlflow-port", str(mlflow_port))
         up_detached(opened, (*ports, *(("--devices", devices) if devices is not None else ())), hint)
     else:
-        run(opened, settings, port=port, mlflow_port=mlflow_port, devices=devices, tell=hint)
+        run(opened, settings, port=port, mlflow_port=mlflow_port, devices=devices, tell=hint, working=working)
     return 0
 
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -48,6 +48,7 @@ def up(
     mlflow_port: int,
     devices: str | None,
     tell: Callable[[str], None],
+    working: Callable[[str], AbstractContextManager[None]],
 ) -> None:
     """Start servers, deployments and workers, and keep them until SIGINT, SIGTERM or SIGHUP; then end them all.
 
@@ -56,6 +57,7 @@ def up(
         mlflow_port: of the MLflow server; none is started where the settings name an http(s) registry.
         devices: the CUDA devices that a step may see; None: those that this process sees.
         tell: is called with each line that the user should see.
+        working: what to be in while something starts, of which it shows that it goes on.
 
     Raises:
         UpError: it is up already, a port is taken, or something does not start or ended by itself. Nothing is left.
@@ -74,14 +76,14 @@ def up(
         stack = Starting(workspace, settings.model.name, api, registry, artifacts, ledger, own_registry=own_registry)
         try:
             stack.save()
-            _start_servers(stack, sockets, mlflow_sockets, settings, stop, tell)
+            _start_servers(stack, sockets, mlflow_sockets, settings, stop, tell, working)
             auth = stack.access.auth_string
             create_pools(stack.api, auth)
             settle_old_runs(stack.api, auth, str(workspace.root))
             shown = registry if is_server(registry) else None
             text = render_prefect_file(template, workspace, settings, registry=shown, devices=devices)
-            _deploy(stack, text, stop, tell)
-            _start_workers(stack, stop, tell)
+            _deploy(stack, text, stop, tell, working)
+            _start_workers(stack, stop, tell, working)
             tell(f"Prefect: http://{HOST}:{port}{RUNS_PAGE}")
             tell(f"MLflow: {registry.rstrip('/')}{model_page(settings.model.name)}")
             tell(f"a browser is let in by the links in {link_file(workspace).as_uri()}")
@@ -101,41 +103,54 @@ def _start_servers(
     settings: Settings,
     stop: threading.Event,
     tell: Callable[[str], None],
+    working: Callable[[str], AbstractContextManager[None]],
 ) -> None:
     """Start the Prefect server, and an MLflow server where there are sockets for it; wait until they answer."""
-    tell("starting the servers")
-    stack.start_prefect(sockets)
-    if mlflow_sockets:
-        store = stack.workspace.registry_uri(settings)
-        open_database(
-            store, stack.workspace.artifact_root(settings)
-        )  # a workspace that was copied is settled before others see it
-        stack.start_mlflow(store, str(stack.workspace.artifact_location(settings)), mlflow_sockets)
     port = urlsplit(stack.api).port
-    stack.wait(lambda: answers(f"{stack.api}/health"), stop, f"the Prefect server to answer on port {port}")
+    with working("starting the servers"):
+        stack.start_prefect(sockets)
+        if mlflow_sockets:
+            store = stack.workspace.registry_uri(settings)
+            # A workspace that was copied is settled before others see it.
+            open_database(store, stack.workspace.artifact_root(settings))
+            stack.start_mlflow(store, str(stack.workspace.artifact_location(settings)), mlflow_sockets)
+        stack.wait(lambda: answers(f"{stack.api}/health"), stop, f"the Prefect server to answer on port {port}")
     tell(f"Prefect server: port {port}")
     if mlflow_sockets:
-        stack.wait(lambda: answers(f"{stack.registry}/health"), stop, "the MLflow server to answer")
+        with working("starting the MLflow server"):
+            stack.wait(lambda: answers(f"{stack.registry}/health"), stop, "the MLflow server to answer")
         tell(f"MLflow server: port {urlsplit(stack.registry).port}")
 
 
-def _deploy(stack: Starting, text: str, stop: threading.Event, tell: Callable[[str], None]) -> None:
+def _deploy(
+    stack: Starting,
+    text: str,
+    stop: threading.Event,
+    tell: Callable[[str], None],
+    working: Callable[[str], AbstractContextManager[None]],
+) -> None:
     """Deploy what the deployments' file `text` says."""
     rendered = stack.workspace.private / "prefect.yaml"
     write_atomic(rendered, text)
-    tell("deploying the flows")
-    stack.deploy(rendered, stop)
+    with working("deploying the flows"):
+        stack.deploy(rendered, stop)
     tell(f"deployments: {', '.join(deployment_names(text))}")
 
 
-def _start_workers(stack: Starting, stop: threading.Event, tell: Callable[[str], None]) -> None:
+def _start_workers(
+    stack: Starting,
+    stop: threading.Event,
+    tell: Callable[[str], None],
+    working: Callable[[str], AbstractContextManager[None]],
+) -> None:
     """Start a worker for each pool, in turn: at once, their first words to the server lock its SQLite file for each
     other.
     """
-    tell("starting the workers")
     for pool in POOLS:
-        stack.start(f"worker {pool}", ("prefect", "worker", "start", "--pool", pool, "--type", "process"))
-        stack.wait(partial(has_worker, stack.api, stack.access.auth_string, pool), stop, f"the worker of pool {pool}")
+        with working(f"starting the worker of pool {pool}"):
+            stack.start(f"worker {pool}", ("prefect", "worker", "start", "--pool", pool, "--type", "process"))
+            there = partial(has_worker, stack.api, stack.access.auth_string, pool)
+            stack.wait(there, stop, f"the worker of pool {pool}")
         tell(f"worker: pool {pool}")
 
 
