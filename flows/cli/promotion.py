@@ -40,8 +40,8 @@ def gates(version: Version, /, *, again: bool = False, as_json: Json = False, wo
     if again:
         from flows.gates.run import run_gates
 
-        with working("running the gates"):
-            run_gates(project, found, None, say, again=True)
+        with working("running the gates") as tell:
+            run_gates(project, found, None, tell, again=True)
     entry = gates_entry(found, read_log(project))
     if entry is None:
         raise CommandError(
@@ -57,8 +57,9 @@ def promote(version: Version, /, *, why: _Why = None, force: _Force = False, wor
     from flows.gates.champion import make_champion
 
     project = open_project(workspace)
-    found = project.registry.resolve(version)
-    entry = make_champion(project, found.number, why=why, force=force, tell=say)
+    with working("looking at the version and its gates") as tell:
+        found = project.registry.resolve(version)
+        entry = make_champion(project, found.number, why=why, force=force, tell=tell)
     if entry is None:
         say(f"nothing to do: version {found.number} of {project.registry.model_name} is the champion")
     else:
@@ -71,7 +72,9 @@ def rollback(*, why: _Why = None, force: _Force = False, workspace: Folder = "."
     from flows.gates.champion import restore_champion
 
     project = open_project(workspace)
-    _say_moved(project.registry, restore_champion(project, why=why, force=force, tell=say))
+    with working("looking at the champions before") as tell:
+        entry = restore_champion(project, why=why, force=force, tell=tell)
+    _say_moved(project.registry, entry)
     return 0
 
 
@@ -90,8 +93,9 @@ def export(version: Version, folder: Path, /, *, shard_size: str = "50GB", works
 
     project = open_project(workspace)
     registry = project.registry
-    found = registry.resolve(version)
-    entry = gates_entry(found, read_log(project))
+    with working("looking at the version and its gates"):
+        found = registry.resolve(version)
+        entry = gates_entry(found, read_log(project))
     gates = None if entry is None else entry.details
     verdict = gates_verdict(registry.record(found), gates)
     if verdict is not None:

@@ -53,7 +53,7 @@ def changes_only() -> Callable[[str], None]:
 
 
 def check(
-    place: str, tell: Callable[[str], None], looking: Callable[[], AbstractContextManager[None]] = nullcontext
+    place: str, tell: Callable[[str], None], looking: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> None:
     """One check of a watcher: run what is pending, in order. Neither Prefect nor torch is loaded where nothing is.
 

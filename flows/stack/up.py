@@ -48,7 +48,7 @@ def up(
     mlflow_port: int,
     devices: str | None,
     tell: Callable[[str], None],
-    working: Callable[[str], AbstractContextManager[None]],
+    working: Callable[[str], AbstractContextManager[object]],
 ) -> None:
     """Start servers, deployments and workers, and keep them until SIGINT, SIGTERM or SIGHUP; then end them all.
 
@@ -103,7 +103,7 @@ def _start_servers(
     settings: Settings,
     stop: threading.Event,
     tell: Callable[[str], None],
-    working: Callable[[str], AbstractContextManager[None]],
+    working: Callable[[str], AbstractContextManager[object]],
 ) -> None:
     """Start the Prefect server, and an MLflow server where there are sockets for it; wait until they answer."""
     port = urlsplit(stack.api).port
@@ -127,7 +127,7 @@ def _deploy(
     text: str,
     stop: threading.Event,
     tell: Callable[[str], None],
-    working: Callable[[str], AbstractContextManager[None]],
+    working: Callable[[str], AbstractContextManager[object]],
 ) -> None:
     """Deploy what the deployments' file `text` says."""
     rendered = stack.workspace.private / "prefect.yaml"
@@ -141,7 +141,7 @@ def _start_workers(
     stack: Starting,
     stop: threading.Event,
     tell: Callable[[str], None],
-    working: Callable[[str], AbstractContextManager[None]],
+    working: Callable[[str], AbstractContextManager[object]],
 ) -> None:
     """Start a worker for each pool, in turn: at once, their first words to the server lock its SQLite file for each
     other.

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
@@ -27,7 +27,8 @@ _EVERY = 30.0  # seconds between two of them
 _BYTES = 100_000  # a stage with more parts counts bytes: a percentage says more
 _NARROW = 100  # columns of a terminal below which the view of a stage leaves the memory out, for the time that is left
 # A view would put something of its own in the place of sys.stdout, and libraries that are imported meanwhile keep it:
-# DVC resets colours as the process ends, which then was shown as text. So nothing is printed there under a view.
+# DVC resets colours as the process ends, which then was shown as text. So what is printed meanwhile goes through the
+# view's own console.
 _LEFT_ALONE = False
 _PIPE_WIDTH = 160  # columns where there is no terminal to ask: tables are cut nowhere
 
@@ -51,21 +52,25 @@ def is_quiet() -> bool:
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
-    """Show that work goes on, where nobody knows how long: on a terminal at once, else in a line after two seconds."""
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """Show that work goes on, where nobody knows how long: on a terminal at once, else in a line after two seconds.
+
+    Gives what prints a line meanwhile.
+    """
     if is_quiet():
-        yield
+        yield write
     elif sys.stdout.isatty():
         from rich.live import Live
         from rich.spinner import Spinner
 
+        shown = console()
         spinner = Spinner("dots", what, style="status.spinner")
-        with Live(spinner, console=console(), transient=True, redirect_stdout=_LEFT_ALONE):
-            yield
+        with Live(spinner, console=shown, transient=True, redirect_stdout=_LEFT_ALONE):
+            yield lambda line: shown.print(fit(line), soft_wrap=True)
     else:
         with _plain(sys.stderr, Stages()) as report:
             report(what, 0, 1)
-            yield
+            yield write
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from flows.terminal import progress as terminal
-from flows.terminal.progress import Stages, console, progress_bar
+from flows.terminal.progress import Stages, console, progress_bar, working
 
 
 class Screen(io.StringIO):
@@ -82,6 +82,18 @@ def test_on_a_terminal_a_bar_for_each_stage(monkeypatch):
     assert "download" in shown
     assert "evaluate" in shown
     assert "2 of 2" in shown
+
+
+def test_a_line_that_is_told_meanwhile_stays_and_the_view_does_not(monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    with working("looking") as tell:
+        assert sys.stdout is screen, "libraries that are imported meanwhile keep it"
+        tell("another process moves an alias \x1b]0;of https://me:secret@host/x")
+    shown = screen.getvalue()
+    assert "looking" in shown
+    assert "another process moves an alias \\x1b]0;of https://host/x\n" in shown
+    assert shown.endswith("\x1b[2K"), "the view goes"
 
 
 def test_what_goes_into_a_pipe_is_plain_and_wide(capsys):
