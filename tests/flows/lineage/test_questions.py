@@ -184,7 +184,7 @@ def test_which_domain_got_worse_when_and_by_which_step():
     assert legal["worst"] == {"version": 5, "step": "med", "perplexity": 13.0, "change": pytest.approx(0.3)}
     assert legal["steps"][-1]["step"] == "without code"
     assert answer["domains"][3]["worst"] is None
-    assert "version 5 (med), +30.0%" in shown(answer)
+    assert "v5 (med), +30.0%" in shown(answer)
     assert "3 of 4 datasets got worse" in shown(answer)
 
 
