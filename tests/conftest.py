@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from support.windows import dialect  # noqa: E402
 
 settings.register_profile("any machine", deadline=None)  # a busy one is no failure
 settings.load_profile("any machine")
+# A shell has what it runs in the background ignore Ctrl-C, and all that the tests start would inherit it: commands that
+# they interrupt, and Prefect's workers, which end by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What only tests with a workspace, a registry, a server or a trained model ask for; and rooms whose tests have git and
 # DVC repositories, databases and processes of their own.

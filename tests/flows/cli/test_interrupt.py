@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -27,14 +26,6 @@ def server(request) -> str | None:
 
     request.getfixturevalue("prefect")
     return PREFECT_API_URL.value()
-
-
-@pytest.fixture(autouse=True)
-def _in_the_foreground() -> Iterator[None]:
-    """A shell has what it runs in the background ignore Ctrl-C, and whatever that starts inherits it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("server", ["by hand", "on a server"], indirect=True)
