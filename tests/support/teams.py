@@ -101,8 +101,10 @@ class Host:
         )
 
     def copal(self, *arguments: str, status: int = 0) -> str:
-        """What `copal ARGUMENTS` prints; where it is refused, its one line."""
-        process = self.start("flows.cli", *arguments)
+        """What `copal ARGUMENTS` prints; where it is to be refused, its one line: quiet, for on a busy machine others
+        tell that it is still looking.
+        """
+        process = self.start("flows.cli", *arguments, *(("--quiet",) if status else ()))
         out, err = process.communicate()
         assert process.returncode == status, f"{arguments}: {out}{err}"
         return out if status == 0 else err

@@ -88,7 +88,7 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, t
         ("withdraw", "code", "--why", "to try"),
     )  # fmt: skip
     for command in refused:
-        said = four.copal(*command, "--quiet", status=2)
+        said = four.copal(*command, status=2)
         assert said.startswith("copal: "), command
         assert said.count("\n") == 1, command
     assert stores.snapshot() == before
@@ -100,7 +100,7 @@ def test_the_main_job_by_hosts_that_share_nothing_but_stores(tmp_path, stores, t
     log = json.loads(five.copal("lineage", "--json"))["log"]
     assert [entry["kind"] for entry in log] == ["gates", "promotion"]
     assert [entry["who"]["role"].partition("_")[0] for entry in log] == ["worker", "promoter"]
-    said = five.copal("withdraw", "code", "--why", "to try", "--quiet", status=2)
+    said = five.copal("withdraw", "code", "--why", "to try", status=2)
     assert said.startswith("copal: ")
     five.gone()
 

@@ -453,7 +453,7 @@ class Beginning:
 def beginning(bench, environment) -> Iterator[Beginning]:
     ports = ("--port", str(free_port()), "--mlflow-port", str(free_port()))
     with subprocess.Popen(
-        [*COPAL, "up", "--workspace", str(bench.root), *ports],
+        [*COPAL, "up", "--quiet", "--workspace", str(bench.root), *ports],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
