@@ -27,8 +27,8 @@ _EVERY = 30.0  # seconds between two of them
 _BYTES = 100_000  # a stage with more parts counts bytes: a percentage says more
 _NARROW = 100  # columns of a terminal below which the view of a stage leaves the memory out, for the time that is left
 # A view would put something of its own in the place of sys.stdout, and libraries that are imported meanwhile keep it:
-# DVC resets colours as the process ends, which then was shown as text. So what is printed meanwhile goes through the
-# view's own console.
+# DVC resets colours as the process ends, which then was shown as text. So what is told meanwhile goes through the view
+# (`working`), or waits until it is gone (`flows.terminal.steps`).
 _LEFT_ALONE = False
 _PIPE_WIDTH = 160  # columns where there is no terminal to ask: tables are cut nowhere
 

@@ -15,16 +15,16 @@ def on_terminal(command: Sequence[str], environment: Mapping[str, str], columns:
     """Run a command; its exit code, and all that the terminal was sent."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
     sent = b""
-    try:
-        while data := _read(ours):
-            sent += data
-        return process.wait(timeout=60), sent.decode()
-    finally:
-        os.close(ours)
-        process.kill()
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        try:
+            while data := _read(ours):
+                sent += data
+            return process.wait(timeout=60), sent.decode()
+        finally:
+            os.close(ours)
+            process.kill()
 
 
 def _read(terminal: int) -> bytes:

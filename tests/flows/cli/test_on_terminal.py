@@ -13,7 +13,7 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @pytest.fixture
-def shown(bench, tmp_path):
+def shown(tmp_path):
     """shown(*arguments) -> the text that a command leaves on a terminal, and all that was sent there."""
 
     def call(*arguments: object) -> tuple[str, str]:

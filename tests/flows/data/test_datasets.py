@@ -5,7 +5,6 @@ import json
 import logging
 import multiprocessing
 import os
-import pty
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from flows.data.dataset import DatasetError, DatasetVersion, MissingDataError
 from flows.data.dvc import add_and_commit, init_repository
 from flows.data.fetch import fetch
 from flows.data.versions import dataset_version, dataset_versions
+from support.terminals import on_terminal
 
 A, B, C = ("a" * 32 + ".dir", "b" * 32 + ".dir", "c" * 32 + ".dir")
 
@@ -703,13 +703,6 @@ def test_dvc_says_nothing_on_a_terminal(root: Path, tmp_path: Path) -> None:
         f"root = Path({str(root)!r}); init_repository(root); add_and_commit(root, 'legal', 'legal')\n"
         f"fetch(root, dataset_version(root, 'legal'), Path({str(tmp_path / 'fetched')!r}))\n"
     )
-    ours, theirs = pty.openpty()
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=theirs, stderr=theirs)
-    os.write(theirs, b"end")
-    said = b""
-    while not said.endswith(b"end"):
-        said += os.read(ours, 1000)
-    for descriptor in (ours, theirs):
-        os.close(descriptor)
-    assert said.replace(b"\x1b[0m", b"") == b"end"  # colorama, which DVC starts, resets the colours at exit
+    status, said = on_terminal([sys.executable, "-c", code], os.environ)
+    assert (status, said.replace("\x1b[0m", "")) == (0, "")  # colorama, which DVC starts, resets the colours at exit
     assert logging.getLogger("dvc").getEffectiveLevel() >= logging.CRITICAL
